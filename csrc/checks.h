@@ -1,0 +1,418 @@
+// Tensors -> params. Every requirement on shapes, dtypes, devices and strides, and every message about them, is here,
+// shared by the CPU and the CUDA kernels; a kernel that gets its params may trust them.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <string>
+
+#include "params.h"
+
+namespace quest {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_string(const Tensor& t) {
+  std::ostringstream s;
+  s << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
+  s << "]";
+  return s.str();
+}
+
+inline std::string device_string(const Tensor& t) {
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : t.is_cpu() ? "cpu" : "another device";
+}
+
+inline void check_dim(const Tensor& t, const char* name, int64_t dim, const char* shape) {
+  STD_TORCH_CHECK(t.dim() == dim, name, " must have shape ", shape, ", got ", shape_string(t));
+}
+
+inline void check_size(const Tensor& t, const char* name, int64_t dim, int64_t want, const char* shape, const char* why) {
+  STD_TORCH_CHECK(
+      t.size(dim) == want, name, " must have shape ", shape, " with ", want, " in dimension ", dim, " (", why, "), got ",
+      shape_string(t));
+}
+
+inline void check_same_device(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  STD_TORCH_CHECK(
+      t.is_cuda() == like.is_cuda() && t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(),
+      name, " must be on ", device_string(like), " like ", like_name, ", got ", device_string(t));
+}
+
+inline void check_last_stride(const Tensor& t, const char* name) {
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(
+      t.size(last) <= 1 || t.stride(last) == 1, name, " must have stride 1 in its last dimension, got ",
+      t.stride(last));
+}
+
+inline void check_int32(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  STD_TORCH_CHECK(
+      t.scalar_type() == ScalarType::Int, name, " must be int32, got ",
+      torch::headeronly::toString(t.scalar_type()));
+  check_same_device(t, name, like, like_name);
+  check_last_stride(t, name);
+}
+
+inline DType check_dtype(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default: break;
+  }
+  STD_TORCH_CHECK(
+      false, name, " must be float32, float16 or bfloat16, got ", torch::headeronly::toString(t.scalar_type()));
+}
+
+// dtype, device and last stride of a tensor that goes with `like`.
+inline void check_like(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  STD_TORCH_CHECK(
+      t.scalar_type() == like.scalar_type(), name, " must be ", torch::headeronly::toString(like.scalar_type()),
+      " like ", like_name, ", got ", torch::headeronly::toString(t.scalar_type()));
+  check_same_device(t, name, like, like_name);
+  check_last_stride(t, name);
+}
+
+inline int32_t check_head_dim(const Tensor& t, const char* name) {
+  const int64_t d = t.size(t.dim() - 1);
+  STD_TORCH_CHECK(
+      d == 64 || d == 80 || d == 96 || d == 128 || d == 192 || d == 256, name,
+      " must have head_dim 64, 80, 96, 128, 192 or 256 in its last dimension, got ", d);
+  return static_cast<int32_t>(d);
+}
+
+inline int32_t check_page_size(int64_t page_size, const char* name) {
+  STD_TORCH_CHECK(
+      page_size == 8 || page_size == 16 || page_size == 32 || page_size == 64 || page_size == 128, name,
+      " must be 8, 16, 32, 64 or 128, got ", page_size);
+  int32_t shift = 3;
+  while ((1 << shift) < page_size) ++shift;
+  return shift;
+}
+
+inline int32_t check_int32_range(int64_t value, const char* what) {
+  STD_TORCH_CHECK(
+      value >= 0 && value <= std::numeric_limits<int32_t>::max(), what, " must fit in 32 bits, got ", value);
+  return static_cast<int32_t>(value);
+}
+
+inline int32_t check_groups(int64_t Hq, int64_t Hkv, const char* heads, const char* kv_heads) {
+  STD_TORCH_CHECK(
+      Hkv > 0 && Hq > 0 && Hq % Hkv == 0, heads, " must be a positive multiple of ", kv_heads, ", got ", Hq, " and ",
+      Hkv);
+  return check_int32_range(Hq, heads);
+}
+
+// 16-byte vector accesses need the base and every stride but the last to be multiples of 16 bytes.
+inline bool is_aligned(const Tensor& t) {
+  const int64_t bytes = t.scalar_type() == ScalarType::Float ? 4 : 2;
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16) return false;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i)
+    if (t.size(i) > 1 && t.stride(i) * bytes % 16) return false;
+  return true;
+}
+
+inline Paging check_paging(
+    const Tensor& page_table, const Tensor& seq_lens, int64_t B, int64_t N, int32_t page_shift, const Tensor& like,
+    const char* like_name) {
+  check_int32(page_table, "page_table", like, like_name);
+  check_int32(seq_lens, "seq_lens", like, like_name);
+  check_dim(page_table, "page_table", 2, "[B, P]");
+  check_dim(seq_lens, "seq_lens", 1, "[B]");
+  check_size(page_table, "page_table", 0, B, "[B, P]", "one row a sequence");
+  check_size(seq_lens, "seq_lens", 0, B, "[B]", "one length a sequence");
+  const int64_t P = page_table.size(1);
+  check_int32_range(P << page_shift, "page_table's tokens a sequence (P * page_size)");
+  return {
+      static_cast<const int32_t*>(page_table.const_data_ptr()),
+      page_table.stride(0),
+      static_cast<const int32_t*>(seq_lens.const_data_ptr()),
+      static_cast<int32_t>(P),
+      check_int32_range(N, "the cache's number of pages"),
+      page_shift};
+}
+
+struct Rows {  // leading sizes and strides of q, scores or pages, [B, H, X] or [B, T, H, X]
+  int64_t B, T, H, stride_b, stride_t, stride_h;
+};
+
+inline constexpr int64_t kMaxNewTokens = 8;
+
+inline Rows check_rows(const Tensor& t, const char* name, const char* shapes) {
+  STD_TORCH_CHECK(t.dim() == 3 || t.dim() == 4, name, " must have shape ", shapes, ", got ", shape_string(t));
+  const bool many = t.dim() == 4;
+  const int64_t T = many ? t.size(1) : 1;
+  STD_TORCH_CHECK(
+      T >= 1 && T <= kMaxNewTokens, name, " must have 1 to ", kMaxNewTokens, " new tokens in dimension 1, got ", T);
+  check_int32_range(t.size(0), "the number of sequences");
+  return {t.size(0), T, t.size(many ? 2 : 1), t.stride(0), many ? t.stride(1) : 0, t.stride(many ? 2 : 1)};
+}
+
+inline Cache check_cache(const Tensor& t, const char* name, const Tensor& like, const char* like_name, int64_t Hkv, int64_t D) {
+  check_dim(t, name, 4, "[N, Hkv, S, D]");
+  check_like(t, name, like, like_name);
+  check_size(t, name, 1, Hkv, "[N, Hkv, S, D]", "the number of KV heads");
+  check_size(t, name, 3, D, "[N, Hkv, S, D]", "head_dim");
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), is_aligned(t)};
+}
+
+inline void check_same_pages(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  STD_TORCH_CHECK(
+      t.size(0) == like.size(0), name, " must have as many pages as ", like_name, ", ", like.size(0), ", got ",
+      t.size(0));
+}
+
+inline Bounds check_bounds(const Tensor& t, const Tensor& like, const char* like_name, int64_t Hkv, int64_t D) {
+  check_dim(t, "k_bounds", 4, "[N, Hkv, 2, D]");
+  check_like(t, "k_bounds", like, like_name);
+  check_size(t, "k_bounds", 1, Hkv, "[N, Hkv, 2, D]", "the number of KV heads");
+  check_size(t, "k_bounds", 2, 2, "[N, Hkv, 2, D]", "lower and upper");
+  check_size(t, "k_bounds", 3, D, "[N, Hkv, 2, D]", "head_dim");
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), is_aligned(t)};
+}
+
+inline NewTokens check_new_tokens(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  check_dim(t, name, 4, "[B, T, Hkv, D]");
+  check_like(t, name, like, like_name);
+  for (int64_t i = 0; i < 4; ++i) check_size(t, name, i, like.size(i), "[B, T, Hkv, D]", "the shape of k");
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), is_aligned(t)};
+}
+
+inline const int32_t* check_optional_lens(
+    const std::optional<Tensor>& t, const char* name, int64_t B, const Tensor& like, const char* like_name) {
+  if (!t) return nullptr;
+  check_int32(*t, name, like, like_name);
+  check_dim(*t, name, 1, "[B]");
+  check_size(*t, name, 0, B, "[B]", "one number a sequence");
+  return static_cast<const int32_t*>(t->const_data_ptr());
+}
+
+inline AppendParams check_append_kv(
+    const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_bounds,
+    const Tensor& page_table, const Tensor& seq_lens, const std::optional<Tensor>& new_lens) {
+  AppendParams p{};
+  p.dtype = check_dtype(k, "k");
+  check_dim(k, "k", 4, "[B, T, Hkv, D]");
+  const int64_t B = k.size(0), T = k.size(1), Hkv = k.size(2);
+  const int32_t D = check_head_dim(k, "k");
+  p.k = check_new_tokens(k, "k", k, "k");
+  p.v = check_new_tokens(v, "v", k, "k");
+  p.k_cache = check_cache(k_cache, "k_cache", k, "k", Hkv, D);
+  p.v_cache = check_cache(v_cache, "v_cache", k, "k", Hkv, D);
+  p.k_bounds = check_bounds(k_bounds, k, "k", Hkv, D);
+  check_same_pages(v_cache, "v_cache", k_cache, "k_cache");
+  check_same_pages(k_bounds, "k_bounds", k_cache, "k_cache");
+  check_size(v_cache, "v_cache", 2, k_cache.size(2), "[N, Hkv, S, D]", "the page size of k_cache");
+  const int32_t shift = check_page_size(k_cache.size(2), "k_cache's page size (dimension 2)");
+  p.paging = check_paging(page_table, seq_lens, B, k_cache.size(0), shift, k, "k");
+  p.new_lens = check_optional_lens(new_lens, "new_lens", B, k, "k");
+  const int32_t heads = check_int32_range(Hkv, "the number of KV heads");
+  p.size = {check_int32_range(B, "B"), check_int32_range(T, "T"), heads, heads, D};
+  p.max_touched = T == 0 ? 0 : static_cast<int32_t>((T - 2 + 2 * (int64_t{1} << shift)) >> shift);
+  return p;
+}
+
+inline UpdateBoundsParams check_update_bounds(
+    const Tensor& k_cache, const Tensor& k_bounds, const Tensor& page_table, const Tensor& seq_lens,
+    const std::optional<Tensor>& first_token) {
+  UpdateBoundsParams p{};
+  p.dtype = check_dtype(k_cache, "k_cache");
+  check_dim(k_cache, "k_cache", 4, "[N, Hkv, S, D]");
+  const int64_t Hkv = k_cache.size(1);
+  const int32_t D = check_head_dim(k_cache, "k_cache");
+  p.k_cache = check_cache(k_cache, "k_cache", k_cache, "k_cache", Hkv, D);
+  p.k_bounds = check_bounds(k_bounds, k_cache, "k_cache", Hkv, D);
+  check_same_pages(k_bounds, "k_bounds", k_cache, "k_cache");
+  const int32_t shift = check_page_size(k_cache.size(2), "k_cache's page size (dimension 2)");
+  check_dim(page_table, "page_table", 2, "[B, P]");
+  const int64_t B = page_table.size(0);
+  p.paging = check_paging(page_table, seq_lens, B, k_cache.size(0), shift, k_cache, "k_cache");
+  p.first_token = check_optional_lens(first_token, "first_token", B, k_cache, "k_cache");
+  const int32_t heads = check_int32_range(Hkv, "the number of KV heads");
+  p.size = {check_int32_range(B, "B"), 1, heads, heads, D};
+  return p;
+}
+
+inline EstimateParams check_estimate(
+    const Tensor& q, const Tensor& k_bounds, const Tensor& page_table, const Tensor& seq_lens, int64_t page_size) {
+  EstimateParams p{};
+  p.dtype = check_dtype(q, "q");
+  const Rows r = check_rows(q, "q", "[B, Hq, D] or [B, T, Hq, D]");
+  check_last_stride(q, "q");
+  const int32_t D = check_head_dim(q, "q");
+  check_dim(k_bounds, "k_bounds", 4, "[N, Hkv, 2, D]");
+  const int64_t Hkv = k_bounds.size(1);
+  check_groups(r.H, Hkv, "q's heads", "k_bounds' heads");
+  p.k_bounds = check_bounds(k_bounds, q, "q", Hkv, D);
+  const int32_t shift = check_page_size(page_size, "page_size");
+  p.paging = check_paging(page_table, seq_lens, r.B, k_bounds.size(0), shift, q, "q");
+  p.size = {
+      static_cast<int32_t>(r.B), static_cast<int32_t>(r.T), static_cast<int32_t>(r.H), static_cast<int32_t>(Hkv), D};
+  p.q = {q.const_data_ptr(), r.stride_b, r.stride_t, r.stride_h, is_aligned(q)};
+  return p;
+}
+
+inline TopkParams check_topk_pages(
+    const Tensor& scores, const Tensor& seq_lens, int64_t page_size, int64_t k, int64_t num_kv_heads,
+    int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, double scale) {
+  TopkParams p{};
+  STD_TORCH_CHECK(
+      scores.scalar_type() == ScalarType::Float, "scores must be float32, got ",
+      torch::headeronly::toString(scores.scalar_type()));
+  const Rows r = check_rows(scores, "scores", "[B, Hq, P] or [B, T, Hq, P]");
+  check_last_stride(scores, "scores");
+  check_groups(r.H, num_kv_heads, "scores' heads", "num_kv_heads");
+  STD_TORCH_CHECK(
+      group_reduce >= 0 && group_reduce <= 3, "group_reduce must be 0 (none), 1 (max), 2 (sum) or 3 (soft), got ",
+      group_reduce);
+  check_int32_range(k, "k");
+  STD_TORCH_CHECK(k >= 1, "k must be at least 1, got ", k);
+  STD_TORCH_CHECK(sink_pages >= 0, "sink_pages must be at least 0, got ", sink_pages);
+  STD_TORCH_CHECK(recent_pages >= 0, "recent_pages must be at least 0, got ", recent_pages);
+  STD_TORCH_CHECK(
+      sink_pages <= k && recent_pages <= k - sink_pages, "k must hold the forced pages: sink_pages + recent_pages is ",
+      sink_pages, " + ", recent_pages, ", got k = ", k);
+  const int32_t shift = check_page_size(page_size, "page_size");
+  check_int32(seq_lens, "seq_lens", scores, "scores");
+  check_dim(seq_lens, "seq_lens", 1, "[B]");
+  check_size(seq_lens, "seq_lens", 0, r.B, "[B]", "one length a sequence");
+  const int64_t P = scores.size(scores.dim() - 1);
+  check_int32_range(P << shift, "scores' tokens a sequence (P * page_size)");
+  p.size = {
+      static_cast<int32_t>(r.B), static_cast<int32_t>(r.T), static_cast<int32_t>(r.H),
+      static_cast<int32_t>(num_kv_heads), 0};
+  p.paging = {nullptr, 0, static_cast<const int32_t*>(seq_lens.const_data_ptr()), static_cast<int32_t>(P), 0, shift};
+  p.scores = static_cast<const float*>(scores.const_data_ptr());
+  p.stride_b = r.stride_b, p.stride_t = r.stride_t, p.stride_h = r.stride_h;
+  p.reduce = static_cast<GroupReduce>(group_reduce);
+  p.Hs = p.reduce == GroupReduce::none ? p.size.Hq : p.size.Hkv;
+  p.K = static_cast<int32_t>(k);
+  p.sink_pages = static_cast<int32_t>(sink_pages), p.recent_pages = static_cast<int32_t>(recent_pages);
+  p.scale = static_cast<float>(scale);
+  return p;
+}
+
+inline DecodeParams check_sparse_decode(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table, const Tensor& seq_lens,
+    const std::optional<Tensor>& pages, std::optional<double> scale) {
+  DecodeParams p{};
+  p.dtype = check_dtype(q, "q");
+  const Rows r = check_rows(q, "q", "[B, Hq, D] or [B, T, Hq, D]");
+  check_last_stride(q, "q");
+  const int32_t D = check_head_dim(q, "q");
+  check_dim(k_cache, "k_cache", 4, "[N, Hkv, S, D]");
+  const int64_t Hkv = k_cache.size(1);
+  check_groups(r.H, Hkv, "q's heads", "k_cache's heads");
+  p.k_cache = check_cache(k_cache, "k_cache", q, "q", Hkv, D);
+  p.v_cache = check_cache(v_cache, "v_cache", q, "q", Hkv, D);
+  check_same_pages(v_cache, "v_cache", k_cache, "k_cache");
+  check_size(v_cache, "v_cache", 2, k_cache.size(2), "[N, Hkv, S, D]", "the page size of k_cache");
+  const int32_t shift = check_page_size(k_cache.size(2), "k_cache's page size (dimension 2)");
+  p.paging = check_paging(page_table, seq_lens, r.B, k_cache.size(0), shift, q, "q");
+  p.size = {
+      static_cast<int32_t>(r.B), static_cast<int32_t>(r.T), static_cast<int32_t>(r.H), static_cast<int32_t>(Hkv), D};
+  p.q = {q.const_data_ptr(), r.stride_b, r.stride_t, r.stride_h, is_aligned(q)};
+  p.Hs = p.size.Hkv, p.K = p.paging.P;
+  if (pages) {
+    check_int32(*pages, "pages", q, "q");
+    const char* shape = q.dim() == 4 ? "[B, T, Hs, K] like q's [B, T, Hq, D]" : "[B, Hs, K] like q's [B, Hq, D]";
+    check_dim(*pages, "pages", q.dim(), shape);
+    const Rows s = check_rows(*pages, "pages", shape);
+    STD_TORCH_CHECK(
+        s.B == r.B && s.T == r.T && (s.H == Hkv || s.H == r.H), "pages must have shape ", shape, " with Hs ", Hkv,
+        " (a list a KV head) or ", r.H, " (a list a query head), got ", shape_string(*pages), " for q ",
+        shape_string(q));
+    p.pages = static_cast<const int32_t*>(pages->const_data_ptr());
+    p.pages_stride_b = s.stride_b, p.pages_stride_t = s.stride_t, p.pages_stride_h = s.stride_h;
+    p.Hs = static_cast<int32_t>(s.H);
+    const int64_t K = pages->size(pages->dim() - 1);
+    check_int32_range(K << shift, "pages' tokens a list (K * page_size)");
+    p.K = static_cast<int32_t>(K);
+  }
+  p.scale = scale ? static_cast<float>(*scale) : 1.0f / std::sqrt(static_cast<float>(D));
+  return p;
+}
+
+// Values. On the CPU they are always checked; on the GPU only where QUEST_OPS_CHECK=1 asks for the copy and the sync.
+
+inline bool value_checks_requested() {
+  const char* v = std::getenv("QUEST_OPS_CHECK");
+  return v && *v && std::string(v) != "0";
+}
+
+inline void check_seq_lens(const Paging& g, int32_t B) {
+  for (int32_t b = 0; b < B; ++b)
+    STD_TORCH_CHECK(
+        g.seq_lens[b] >= 0 && g.seq_lens[b] <= g.capacity(), "seq_lens must be 0 to ", g.capacity(),
+        " (P * page_size), got ", g.seq_lens[b], " for sequence ", b);
+}
+
+// Entries [first, last) of a row must be physical pages; those past a sequence's pages are never read.
+inline void check_page_table(const Paging& g, int32_t b, int32_t first, int32_t last) {
+  for (int32_t i = first; i < last; ++i) {
+    const int32_t page = g.page_table[b * g.page_table_stride + i];
+    STD_TORCH_CHECK(
+        page >= 0 && page < g.N, "page_table must hold physical pages 0 to ", g.N - 1, ", got ", page,
+        " for sequence ", b, ", page ", i);
+  }
+}
+
+inline void check_values(const AppendParams& p) {
+  check_seq_lens(p.paging, p.size.B);
+  for (int32_t b = 0; b < p.size.B; ++b) {
+    const int32_t n = p.new_lens ? p.new_lens[b] : p.size.T, length = p.paging.seq_lens[b];
+    STD_TORCH_CHECK(
+        n >= 0 && n <= p.size.T, "new_lens must be 0 to ", p.size.T, " (T), got ", n, " for sequence ", b);
+    STD_TORCH_CHECK(
+        n <= p.paging.capacity() - length, "page_table must have room for seq_lens + new tokens, ", length, " + ", n,
+        " for sequence ", b, ", got ", p.paging.P, " pages of ", p.paging.page_size());
+    if (n) check_page_table(p.paging, b, length >> p.paging.page_shift, p.paging.pages_of(length + n));
+  }
+}
+
+inline void check_values(const UpdateBoundsParams& p) {
+  check_seq_lens(p.paging, p.size.B);
+  for (int32_t b = 0; b < p.size.B; ++b) {
+    const int32_t first = p.first_token ? p.first_token[b] : 0;
+    STD_TORCH_CHECK(first >= 0, "first_token must be at least 0, got ", first, " for sequence ", b);
+    check_page_table(p.paging, b, first >> p.paging.page_shift, p.paging.pages_of(p.paging.seq_lens[b]));
+  }
+}
+
+inline void check_values(const EstimateParams& p) {
+  check_seq_lens(p.paging, p.size.B);
+  for (int32_t b = 0; b < p.size.B; ++b) check_page_table(p.paging, b, 0, p.paging.pages_of(p.paging.seq_lens[b]));
+}
+
+inline void check_values(const TopkParams& p) { check_seq_lens(p.paging, p.size.B); }
+
+inline void check_values(const DecodeParams& p) {
+  check_seq_lens(p.paging, p.size.B);
+  for (int32_t b = 0; b < p.size.B; ++b) {
+    check_page_table(p.paging, b, 0, p.paging.pages_of(p.paging.seq_lens[b]));
+    if (!p.pages) continue;
+    for (int32_t t = 0; t < p.size.T; ++t)
+      for (int32_t h = 0; h < p.Hs; ++h)
+        for (int32_t i = 0; i < p.K; ++i) {
+          const int32_t page =
+              p.pages[b * p.pages_stride_b + t * p.pages_stride_t + h * p.pages_stride_h + i];
+          STD_TORCH_CHECK(
+              page >= -1 && page < p.paging.P, "pages must hold logical pages 0 to ", p.paging.P - 1,
+              ", or -1 as padding, got ", page, " for sequence ", b, ", head ", h);
+        }
+  }
+}
+
+}  // namespace quest

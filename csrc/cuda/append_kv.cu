@@ -1,0 +1,27 @@
+#include "append_kv.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+#include "../namespace.h"
+#include "launch.h"
+
+namespace quest::cuda {
+
+void append_kv(
+    Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
+    std::optional<Tensor> new_lens) {
+  const AppendParams p = check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens);
+  const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
+  const cudaStream_t stream = current_stream(k);
+  check_values_if_requested(p, stream);
+  const int64_t blocks = int64_t{p.size.B} * p.size.Hkv * p.max_touched;
+  if (blocks == 0) return;
+  dispatch_dtype(p.dtype, [&](auto element) {
+    append_kv_kernel<decltype(element)><<<grid_size(blocks, "append_kv"), kBoundsThreads, 0, stream>>>(p);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+QUEST_LIBRARY_IMPL(CUDA, m) { m.impl("append_kv", TORCH_BOX(&append_kv)); }
+
+}  // namespace quest::cuda

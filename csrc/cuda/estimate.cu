@@ -1,0 +1,48 @@
+#include "estimate.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+#include "../namespace.h"
+#include "launch.h"
+
+namespace quest::cuda {
+
+namespace {
+
+template <class T>
+void launch_estimate(const EstimateParams& p, cudaStream_t stream) {
+  const auto blocks = [&](int pages_a_tile) {
+    const int64_t tiles = (p.paging.P + pages_a_tile - 1) / pages_a_tile;
+    return grid_size(tiles * p.size.Hkv * p.size.B, "estimate");
+  };
+  if constexpr (sizeof(T) == 2) {
+    if (p.q.aligned && p.k_bounds.aligned) {
+      const auto launch = [&]<int D>(std::integral_constant<int, D>) {
+        estimate_mma_kernel<T, D><<<blocks(kMmaEstimatePages), kEstimateThreads, 0, stream>>>(p);
+      };
+      return dispatch_head_dim(p.size.D, launch);
+    }
+  }
+  estimate_simt_kernel<T><<<blocks(kEstimateThreads), kEstimateThreads, 0, stream>>>(p);
+}
+
+}  // namespace
+
+Tensor estimate(Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size) {
+  EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size);
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const cudaStream_t stream = current_stream(q);
+  check_values_if_requested(p, stream);
+  std::vector<int64_t> shape(q.sizes().begin(), q.sizes().end());
+  shape.back() = p.paging.P;
+  Tensor scores = torch::stable::empty(shape, ScalarType::Float, std::nullopt, q.device());
+  if (scores.numel() == 0) return scores;
+  p.scores = static_cast<float*>(scores.mutable_data_ptr());
+  dispatch_dtype(p.dtype, [&](auto element) { launch_estimate<decltype(element)>(p, stream); });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return scores;
+}
+
+QUEST_LIBRARY_IMPL(CUDA, m) { m.impl("estimate", TORCH_BOX(&estimate)); }
+
+}  // namespace quest::cuda

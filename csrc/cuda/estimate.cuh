@@ -1,0 +1,123 @@
+// estimate: scores[b, t, h, p] = q- . lower + q+ . upper of page p.
+//
+// A block owns a tile of pages of one sequence and KV head. The bounds are read once and meet all T * G query rows of
+// the head; the grid covers the capacity P, and blocks past the last page only write -inf.
+#pragma once
+
+#include "row_mma.cuh"
+
+namespace quest::cuda {
+
+constexpr int kEstimateWarps = 4;
+constexpr int kEstimateThreads = kEstimateWarps * kWarpSize;
+
+struct EstimateTile {
+  int b, head, first_page, pages, rows;  // rows: T * G query rows
+  __device__ EstimateTile(const EstimateParams& p, int pages_a_tile) {
+    const int tiles = (p.paging.P + pages_a_tile - 1) / pages_a_tile;
+    first_page = int(blockIdx.x % tiles) * pages_a_tile;
+    head = blockIdx.x / tiles % p.size.Hkv;
+    b = blockIdx.x / tiles / p.size.Hkv;
+    pages = p.paging.pages_of(p.paging.length(b));
+    rows = p.size.T * p.size.group();
+  }
+};
+
+// Query row i of the tile's KV head: new token i / G, head i % G of the group.
+template <class T>
+__device__ __forceinline__ const T* query_row(const Query& q, const Sizes& n, int b, int kv_head, int i) {
+  return static_cast<const T*>(q.data) + b * q.stride_b + i / n.group() * q.stride_t +
+         (kv_head * n.group() + i % n.group()) * q.stride_h;
+}
+
+__device__ __forceinline__ void write_score(
+    const EstimateParams& p, int b, int kv_head, int i, int page, float score) {
+  const int t = i / p.size.group(), h = kv_head * p.size.group() + i % p.size.group();
+  const bool seen = page < p.paging.pages_of(p.paging.visible(b, t, p.size.T));
+  p.scores[((int64_t{b} * p.size.T + t) * p.size.Hq + h) * p.paging.P + page] = seen ? score : -INFINITY;
+}
+
+// The bounds of a page, or null where the page does not exist. Where the table is wrong the scores become NaN.
+template <class T>
+__device__ __forceinline__ const T* bounds_row(
+    const EstimateParams& p, const EstimateTile& tile, int page, bool& broken) {
+  broken = false;
+  if (page >= tile.pages) return nullptr;
+  const int64_t physical = p.paging.physical(tile.b, page);
+  broken = physical < 0;
+  if (broken) return nullptr;
+  return static_cast<const T*>(p.k_bounds.data) + physical * p.k_bounds.stride_n + tile.head * p.k_bounds.stride_h;
+}
+
+constexpr int kMmaEstimatePages = kEstimateWarps * kMmaRows;
+
+template <class T, int D>
+__global__ void __launch_bounds__(kEstimateThreads) estimate_mma_kernel(const EstimateParams p) {
+  const EstimateTile tile(p, kMmaEstimatePages);
+  const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
+  const int first = tile.first_page + threadIdx.x / kWarpSize * kMmaRows;
+  if (first >= p.paging.P) return;
+
+  bool broken[2];
+  const T* const low = bounds_row<T>(p, tile, first + r, broken[0]);
+  const T* const high = bounds_row<T>(p, tile, first + r + 8, broken[1]);
+  SixteenRows<D> lower, upper;
+  lower.low.load(low);
+  lower.high.load(high);
+  upper.low.load(low ? low + p.k_bounds.stride_c : low);
+  upper.high.load(high ? high + p.k_bounds.stride_c : high);
+
+  for (int i = 0; i < tile.rows; i += kMmaHeads) {
+    RowPieces<D> query;
+    query.load(i + r < tile.rows ? query_row<T>(p.q, p.size, tile.b, tile.head, i + r) : nullptr);
+    float acc[4] = {};
+    dot<T>(acc, lower, negative_part<T>(query));
+    dot<T>(acc, upper, positive_part<T>(query));
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int row = i + 2 * c + e % 2, page = first + r + e / 2 * 8;
+      if (row < tile.rows && page < p.paging.P)
+        write_score(p, tile.b, tile.head, row, page, broken[e / 2] ? NAN : acc[e]);
+    }
+  }
+}
+
+// Float32, and caches whose strides forbid 16-byte loads: a thread owns a page and eight query rows at a time.
+constexpr int kSimtRows = 8;
+constexpr int kMaxHeadDim = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const EstimateParams p) {
+  __shared__ float query[kSimtRows][kMaxHeadDim];
+  const EstimateTile tile(p, kEstimateThreads);
+  const int page = tile.first_page + threadIdx.x, D = p.size.D;
+  bool broken;
+  const T* const lower = bounds_row<T>(p, tile, page, broken);
+  const T* const upper = lower ? lower + p.k_bounds.stride_c : lower;
+
+  for (int i = 0; i < tile.rows; i += kSimtRows) {
+    __syncthreads();
+    for (int x = threadIdx.x; x < kSimtRows * D; x += kEstimateThreads)
+      query[x / D][x % D] =
+          i + x / D < tile.rows ? to_float(query_row<T>(p.q, p.size, tile.b, tile.head, i + x / D)[x % D]) : 0.f;
+    __syncthreads();
+    float acc[kSimtRows] = {};
+    if (lower)
+      for (int d = 0; d < D; d += Vec<T>::kSize) {
+        const Vec<T> lo = load_vec(lower + d, p.k_bounds.aligned), hi = load_vec(upper + d, p.k_bounds.aligned);
+#pragma unroll
+        for (int j = 0; j < Vec<T>::kSize; ++j)
+#pragma unroll
+          for (int row = 0; row < kSimtRows; ++row) {
+            const float q = query[row][d + j];
+            acc[row] += nan_min(0.f, q) * to_float(lo.at[j]) + nan_max(0.f, q) * to_float(hi.at[j]);
+          }
+      }
+#pragma unroll
+    for (int row = 0; row < kSimtRows; ++row)
+      if (i + row < tile.rows && page < p.paging.P)
+        write_score(p, tile.b, tile.head, i + row, page, broken ? NAN : acc[row]);
+  }
+}
+
+}  // namespace quest::cuda

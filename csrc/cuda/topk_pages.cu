@@ -1,0 +1,48 @@
+#include "topk_pages.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+#include "../namespace.h"
+#include "launch.h"
+
+namespace quest::cuda {
+
+namespace {
+
+void launch_topk(const TopkParams& p, cudaStream_t stream) {
+  const unsigned rows = grid_size(int64_t{p.size.B} * p.size.T * p.Hs, "topk_pages");
+  const size_t shared = 2 * sizeof(float) * (p.size.Hq / p.Hs);
+  const int rounds = (p.paging.P + kTopkThreads - 1) / kTopkThreads;
+  const auto launch = [&](auto per_thread) {
+    topk_pages_kernel<per_thread.value><<<rows, kTopkThreads, shared, stream>>>(p);
+  };
+  if (rounds <= 2) launch(std::integral_constant<int, 2>{});
+  else if (rounds <= 8) launch(std::integral_constant<int, 8>{});
+  else if (rounds <= 16) launch(std::integral_constant<int, 16>{});
+  else launch(std::integral_constant<int, 0>{});
+}
+
+}  // namespace
+
+Tensor topk_pages(
+    Tensor scores, Tensor seq_lens, int64_t page_size, int64_t k, int64_t num_kv_heads, int64_t group_reduce,
+    int64_t sink_pages, int64_t recent_pages, double scale) {
+  TopkParams p = check_topk_pages(
+      scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale);
+  const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
+  const cudaStream_t stream = current_stream(scores);
+  check_values_if_requested(p, stream);
+  std::vector<int64_t> shape(scores.sizes().begin(), scores.sizes().end());
+  shape.back() = p.K;
+  shape[shape.size() - 2] = p.Hs;
+  Tensor pages = torch::stable::empty(shape, ScalarType::Int, std::nullopt, scores.device());
+  if (pages.numel() == 0) return pages;
+  p.pages = static_cast<int32_t*>(pages.mutable_data_ptr());
+  launch_topk(p, stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return pages;
+}
+
+QUEST_LIBRARY_IMPL(CUDA, m) { m.impl("topk_pages", TORCH_BOX(&topk_pages)); }
+
+}  // namespace quest::cuda

@@ -1,0 +1,26 @@
+#include "update_bounds.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+#include "../namespace.h"
+#include "launch.h"
+
+namespace quest::cuda {
+
+void update_bounds(
+    Tensor k_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens, std::optional<Tensor> first_token) {
+  const UpdateBoundsParams p = check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token);
+  const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());
+  const cudaStream_t stream = current_stream(k_cache);
+  check_values_if_requested(p, stream);
+  const int64_t blocks = int64_t{p.size.B} * p.size.Hkv * p.paging.P;
+  if (blocks == 0) return;
+  dispatch_dtype(p.dtype, [&](auto element) {
+    update_bounds_kernel<decltype(element)><<<grid_size(blocks, "update_bounds"), kBoundsThreads, 0, stream>>>(p);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+QUEST_LIBRARY_IMPL(CUDA, m) { m.impl("update_bounds", TORCH_BOX(&update_bounds)); }
+
+}  // namespace quest::cuda

@@ -1,0 +1,143 @@
+// What the kernels see: pointers, strides in elements, sizes. No torch types, so that a kernel reads and builds alone.
+//
+// Words: B sequences, T new tokens each, Hq query heads, Hkv KV heads, G = Hq / Hkv, D head_dim, S page_size,
+// N physical pages, P logical pages a sequence may have, K selected pages, Hs selection heads (Hkv or Hq).
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define QUEST_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define QUEST_HOST_DEVICE inline
+#endif
+
+namespace quest {
+
+enum class DType : int32_t { f32, f16, bf16 };
+
+// How the scores of the heads of a group become one list of pages. The numbers are part of the operator's schema.
+enum class GroupReduce : int32_t { none = 0, max = 1, sum = 2, soft = 3 };
+
+struct Sizes {
+  int32_t B, T, Hq, Hkv, D;
+  QUEST_HOST_DEVICE int32_t group() const { return Hq / Hkv; }
+};
+
+// Where the tokens of each sequence are. Reads are clamped to the tables: whatever they hold, no kernel leaves them.
+struct Paging {
+  const int32_t* page_table;  // [B, P]
+  int64_t page_table_stride;
+  const int32_t* seq_lens;    // [B]
+  int32_t P, N, page_shift;   // S = 1 << page_shift
+
+  QUEST_HOST_DEVICE int32_t page_size() const { return 1 << page_shift; }
+  QUEST_HOST_DEVICE int32_t capacity() const { return P << page_shift; }
+  QUEST_HOST_DEVICE int32_t pages_of(int32_t tokens) const { return (tokens + page_size() - 1) >> page_shift; }
+
+  QUEST_HOST_DEVICE int32_t length(int32_t b) const {
+    const int32_t n = seq_lens[b];
+    return n < 0 ? 0 : n > capacity() ? capacity() : n;
+  }
+  // Tokens that new token t of T may attend to: those before it and itself.
+  QUEST_HOST_DEVICE int32_t visible(int32_t b, int32_t t, int32_t T) const {
+    const int32_t n = length(b) - (T - 1 - t);
+    return n < 0 ? 0 : n;
+  }
+  // The physical page, or -1 where a table holds a number that it must not.
+  QUEST_HOST_DEVICE int32_t physical(int32_t b, int32_t logical) const {
+    if (logical < 0 || logical >= P) return -1;
+    const int32_t page = page_table[b * page_table_stride + logical];
+    return page < 0 || page >= N ? -1 : page;
+  }
+};
+
+struct Query {       // [B, T, Hq, D]; a [B, Hq, D] tensor has T = 1
+  const void* data;
+  int64_t stride_b, stride_t, stride_h;
+  bool aligned;      // base and strides are multiples of 16 bytes; likewise below
+};
+
+struct Cache {       // [N, Hkv, S, D], keys or values
+  void* data;
+  int64_t stride_n, stride_h, stride_s;
+  bool aligned;
+};
+
+struct Bounds {      // [N, Hkv, 2, D]: lower, upper
+  void* data;
+  int64_t stride_n, stride_h, stride_c;
+  bool aligned;
+};
+
+struct NewTokens {   // [B, T, Hkv, D], keys or values
+  const void* data;
+  int64_t stride_b, stride_t, stride_h;
+  bool aligned;
+};
+
+struct AppendParams {
+  DType dtype;
+  Sizes size;                // T: the new tokens of the longest row
+  Paging paging;             // seq_lens: tokens before the call
+  NewTokens k, v;
+  Cache k_cache, v_cache;
+  Bounds k_bounds;
+  const int32_t* new_lens;   // [B] or null: T for every row
+  int32_t max_touched;       // pages that T new tokens can touch
+
+  QUEST_HOST_DEVICE int32_t new_tokens(int32_t b) const {
+    if (!new_lens) return size.T;
+    const int32_t n = new_lens[b];
+    return n < 0 ? 0 : n > size.T ? size.T : n;
+  }
+};
+
+struct UpdateBoundsParams {
+  DType dtype;
+  Sizes size;
+  Paging paging;
+  Cache k_cache;
+  Bounds k_bounds;
+  const int32_t* first_token;  // [B] or null: from the first page on
+};
+
+struct EstimateParams {
+  DType dtype;
+  Sizes size;
+  Paging paging;
+  Query q;
+  Bounds k_bounds;
+  float* scores;  // [B, T, Hq, P] contiguous
+};
+
+struct TopkParams {
+  Sizes size;      // D unused
+  Paging paging;   // page_table unused
+  const float* scores;  // [B, T, Hq, P]
+  int64_t stride_b, stride_t, stride_h;
+  int32_t Hs, K, sink_pages, recent_pages;
+  GroupReduce reduce;
+  float scale;     // of the scores, for GroupReduce::soft
+  int32_t* pages;  // [B, T, Hs, K] contiguous
+};
+
+struct DecodeParams {
+  DType dtype;
+  Sizes size;
+  Paging paging;
+  Query q;
+  Cache k_cache, v_cache;
+  const int32_t* pages;  // [B, T, Hs, K], or null: every page of the sequence
+  int64_t pages_stride_b, pages_stride_t, pages_stride_h;
+  int32_t Hs, K;         // without pages: Hs = Hkv, K = P
+  float scale;
+  void* out;             // [B, T, Hq, D] contiguous, dtype
+  float* lse;            // [B, T, Hq] contiguous
+  // Scratch: one partial result for each chunk of the page list, see sparse_decode.
+  int32_t chunks;
+  float* partial_out;    // [B, T, Hq, chunks, D]
+  float* partial_lse;    // [B, T, Hq, chunks]
+};
+
+}  // namespace quest

@@ -1,0 +1,144 @@
+"""Finds and loads the compiled libraries, and gives their operators what PyTorch asks of them in Python.
+
+Two plain libraries, both built on LibTorch's stable ABI: ``_C`` with the schemas and the CPU kernels, ``_C_cuda`` with
+the CUDA kernels, loaded only where torch itself is built for CUDA.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.resources
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+MINIMUM_TORCH = (2, 10)
+
+
+def _find(stem: str) -> Path | None:
+    # importlib.resources also follows editable installs, where the libraries are not beside this file.
+    suffix = ".dll" if sys.platform == "win32" else ".so"
+    entry = importlib.resources.files(__package__) / (stem + suffix)
+    return Path(str(entry)) if entry.is_file() else None
+
+
+def _load(path: Path) -> None:
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"quest_ops could not load {path.name} with torch {torch.__version__}: {error}. It was built for another "
+            f"torch, CUDA or processor: rebuild it with `pip install --no-build-isolation --force-reinstall quest_ops`."
+        ) from error
+
+
+def _check_torch_version() -> None:
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if found < MINIMUM_TORCH:
+        needed = ".".join(map(str, MINIMUM_TORCH))
+        raise ImportError(
+            f"quest_ops needs torch {needed} or newer, found {torch.__version__}: run `pip install 'torch>={needed}'`."
+        )
+
+
+def _build_info(path: Path, symbol: str) -> dict[str, Any]:
+    function = getattr(ctypes.CDLL(str(path)), symbol)
+    function.restype = ctypes.c_char_p
+    info: dict[str, Any] = json.loads(function().decode())
+    return info
+
+
+_check_torch_version()
+_cpu_path = _find("_C")
+if _cpu_path is None:
+    raise ImportError(
+        "quest_ops found no compiled library _C beside its Python files: build it with "
+        "`pip install --no-build-isolation .` in the project's folder."
+    )
+_load(_cpu_path)
+
+#: What the CPU library says of its build: namespace, version, torch target, compiler, instruction set in use.
+build_info: dict[str, Any] = _build_info(_cpu_path, "quest_ops_build_info")
+#: The operator namespace, ``quest`` unless the build set its own QUEST_NAMESPACE.
+NAMESPACE: str = build_info["namespace"]
+
+#: Why the CUDA kernels are not there, or None where they are.
+cuda_missing: str | None = None
+#: What the CUDA library says of its build, or None.
+cuda_build_info: dict[str, Any] | None = None
+
+_cuda_path = _find("_C_cuda")
+if torch.version.cuda is None:
+    cuda_missing = f"torch {torch.__version__} is not built for CUDA"
+elif _cuda_path is None:
+    cuda_missing = (
+        "this build of quest_ops has no CUDA library: install nvcc and rebuild with "
+        "`pip install --no-build-isolation -C cmake.define.QUEST_CUDA=ON .`"
+    )
+else:
+    _load(_cuda_path)
+    cuda_build_info = _build_info(_cuda_path, "quest_ops_cuda_build_info")
+    if cuda_build_info["namespace"] != NAMESPACE or cuda_build_info["version"] != build_info["version"]:
+        raise ImportError(
+            f"quest_ops found _C {build_info['version']} and _C_cuda {cuda_build_info['version']} of different builds: "
+            f"rebuild both with `pip install --no-build-isolation --force-reinstall quest_ops`."
+        )
+
+ops = getattr(torch.ops, NAMESPACE)
+
+
+def _fake(name: str) -> Any:
+    return torch.library.register_fake(f"{NAMESPACE}::{name}")
+
+
+@_fake("append_kv")
+def _append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens=None):  # type: ignore[no-untyped-def]
+    return None
+
+
+@_fake("update_bounds")
+def _update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token=None):  # type: ignore[no-untyped-def]
+    return None
+
+
+@_fake("estimate")
+def _estimate(q, k_bounds, page_table, seq_lens, page_size):  # type: ignore[no-untyped-def]
+    return q.new_empty((*q.shape[:-1], page_table.shape[1]), dtype=torch.float32)
+
+
+@_fake("topk_pages")
+def _topk_pages(  # type: ignore[no-untyped-def]
+    scores,
+    seq_lens,
+    page_size,
+    k,
+    num_kv_heads,
+    group_reduce=1,
+    sink_pages=0,
+    recent_pages=1,
+    scale=1.0,
+):
+    heads = scores.shape[-2] if group_reduce == 0 else num_kv_heads
+    return scores.new_empty((*scores.shape[:-2], heads, k), dtype=torch.int32)
+
+
+@_fake("sparse_decode")
+def _sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages=None, scale=None):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _refuse_backward(name: str) -> Any:
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{NAMESPACE}::{name} has no backward: quest_ops is for decoding. Call it under torch.no_grad() or "
+            f"torch.inference_mode(), or train with dense attention."
+        )
+
+    return backward
+
+
+for _name in ("estimate", "sparse_decode"):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _refuse_backward(_name))

@@ -1,0 +1,185 @@
+"""The specification: Quest (Tang et al., ICML 2024) in float64 and plain PyTorch, written to be read with the paper.
+
+Every operator is judged against these functions. They take the operators' tensors (shapes in :mod:`quest_ops.ops`),
+return new tensors instead of writing into their arguments, loop where a loop is clearer, and share no code with the
+kernels. ``T`` new tokens are the last ``T`` of the sequence; a ``q`` of three dimensions is one new token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def visible_tokens(length: int, t: int, num_new: int) -> int:
+    """How many tokens new token ``t`` of ``num_new`` may attend to: those before it, and itself."""
+    return max(0, length - (num_new - 1 - t))
+
+
+def num_pages(tokens: int, page_size: int) -> int:
+    return math.ceil(tokens / page_size)
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_bounds: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    new_lens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write the new tokens behind ``seq_lens`` and renew the bounds of each page touched."""
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    page_size = k_cache.shape[2]
+    counts = torch.full_like(seq_lens, k.shape[1]) if new_lens is None else new_lens
+    for b, (length, count) in enumerate(zip(seq_lens.tolist(), counts.tolist(), strict=True)):
+        for t in range(count):
+            page, slot = divmod(length + t, page_size)
+            physical = int(page_table[b, page])
+            k_cache[physical, :, slot] = k[b, t]
+            v_cache[physical, :, slot] = v[b, t]
+    # A row without new tokens touches no page: its first token to update lies past its last page.
+    first_token = torch.where(counts > 0, seq_lens, torch.iinfo(torch.int32).max)
+    bounds = update_bounds(k_cache, k_bounds, page_table, seq_lens + counts, first_token)
+    return k_cache, v_cache, bounds
+
+
+def update_bounds(
+    k_cache: Tensor,
+    k_bounds: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    first_token: Tensor | None = None,
+) -> Tensor:
+    """Elementwise minimum and maximum of the keys of each page, from the page of ``first_token`` to the last."""
+    k_bounds = k_bounds.clone()
+    page_size = k_cache.shape[2]
+    for b, length in enumerate(seq_lens.tolist()):
+        first_page = 0 if first_token is None else int(first_token[b]) // page_size
+        for page in range(first_page, num_pages(length, page_size)):
+            physical = int(page_table[b, page])
+            keys = k_cache[physical, :, : length - page * page_size]
+            k_bounds[physical, :, 0] = keys.amin(1)
+            k_bounds[physical, :, 1] = keys.amax(1)
+    return k_bounds
+
+
+def estimate(q: Tensor, k_bounds: Tensor, page_table: Tensor, seq_lens: Tensor, page_size: int) -> Tensor:
+    """The paper's criticality: ``sum_d max(q_d * lower_d, q_d * upper_d)``, an upper bound of q.k over the page.
+
+    A positive q_d is largest against the upper bound and a negative one against the lower, so this is
+    ``q+ . upper + q- . lower`` with ``q+ = max(q, 0)`` and ``q- = min(q, 0)``. -inf past the last page.
+    """
+    if q.dim() == 3:
+        return estimate(q[:, None], k_bounds, page_table, seq_lens, page_size)[:, 0]
+    B, T, Hq, _ = q.shape
+    group = Hq // k_bounds.shape[1]
+    scores = torch.full((B, T, Hq, page_table.shape[1]), -math.inf, dtype=torch.float64, device=q.device)
+    for b, length in enumerate(seq_lens.tolist()):
+        for t in range(T):
+            n = num_pages(visible_tokens(length, t, T), page_size)
+            bounds = k_bounds[page_table[b, :n].long()].double()  # [n, Hkv, 2, D]
+            lower, upper = bounds.repeat_interleave(group, 1).unbind(2)  # [n, Hq, D]
+            query = q[b, t].double()
+            scores[b, t, :, :n] = ((query.clamp(min=0) * upper).sum(-1) + (query.clamp(max=0) * lower).sum(-1)).T
+    return scores
+
+
+def reduce_group(scores: Tensor, num_kv_heads: int, how: str, scale: float = 1.0) -> Tensor:
+    """One score a page for the heads that share a list: scores [Hq, n] -> [Hs, n]."""
+    if how == "none":
+        return scores
+    grouped = scores.unflatten(0, (num_kv_heads, -1))
+    if how == "max":
+        return grouped.amax(1)
+    if how == "sum":
+        return grouped.sum(1)
+    if how == "soft":
+        return (grouped * scale).softmax(-1).sum(1)
+    raise ValueError(f"group_reduce must be none, max, sum or soft, got {how!r}")
+
+
+def topk_pages(
+    scores: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    k: int,
+    num_kv_heads: int,
+    group_reduce: str = "max",
+    sink_pages: int = 0,
+    recent_pages: int = 1,
+    scale: float = 1.0,
+) -> Tensor:
+    """The k best pages of each row, ascending and padded with -1.
+
+    The first ``sink_pages`` and the last ``recent_pages`` pages are always among them. Ties go to the lower page; NaN
+    ranks above everything.
+    """
+    if scores.dim() == 3:
+        args = (seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale)
+        return topk_pages(scores[:, None], *args)[:, 0]
+    B, T, Hq, _ = scores.shape
+    heads = Hq if group_reduce == "none" else num_kv_heads
+    pages = torch.full((B, T, heads, k), -1, dtype=torch.int32, device=scores.device)
+    for b, length in enumerate(seq_lens.tolist()):
+        for t in range(T):
+            n = num_pages(visible_tokens(length, t, T), page_size)
+            if n == 0:
+                continue
+            reduced = reduce_group(scores[b, t, :, :n].double(), num_kv_heads, group_reduce, scale)
+            for h, row in enumerate(reduced.tolist()):
+
+                def rank(page: int, row: list[float] = row, n: int = n) -> tuple[bool, bool, float, int]:
+                    forced = page < sink_pages or page >= n - recent_pages
+                    nan = math.isnan(row[page])
+                    return not forced, not nan, 0.0 if nan else -row[page], page
+
+                best = sorted(sorted(range(n), key=rank)[:k])
+                pages[b, t, h, : len(best)] = torch.tensor(best, dtype=torch.int32)
+    return pages
+
+
+def sparse_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    pages: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the tokens of the selected pages (all pages where ``pages`` is None), with its lse."""
+    if q.dim() == 3:
+        pages = None if pages is None else pages[:, None]
+        out, lse = sparse_decode(q[:, None], k_cache, v_cache, page_table, seq_lens, pages, scale)
+        return out[:, 0], lse[:, 0]
+    B, T, Hq, D = q.shape
+    page_size = k_cache.shape[2]
+    kv_group = Hq // k_cache.shape[1]
+    scale = D**-0.5 if scale is None else scale
+    out = torch.zeros((B, T, Hq, D), dtype=torch.float64, device=q.device)
+    lse = torch.full((B, T, Hq), -math.inf, dtype=torch.float64, device=q.device)
+    for b, length in enumerate(seq_lens.tolist()):
+        for t in range(T):
+            visible = visible_tokens(length, t, T)
+            for h in range(Hq):
+                if pages is None:
+                    chosen = torch.arange(num_pages(visible, page_size), device=q.device)
+                else:
+                    chosen = pages[b, t, h // (Hq // pages.shape[2])].long()
+                    chosen = chosen[chosen >= 0]
+                position = (chosen[:, None] * page_size + torch.arange(page_size, device=q.device)).flatten()
+                seen = position < visible
+                if not bool(seen.any()):
+                    continue  # an empty row: 0 and -inf
+                physical = page_table[b, chosen].long()
+                keys = k_cache[physical, h // kv_group].flatten(0, 1)[seen].double()
+                values = v_cache[physical, h // kv_group].flatten(0, 1)[seen].double()
+                score = keys @ q[b, t, h].double() * scale
+                lse[b, t, h] = score.logsumexp(0)
+                out[b, t, h] = score.softmax(0) @ values
+    return out, lse
