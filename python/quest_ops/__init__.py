@@ -1,0 +1,29 @@
+"""Quest sparse attention (Tang et al., ICML 2024) as PyTorch operators: the public names."""
+
+from ._library import build_info
+from .attention import QuestConfig, attention_path, quest_attention, select_pages
+from .cache import PagedKVCache
+from .ops import append_kv, estimate, sparse_decode, topk_pages, update_bounds
+from .pages import CacheFullError
+from .views import PageView, empty_bounds, page_view_bhld, page_view_blhd
+
+__version__: str = build_info["version"]
+
+__all__ = [
+    "CacheFullError",
+    "PageView",
+    "PagedKVCache",
+    "QuestConfig",
+    "__version__",
+    "append_kv",
+    "attention_path",
+    "empty_bounds",
+    "estimate",
+    "page_view_bhld",
+    "page_view_blhd",
+    "quest_attention",
+    "select_pages",
+    "sparse_decode",
+    "topk_pages",
+    "update_bounds",
+]

@@ -1,0 +1,241 @@
+"""Quest attention over a PagedKVCache: append, then estimate, topk_pages, sparse_decode, or dense where that is right.
+
+The algorithm is Quest's (Tang et al., ICML 2024): the first layers and the prefill are dense, and a decoded token reads
+the pages whose keys may score highest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .cache import PAGE_SIZES, PagedKVCache
+from .ops import GroupReduce, estimate, sparse_decode, topk_pages
+
+#: The most new tokens a sequence that the decode kernels take; more is a prefill.
+MAX_DECODE_TOKENS = 8
+# Queries attended to at a time where a mask is needed, which bounds its size.
+_MASKED_QUERIES = 1024
+
+
+@dataclass(frozen=True)
+class QuestConfig:
+    """How Quest selects pages.
+
+    Args:
+        budget: tokens a head reads, at least a page; rounded down to whole pages.
+        page_size: S, that of the cache.
+        sink_pages: first pages that are always read, counted in the budget.
+        recent_pages: last pages that are always read, counted in the budget; 1 keeps the page being written.
+        dense_layers: first layers that read everything, as in the paper.
+        group_reduce: how the query heads of a KV head agree on pages: "max", "sum", "soft" or "none", see
+            :func:`quest_ops.topk_pages`.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    budget: int = 2048
+    page_size: int = 16
+    sink_pages: int = 0
+    recent_pages: int = 1
+    dense_layers: int = 2
+    group_reduce: GroupReduce = "max"
+
+    def __post_init__(self) -> None:
+        if self.page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size must be one of {', '.join(map(str, PAGE_SIZES))}, got {self.page_size}")
+        if self.budget < self.page_size:
+            raise ValueError(f"budget must be at least a page, {self.page_size} tokens, got {self.budget}")
+        for name in ("sink_pages", "recent_pages", "dense_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.sink_pages + self.recent_pages > self.num_pages:
+            raise ValueError(
+                f"sink_pages + recent_pages must be at most the {self.num_pages} pages of the budget, "
+                f"got {self.sink_pages} + {self.recent_pages}"
+            )
+        if self.group_reduce not in get_args(GroupReduce):
+            raise ValueError(
+                f"group_reduce must be one of {', '.join(get_args(GroupReduce))}, got {self.group_reduce!r}"
+            )
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the budget."""
+        return self.budget // self.page_size
+
+
+def attention_path(
+    cache: PagedKVCache, layer: int, config: QuestConfig, num_new: int = 1
+) -> Literal["prefill", "dense", "sparse"]:
+    """What :func:`quest_attention` runs for ``num_new`` tokens in this layer: the function it asks itself.
+
+    "prefill" and "dense" read the whole context. "sparse" reads at most ``config.budget`` tokens of it.
+    """
+    if num_new > MAX_DECODE_TOKENS:
+        return "prefill"
+    if layer < config.dense_layers or cache.pages_per_sequence <= config.num_pages:
+        return "dense"
+    return "sparse"
+
+
+def select_pages(
+    q: Tensor,
+    k_bounds: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    config: QuestConfig,
+    scale: float | None = None,
+) -> Tensor:
+    """The pages Quest reads: estimate, then topk_pages.
+
+    Args:
+        q: [B, Hq, D], or [B, T, Hq, D] for the last T (1 to 8) tokens of each sequence.
+        k_bounds: [N, Hkv, 2, D].
+        page_table: [B, P] int32.
+        seq_lens: [B] int32, tokens in the cache, those of q included.
+        scale: the attention's softmax scale, 1 / sqrt(D) by default; only group_reduce "soft" depends on it.
+
+    Returns:
+        int32 [B, Hs, K] or [B, T, Hs, K] with K = config.num_pages: logical pages, ascending, -1 at the end where there
+        are fewer. Hs is Hq for group_reduce "none", else Hkv.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = estimate(q, k_bounds, page_table, seq_lens, config.page_size)
+    return topk_pages(
+        scores,
+        seq_lens,
+        config.page_size,
+        config.num_pages,
+        k_bounds.shape[1],
+        config.group_reduce,
+        config.sink_pages,
+        config.recent_pages,
+        scale,
+    )
+
+
+def quest_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: PagedKVCache,
+    layer: int,
+    config: QuestConfig,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of the step's tokens over a layer of the cache, which gets their keys and values first.
+
+    Call ``cache.advance(T)`` once a step, before the layers. Reads no length on the host; works under torch.compile
+    (fullgraph) and in CUDA graphs.
+
+    1 to 8 tokens are decoded by Quest, each with pages of its own; densely in the first ``config.dense_layers`` layers
+    and where the cache's capacity fits the budget. A sequence that is no longer than the budget reads all its pages,
+    with the dense result bit for bit. More tokens are a prefill and dense: if all sequences start empty, by PyTorch's
+    causal attention on q, k, v as they are; otherwise over a contiguous copy of the layer's keys and values, as long as
+    the longest sequence by the host's account (as the cache's capacity in compiled and captured code), with a mask of
+    B * min(T, 1024) entries for each of those tokens.
+
+    Args:
+        q: [B, T, Hq, D], or [B, Hq, D] for one token.
+        k, v: [B, T, Hkv, D], or [B, Hkv, D]. Keys with RoPE applied.
+        cache: holds the step's lengths; of the tokens of a row those past its ``new_lens`` are padding.
+        layer: index of the layer in the cache.
+        config: its page_size must be the cache's.
+        scale: of the scores before the softmax, 1 / sqrt(D) by default.
+
+    Returns:
+        Like q. Padding gives 0.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together, before anything is written.
+        RuntimeError: ``cache.advance`` was not called for this step; or as the operators.
+    """
+    _check(q, k, v, cache, config)
+    if q.dim() == 3:
+        return quest_attention(q[:, None], k[:, None], v[:, None], cache, layer, config, scale)[:, 0]
+    cache.append(layer, k, v)
+    path = attention_path(cache, layer, config, q.shape[1])
+    if path != "prefill":
+        return _decode(q, cache, layer, config if path == "sparse" else None, scale)
+    return _prefill_first(q, k, v, cache, scale) if cache.starts_empty else _prefill_next(q, cache, layer, scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, config: QuestConfig) -> None:
+    if config.page_size != cache.page_size:
+        raise ValueError(f"config.page_size must be the cache's, {cache.page_size}, got {config.page_size}")
+    if q.dim() not in (3, 4):
+        raise ValueError(f"q must have shape [B, Hq, D] or [B, T, Hq, D], got {list(q.shape)}")
+    B, Hkv, D = cache.batch_size, cache.num_kv_heads, cache.head_dim
+    T = list(q.shape[1:-2])
+    if q.shape[0] != B or q.shape[-1] != D or q.shape[-2] == 0 or q.shape[-2] % Hkv != 0:
+        wanted = [B, *T, f"a multiple of {Hkv}", D]
+        raise ValueError(f"q must have shape [{', '.join(map(str, wanted))}] to go with the cache, got {list(q.shape)}")
+    for name, tensor in (("k", k), ("v", v)):
+        if list(tensor.shape) != [B, *T, Hkv, D]:
+            raise ValueError(f"{name} must have shape {[B, *T, Hkv, D]} to go with q, got {list(tensor.shape)}")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype != cache.k_cache.dtype or tensor.device != cache.device:
+            raise ValueError(
+                f"{name} must be {cache.k_cache.dtype} on {cache.device} like the cache, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _decode(q: Tensor, cache: PagedKVCache, layer: int, config: QuestConfig | None, scale: float | None) -> Tensor:
+    k_cache, v_cache, k_bounds = cache.layer(layer)
+    page_table, seq_lens, rows = cache.page_table, cache.seq_lens, q
+    if cache.ragged:
+        # A row's tokens come first in it, not last: each becomes a sequence of its own that ends with it, or is empty.
+        seq_lens = torch.where(_is_real(q, cache), _visible(q, cache), 0).flatten()
+        page_table = page_table.repeat_interleave(q.shape[1], 0)
+        rows = q.flatten(0, 1)
+    pages = None if config is None else select_pages(rows, k_bounds, page_table, seq_lens, config, scale)
+    out, _ = sparse_decode(rows, k_cache, v_cache, page_table, seq_lens, pages, scale)
+    return out.view(q.shape)
+
+
+def _prefill_first(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, scale: float | None) -> Tensor:
+    padding = ~_is_real(q, cache)[:, :, None, None] if cache.ragged else None
+    if padding is not None:
+        # No token looks at padding behind it, but a weight of 0 times a NaN there would still be NaN.
+        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+    gqa = q.shape[2] != k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa).transpose(1, 2)
+    return out if padding is None else out.masked_fill(padding, 0)
+
+
+def _prefill_next(q: Tensor, cache: PagedKVCache, layer: int, scale: float | None) -> Tensor:
+    """Dense attention of tokens that follow others: over a contiguous copy of the pages."""
+    table = cache.page_table[:, : cache.pages_in_use].clamp(min=0)
+    position = torch.arange(table.shape[1] * cache.page_size, device=q.device)
+    unwritten = (position >= cache.seq_lens[:, None])[:, None, :, None]
+    k, v = (
+        pool[table].transpose(1, 2).flatten(2, 3).masked_fill_(unwritten, 0)  # [B, Hkv, tokens, D]
+        for pool in cache.layer(layer)[:2]
+    )
+    gqa = q.shape[2] != k.shape[1]
+    queries, ends = (torch.split(x, _MASKED_QUERIES, 1) for x in (q, _visible(q, cache)))
+    outs = []
+    for part, until in zip(queries, ends, strict=True):
+        mask = (position < until[:, :, None])[:, None]
+        out = scaled_dot_product_attention(part.transpose(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        outs.append(out.transpose(1, 2))
+    out = torch.cat(outs, 1)
+    return out.masked_fill(~_is_real(q, cache)[:, :, None, None], 0) if cache.ragged else out
+
+
+def _is_real(q: Tensor, cache: PagedKVCache) -> Tensor:
+    """[B, T]: whether a token is one of its row's, not padding."""
+    return torch.arange(q.shape[1], dtype=torch.int32, device=q.device) < cache.new_lens[:, None]
+
+
+def _visible(q: Tensor, cache: PagedKVCache) -> Tensor:
+    """[B, T] int32: tokens that a token may attend to, itself included. At least 1, so no mask row is empty."""
+    return cache.start_lens[:, None] + torch.arange(1, q.shape[1] + 1, dtype=torch.int32, device=q.device)

@@ -1,0 +1,138 @@
+"""The host's account of a paged cache: which sequence owns which page, and how long each sequence is.
+
+Plain Python, one entry a sequence and a page; it never sees the device. Lengths are kept as a lower and an upper bound:
+they are equal unless a step's lengths were given on the device, where the host does not read them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+
+class CacheFullError(RuntimeError):
+    """The pool has too few free pages, or a sequence would outgrow ``max_tokens``. Nothing was changed."""
+
+
+class NewPage(NamedTuple):
+    """A page that a sequence was given; ``copy_of`` is the shared page it replaces, or None."""
+
+    sequence: int
+    logical: int
+    page: int
+    copy_of: int | None
+
+
+class PageAccount:
+    """Owners of pages and bounds of lengths. A page with several owners is shared by forks and must not be written.
+
+    Args:
+        sequences: B.
+        num_pages: N, pages in the pool.
+        page_size: S.
+        max_tokens: the longest a sequence may become.
+    """
+
+    def __init__(self, sequences: int, num_pages: int, page_size: int, max_tokens: int) -> None:
+        self.num_pages, self.page_size, self.max_tokens = num_pages, page_size, max_tokens
+        self.free = list(range(num_pages - 1, -1, -1))
+        self.owners = [0] * num_pages
+        self.tables: list[list[int]] = [[] for _ in range(sequences)]
+        self.low, self.high = [0] * sequences, [0] * sequences
+        self._owned_from = [0] * sequences  # logical pages from here on are known to have one owner
+
+    def page_count(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def reserved_tokens(self, sequence: int) -> int:
+        return min(len(self.tables[sequence]) * self.page_size, self.max_tokens)
+
+    def shared(self, sequence: int, logical: int) -> bool:
+        return self.owners[self.tables[sequence][logical]] > 1
+
+    def reserve(self, counts: list[int]) -> list[NewPage]:
+        """Give each sequence the pages for its count of new tokens, and copies of the shared pages these would write.
+
+        Raises:
+            CacheFullError: before anything has changed.
+        """
+        wanted = self._missing_pages(counts)
+        if len(wanted) > len(self.free):
+            raise CacheFullError(
+                f"out of pages: {len(wanted)} needed, {len(self.free)} of num_pages = {self.num_pages} are free; "
+                f"free or crop a sequence, or make the cache with more pages"
+            )
+        for b, count in enumerate(counts):
+            if count:
+                self._owned_from[b] = min(self._owned_from[b], self.low[b] // self.page_size)
+        return [NewPage(b, logical, self._assign(b, logical), old) for b, logical, old in wanted]
+
+    def _missing_pages(self, counts: list[int]) -> list[tuple[int, int, int | None]]:
+        missing: list[tuple[int, int, int | None]] = []
+        given_up: Counter[int] = Counter()  # the last owner of a shared page keeps it
+        for b, count in enumerate(counts):
+            if count == 0:
+                continue
+            end, table = self.high[b] + count, self.tables[b]
+            if end > self.max_tokens:
+                inexact = "" if self.low[b] == self.high[b] else " (an upper bound: sync_lengths() may lower it)"
+                raise CacheFullError(
+                    f"sequence {b} must stay within max_tokens, {self.max_tokens}, got {self.high[b]} + {count} tokens"
+                    + inexact
+                )
+            for logical in range(self.low[b] // self.page_size, min(self._owned_from[b], len(table))):
+                page = table[logical]
+                if self.owners[page] - given_up[page] > 1:
+                    given_up[page] += 1
+                    missing.append((b, logical, page))
+            missing.extend((b, logical, None) for logical in range(len(table), self.page_count(end)))
+        return missing
+
+    def _assign(self, sequence: int, logical: int) -> int:
+        page, table = self.free.pop(), self.tables[sequence]
+        self.owners[page] = 1
+        if logical == len(table):
+            table.append(page)
+        else:
+            self.owners[table[logical]] -= 1  # shared, so it keeps an owner
+            table[logical] = page
+        return page
+
+    def grow(self, low: list[int], high: list[int]) -> None:
+        """Count new tokens that have their pages: at least ``low`` and at most ``high`` of them."""
+        self.low = [have + n for have, n in zip(self.low, low, strict=True)]
+        self.high = [have + n for have, n in zip(self.high, high, strict=True)]
+
+    def crop(self, sequence: int, tokens: int) -> bool:
+        """Keep at most ``tokens`` tokens and their pages; False if the sequence was no longer than that."""
+        if self.high[sequence] <= tokens:
+            return False
+        keep, table = self.page_count(tokens), self.tables[sequence]
+        self._disown(table[keep:])
+        del table[keep:]
+        self.low[sequence], self.high[sequence] = min(self.low[sequence], tokens), tokens
+        return True
+
+    def fork(self, source: int, target: int) -> int:
+        """Let ``target`` share the pages that hold tokens of ``source``; returns how many."""
+        count = self.page_count(self.high[source])
+        pages = self.tables[source][:count]
+        for page in pages:
+            self.owners[page] += 1
+        self.release(target)
+        self.tables[target] = pages
+        self.low[target], self.high[target] = self.low[source], self.high[source]
+        self._owned_from[source] = self._owned_from[target] = count
+        return count
+
+    def release(self, sequence: int) -> None:
+        """Forget a sequence and give its pages back."""
+        self._disown(self.tables[sequence])
+        self.tables[sequence] = []
+        self.low[sequence] = self.high[sequence] = self._owned_from[sequence] = 0
+
+    def _disown(self, pages: list[int]) -> None:
+        for page in reversed(pages):  # the next to be taken is the first of them
+            self.owners[page] -= 1
+            if self.owners[page] == 0:
+                self.free.append(page)
