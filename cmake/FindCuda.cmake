@@ -1,0 +1,42 @@
+# QUEST_WITH_CUDA, the CUDA language, its architectures, and CUTLASS's headers (cutlass_include).
+#
+# The compiler alone decides: asking for a GPU would leave CUDA out on every builder that has none.
+set(QUEST_WITH_CUDA OFF)
+if(NOT QUEST_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "QUEST_CUDA must be AUTO, ON or OFF, got ${QUEST_CUDA}")
+endif()
+if(QUEST_CUDA STREQUAL "OFF")
+  return()
+endif()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(QUEST_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "QUEST_CUDA=ON needs nvcc, and none works here: install the CUDA toolkit and put nvcc on PATH "
+                        "(or set CUDACXX), or build without it by QUEST_CUDA=OFF.")
+  endif()
+  message(STATUS "no nvcc: the CUDA library is left out")
+  return()
+endif()
+
+# -D CMAKE_CUDA_ARCHITECTURES and CMake's own environment variable CUDAARCHS choose; a release has them all. Machine
+# code for each, and code that newer processors can still compile for the last.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 100-real 120)
+endif()
+enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4)
+  message(FATAL_ERROR "quest_ops needs nvcc 12.4 or newer, found ${CMAKE_CUDA_COMPILER_VERSION}: update the CUDA "
+                      "toolkit, or build without it by QUEST_CUDA=OFF.")
+endif()
+
+quest_find_package(cutlass_library cutlass_folder)
+set(cutlass_include "${cutlass_folder}/source/include")
+if(NOT EXISTS "${cutlass_include}/cute/tensor.hpp")
+  message(FATAL_ERROR "The CUDA library needs CUTLASS's headers, and ${Python_EXECUTABLE} has none: run "
+                      "`pip install nvidia-cutlass`, or build without it by QUEST_CUDA=OFF.")
+endif()
+
+set(QUEST_WITH_CUDA ON)
+message(STATUS "nvcc ${CMAKE_CUDA_COMPILER_VERSION}, architectures ${CMAKE_CUDA_ARCHITECTURES}, ${cutlass_include}")
