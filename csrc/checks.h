@@ -38,10 +38,11 @@ inline void check_dim(const Tensor& t, const char* name, int64_t dim, const char
   STD_TORCH_CHECK(t.dim() == dim, name, " must have shape ", shape, ", got ", shape_string(t));
 }
 
-inline void check_size(const Tensor& t, const char* name, int64_t dim, int64_t want, const char* shape, const char* why) {
+inline void check_size(
+    const Tensor& t, const char* name, int64_t dim, int64_t want, const char* shape, const char* why) {
   STD_TORCH_CHECK(
-      t.size(dim) == want, name, " must have shape ", shape, " with ", want, " in dimension ", dim, " (", why, "), got ",
-      shape_string(t));
+      t.size(dim) == want, name, " must have shape ", shape, " with ", want, " in dimension ", dim, " (", why,
+      "), got ", shape_string(t));
 }
 
 inline void check_same_device(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
@@ -59,8 +60,7 @@ inline void check_last_stride(const Tensor& t, const char* name) {
 
 inline void check_int32(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
   STD_TORCH_CHECK(
-      t.scalar_type() == ScalarType::Int, name, " must be int32, got ",
-      torch::headeronly::toString(t.scalar_type()));
+      t.scalar_type() == ScalarType::Int, name, " must be int32, got ", torch::headeronly::toString(t.scalar_type()));
   check_same_device(t, name, like, like_name);
   check_last_stride(t, name);
 }
@@ -135,13 +135,9 @@ inline Paging check_paging(
   check_size(seq_lens, "seq_lens", 0, B, "[B]", "one length a sequence");
   const int64_t P = page_table.size(1);
   check_int32_range(P << page_shift, "page_table's tokens a sequence (P * page_size)");
-  return {
-      static_cast<const int32_t*>(page_table.const_data_ptr()),
-      page_table.stride(0),
-      static_cast<const int32_t*>(seq_lens.const_data_ptr()),
-      static_cast<int32_t>(P),
-      check_int32_range(N, "the cache's number of pages"),
-      page_shift};
+  return {static_cast<const int32_t*>(page_table.const_data_ptr()), page_table.stride(0),
+          static_cast<const int32_t*>(seq_lens.const_data_ptr()),   static_cast<int32_t>(P),
+          check_int32_range(N, "the cache's number of pages"),      page_shift};
 }
 
 struct Rows {  // leading sizes and strides of q, scores or pages, [B, H, X] or [B, T, H, X]
@@ -160,7 +156,8 @@ inline Rows check_rows(const Tensor& t, const char* name, const char* shapes) {
   return {t.size(0), T, t.size(many ? 2 : 1), t.stride(0), many ? t.stride(1) : 0, t.stride(many ? 2 : 1)};
 }
 
-inline Cache check_cache(const Tensor& t, const char* name, const Tensor& like, const char* like_name, int64_t Hkv, int64_t D) {
+inline Cache check_cache(
+    const Tensor& t, const char* name, const Tensor& like, const char* like_name, int64_t Hkv, int64_t D) {
   check_dim(t, name, 4, "[N, Hkv, S, D]");
   check_like(t, name, like, like_name);
   check_size(t, name, 1, Hkv, "[N, Hkv, S, D]", "the number of KV heads");
@@ -340,6 +337,8 @@ inline DecodeParams check_sparse_decode(
     const int64_t K = pages->size(pages->dim() - 1);
     check_int32_range(K << shift, "pages' tokens a list (K * page_size)");
     p.K = static_cast<int32_t>(K);
+    // An empty tensor has no address, but null means every page: any address will do, as nothing is read from it.
+    if (K == 0) p.pages = p.paging.seq_lens;
   }
   p.scale = scale ? static_cast<float>(*scale) : 1.0f / std::sqrt(static_cast<float>(D));
   return p;
@@ -364,8 +363,8 @@ inline void check_page_table(const Paging& g, int32_t b, int32_t first, int32_t 
   for (int32_t i = first; i < last; ++i) {
     const int32_t page = g.page_table[b * g.page_table_stride + i];
     STD_TORCH_CHECK(
-        page >= 0 && page < g.N, "page_table must hold physical pages 0 to ", g.N - 1, ", got ", page,
-        " for sequence ", b, ", page ", i);
+        page >= 0 && page < g.N, "page_table must hold physical pages 0 to ", g.N - 1, ", got ", page, " for sequence ",
+        b, ", page ", i);
   }
 }
 
@@ -373,8 +372,7 @@ inline void check_values(const AppendParams& p) {
   check_seq_lens(p.paging, p.size.B);
   for (int32_t b = 0; b < p.size.B; ++b) {
     const int32_t n = p.new_lens ? p.new_lens[b] : p.size.T, length = p.paging.seq_lens[b];
-    STD_TORCH_CHECK(
-        n >= 0 && n <= p.size.T, "new_lens must be 0 to ", p.size.T, " (T), got ", n, " for sequence ", b);
+    STD_TORCH_CHECK(n >= 0 && n <= p.size.T, "new_lens must be 0 to ", p.size.T, " (T), got ", n, " for sequence ", b);
     STD_TORCH_CHECK(
         n <= p.paging.capacity() - length, "page_table must have room for seq_lens + new tokens, ", length, " + ", n,
         " for sequence ", b, ", got ", p.paging.P, " pages of ", p.paging.page_size());
@@ -406,8 +404,7 @@ inline void check_values(const DecodeParams& p) {
     for (int32_t t = 0; t < p.size.T; ++t)
       for (int32_t h = 0; h < p.Hs; ++h)
         for (int32_t i = 0; i < p.K; ++i) {
-          const int32_t page =
-              p.pages[b * p.pages_stride_b + t * p.pages_stride_t + h * p.pages_stride_h + i];
+          const int32_t page = p.pages[b * p.pages_stride_b + t * p.pages_stride_t + h * p.pages_stride_h + i];
           STD_TORCH_CHECK(
               page >= -1 && page < p.paging.P, "pages must hold logical pages 0 to ", p.paging.P - 1,
               ", or -1 as padding, got ", page, " for sequence ", b, ", head ", h);

@@ -28,8 +28,8 @@ struct Sizes {
 struct Paging {
   const int32_t* page_table;  // [B, P]
   int64_t page_table_stride;
-  const int32_t* seq_lens;    // [B]
-  int32_t P, N, page_shift;   // S = 1 << page_shift
+  const int32_t* seq_lens;   // [B]
+  int32_t P, N, page_shift;  // S = 1 << page_shift
 
   QUEST_HOST_DEVICE int32_t page_size() const { return 1 << page_shift; }
   QUEST_HOST_DEVICE int32_t capacity() const { return P << page_shift; }
@@ -52,25 +52,25 @@ struct Paging {
   }
 };
 
-struct Query {       // [B, T, Hq, D]; a [B, Hq, D] tensor has T = 1
+struct Query {  // [B, T, Hq, D]; a [B, Hq, D] tensor has T = 1
   const void* data;
   int64_t stride_b, stride_t, stride_h;
-  bool aligned;      // base and strides are multiples of 16 bytes; likewise below
+  bool aligned;  // base and strides are multiples of 16 bytes; likewise below
 };
 
-struct Cache {       // [N, Hkv, S, D], keys or values
+struct Cache {  // [N, Hkv, S, D], keys or values
   void* data;
   int64_t stride_n, stride_h, stride_s;
   bool aligned;
 };
 
-struct Bounds {      // [N, Hkv, 2, D]: lower, upper
+struct Bounds {  // [N, Hkv, 2, D]: lower, upper
   void* data;
   int64_t stride_n, stride_h, stride_c;
   bool aligned;
 };
 
-struct NewTokens {   // [B, T, Hkv, D], keys or values
+struct NewTokens {  // [B, T, Hkv, D], keys or values
   const void* data;
   int64_t stride_b, stride_t, stride_h;
   bool aligned;
@@ -78,13 +78,13 @@ struct NewTokens {   // [B, T, Hkv, D], keys or values
 
 struct AppendParams {
   DType dtype;
-  Sizes size;                // T: the new tokens of the longest row
-  Paging paging;             // seq_lens: tokens before the call
+  Sizes size;     // T: the new tokens of the longest row
+  Paging paging;  // seq_lens: tokens before the call
   NewTokens k, v;
   Cache k_cache, v_cache;
   Bounds k_bounds;
-  const int32_t* new_lens;   // [B] or null: T for every row
-  int32_t max_touched;       // pages that T new tokens can touch
+  const int32_t* new_lens;  // [B] or null: T for every row
+  int32_t max_touched;      // pages that T new tokens can touch
 
   QUEST_HOST_DEVICE int32_t new_tokens(int32_t b) const {
     if (!new_lens) return size.T;
@@ -112,8 +112,8 @@ struct EstimateParams {
 };
 
 struct TopkParams {
-  Sizes size;      // D unused
-  Paging paging;   // page_table unused
+  Sizes size;           // D unused
+  Paging paging;        // page_table unused
   const float* scores;  // [B, T, Hq, P]
   int64_t stride_b, stride_t, stride_h;
   int32_t Hs, K, sink_pages, recent_pages;
@@ -130,14 +130,15 @@ struct DecodeParams {
   Cache k_cache, v_cache;
   const int32_t* pages;  // [B, T, Hs, K], or null: every page of the sequence
   int64_t pages_stride_b, pages_stride_t, pages_stride_h;
-  int32_t Hs, K;         // without pages: Hs = Hkv, K = P
+  int32_t Hs, K;  // without pages: Hs = Hkv, K = P
   float scale;
-  void* out;             // [B, T, Hq, D] contiguous, dtype
-  float* lse;            // [B, T, Hq] contiguous
-  // Scratch: one partial result for each chunk of the page list, see sparse_decode.
-  int32_t chunks;
-  float* partial_out;    // [B, T, Hq, chunks, D]
-  float* partial_lse;    // [B, T, Hq, chunks]
+  void* out;   // [B, T, Hq, D] contiguous, dtype
+  float* lse;  // [B, T, Hq] contiguous
+  // Scratch: a partial result for each part of the list. Sizes and meaning are the kernel's own.
+  int32_t parts, part_chunks;
+  float* partial_out;    // [B, T, Hq, parts, D]
+  float* partial_max;    // [B, T, Hq, parts]
+  float* partial_sum;    // [B, T, Hq, parts]
 };
 
 }  // namespace quest

@@ -25,7 +25,8 @@ QUEST_LIBRARY(m) {
       "topk_pages(Tensor scores, Tensor seq_lens, int page_size, SymInt k, SymInt num_kv_heads, int group_reduce=1, "
       "int sink_pages=0, int recent_pages=1, float scale=1.0) -> Tensor");
 
-  // Attention over the selected pages, or over all where pages is None -> out like q, lse [B, Hq] or [B, T, Hq] float32.
+  // Attention over the selected pages, or over all where pages is None -> out like q, lse [B, Hq] or [B, T, Hq]
+  // float32.
   m.def(
       "sparse_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, "
       "Tensor? pages=None, float? scale=None) -> (Tensor out, Tensor lse)");

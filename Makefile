@@ -1,0 +1,96 @@
+# Each target sets up what it needs in .venv, from nothing but Python, a C++ compiler and the package registry.
+#
+#   make demo     a language model finds facts in a long text (ARGS="--text FILE --tokens 65536" and so on)
+#   make test     the tests (ARGS="tests/test_estimate.py -k ties" and so on)
+#   make bench    the kernels against dense attention, on a GPU
+#   make library  after a change in csrc/: rebuilds and installs the libraries, in seconds
+#   make lint, make format, make wheel, make clean
+#
+# Settings, given as `make test NAME=value`:
+#   PYTHON      the Python that makes .venv (3.10 or newer)
+#   TORCH       what to install where .venv has no torch yet; any arguments of pip will do
+#   QUEST_CUDA  AUTO, ON or OFF; without it, a wheel takes AUTO and the rest OFF unless there is a GPU
+#   CUDAARCHS   architectures, as CMake's "80;90a"; without it, a wheel takes all and the rest that of the GPU here
+#   JOBS        compilers and tests at a time
+PYTHON ?= python3
+VENV := .venv
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+ARGS ?=
+
+GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+  | sed -n 's/^\([0-9]*\)\.\([0-9]\)$$/\1\2/p' | sed 's/^90$$/90a/' | sort -u | paste -sd ';' -)
+RELEASE_CUDA := $(or $(QUEST_CUDA),AUTO)
+RELEASE_ARCHS := $(CUDAARCHS)
+QUEST_CUDA ?= $(if $(GPU_ARCH),AUTO,OFF)
+CUDAARCHS ?= $(or $(GPU_ARCH),90a)
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP := $(VENV)/bin/python -m pip
+STAMPS := $(VENV)/stamps
+# The CMake build is a folder that stays, so that only what changed is compiled again.
+EDITABLE := --no-build-isolation -C build-dir=build -C cmake.define.QUEST_CUDA=$(QUEST_CUDA) \
+  -C 'cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDAARCHS)'
+
+.PHONY: demo test bench lint format library wheel clean
+
+demo: $(STAMPS)/demo library
+	$(VENV)/bin/python -m quest_ops demo $(ARGS)
+
+test: $(STAMPS)/dev library
+	$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+bench: $(STAMPS)/dev library
+	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(VENV)/bin/python bench/kernels.py $(ARGS); \
+	else echo "make bench measures kernels on a GPU, and torch sees none here."; fi
+
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/c*/*.h csrc/c*/*.cpp csrc/c*/*.cu csrc/c*/*.cuh csrc/cpu/simd/*)
+
+lint: $(STAMPS)/dev
+	ruff check
+	ruff format --check
+	mypy
+	clang-format --dry-run -Werror $(SOURCES)
+
+format: $(STAMPS)/dev
+	ruff check --fix-only
+	ruff format
+	clang-format -i $(SOURCES)
+
+library: $(STAMPS)/editable
+	@cmake -S . -B build -D QUEST_CUDA=$(QUEST_CUDA) -D 'CMAKE_CUDA_ARCHITECTURES=$(CUDAARCHS)' --log-level=ERROR >/dev/null
+	@cmake --build build
+	@cmake --install build --prefix "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
+
+wheel: $(STAMPS)/tools
+	$(PIP) wheel --no-build-isolation --no-deps -C build-dir=build/wheel -w dist \
+	  -C cmake.define.QUEST_CUDA=$(RELEASE_CUDA) \
+	  $(if $(RELEASE_ARCHS),-C 'cmake.define.CMAKE_CUDA_ARCHITECTURES=$(RELEASE_ARCHS)') .
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@echo "$(VENV) is kept; rm -rf $(VENV) removes it too."
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# What builds the package. A torch that is there already, of any version that will do, is left as it is; CUTLASS is
+# wanted for its headers alone, without the packages it needs for more.
+$(STAMPS)/tools: pyproject.toml | $(VENV)/bin/python
+	@mkdir -p $(STAMPS)
+	$(PIP) install -q 'pip>=25' 'scikit-build-core>=1.1' 'cmake>=3.24' ninja
+	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(PIP) install -q $(TORCH)
+	$(PIP) install -q --no-deps 'nvidia-cutlass>=4.2'
+	@touch $@
+
+$(STAMPS)/editable: $(STAMPS)/tools
+	$(PIP) install -q $(EDITABLE) -e .
+	@touch $@
+
+$(STAMPS)/demo $(STAMPS)/dev: $(STAMPS)/editable
+	$(PIP) install -q $(EDITABLE) -e '.[$(@F)]'
+	@touch $@
