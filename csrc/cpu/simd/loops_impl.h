@@ -1,0 +1,316 @@
+// The loops themselves, written once over the compiler's vector types and included by one file per instruction set,
+// which sets QUEST_ISA (its namespace) and QUEST_WIDTH (floats a vector). Everything is static or in that namespace.
+//
+// Explicit vectors rather than `omp simd` reductions: the order of every sum is then written here, the same for a row
+// alone and in a group, and tiles of accumulators stay in registers.
+#include "loops.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace quest::cpu::QUEST_ISA {
+namespace {
+
+constexpr int W = QUEST_WIDTH;
+
+typedef float Vec __attribute__((vector_size(W * 4)));
+typedef uint32_t Bits __attribute__((vector_size(W * 4)));
+typedef uint16_t Halves __attribute__((vector_size(W * 2)));
+typedef float Vec4 __attribute__((vector_size(16)));
+
+#define QUEST_INLINE static inline __attribute__((always_inline))
+
+template <class V, class T>
+QUEST_INLINE V load_as(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+QUEST_INLINE void store_as(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+QUEST_INLINE Vec load(const float* p) { return load_as<Vec>(p); }
+QUEST_INLINE void store(float* p, Vec v) { store_as(p, v); }
+QUEST_INLINE Vec splat(float x) { return Vec{} + x; }
+QUEST_INLINE Bits bits(Vec v) { return (Bits)v; }
+QUEST_INLINE Vec floats(Bits b) { return (Vec)b; }
+
+// ---- Elements. Conversions are exact or round to nearest even, whatever the processor's denormal mode.
+
+struct F32 {
+  using Storage = float;
+  QUEST_INLINE Vec load(const float* p) { return load_as<Vec>(p); }
+  QUEST_INLINE float from(float x) { return x; }
+};
+
+struct BF16 {
+  using Storage = uint16_t;
+  QUEST_INLINE Vec load(const uint16_t* p) {
+    return floats(__builtin_convertvector(load_as<Halves>(p), Bits) << 16);
+  }
+  QUEST_INLINE uint16_t from(float x) {
+    uint32_t b;
+    __builtin_memcpy(&b, &x, 4);
+    if (x != x) return static_cast<uint16_t>(b >> 16 | 0x40);
+    return static_cast<uint16_t>((b + 0x7fff + (b >> 16 & 1)) >> 16);
+  }
+};
+
+struct F16 {
+  using Storage = uint16_t;
+  QUEST_INLINE Vec load(const uint16_t* p) {
+#if QUEST_WIDTH == 16
+    return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)load_as<Halves>(p));
+#elif defined(__F16C__) && QUEST_WIDTH == 8
+    return (Vec)_mm256_cvtph_ps((__m128i)load_as<Halves>(p));
+#else
+    const Bits h = __builtin_convertvector(load_as<Halves>(p), Bits);
+    const Bits sign = (h & 0x8000) << 16, magnitude = (h & 0x7fff) << 13, exponent = magnitude & 0x0f800000;
+    const Bits normal = magnitude + ((127 - 15) << 23);
+    const Bits special = normal + ((128 - 16) << 23);
+    // A denormal half is the fraction of a float whose leading one is then taken off.
+    const Bits denormal = bits(floats(normal + (1 << 23)) - floats(Bits{} + (113u << 23)));
+    return floats((exponent == 0x0f800000 ? special : exponent == 0 ? denormal : normal) | sign);
+#endif
+  }
+  QUEST_INLINE uint16_t from(float x) {
+    uint32_t b;
+    __builtin_memcpy(&b, &x, 4);
+    const uint32_t sign = b >> 16 & 0x8000;
+    b &= 0x7fffffff;
+    if (b > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | (b >> 13 & 0x3ff));
+    if (b >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
+    if (b < 0x38800000) {  // below the least normal half: adding 0.5 leaves the rounded bits at the bottom
+      float f;
+      __builtin_memcpy(&f, &b, 4);
+      f += 0.5f;
+      __builtin_memcpy(&b, &f, 4);
+      return static_cast<uint16_t>(sign | (b - 0x3f000000));
+    }
+    return static_cast<uint16_t>(sign | ((b - (112u << 23) + 0xfff + (b >> 13 & 1)) >> 13));
+  }
+};
+
+template <class E>
+void load_rows(const void* src, int64_t stride, int rows, int D, float* dst) {
+  for (int r = 0; r < rows; ++r) {
+    const auto* row = static_cast<const typename E::Storage*>(src) + r * stride;
+    for (int d = 0; d < D; d += W) store(dst + r * D + d, E::load(row + d));
+  }
+}
+
+template <class E>
+void store_row(const float* src, int n, void* dst) {
+  for (int i = 0; i < n; ++i) static_cast<typename E::Storage*>(dst)[i] = E::from(src[i]);
+}
+
+// ---- Dot products: tiles of R rows by 4 keys.
+
+// The sums of the lanes of a, b, c and d.
+QUEST_INLINE Vec4 sum_lanes(Vec a, Vec b, Vec c, Vec d) {
+#define QUEST_PAIRS(x, y, ...) (__builtin_shufflevector(x, y, __VA_ARGS__))
+#if QUEST_WIDTH == 4
+#define QUEST_EVEN 0, 4, 2, 6
+#define QUEST_ODD 1, 5, 3, 7
+#define QUEST_LOW 0, 1, 4, 5
+#define QUEST_HIGH 2, 3, 6, 7
+#elif QUEST_WIDTH == 8
+#define QUEST_EVEN 0, 8, 2, 10, 4, 12, 6, 14
+#define QUEST_ODD 1, 9, 3, 11, 5, 13, 7, 15
+#define QUEST_LOW 0, 1, 8, 9, 4, 5, 12, 13
+#define QUEST_HIGH 2, 3, 10, 11, 6, 7, 14, 15
+#else
+#define QUEST_EVEN 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define QUEST_ODD 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define QUEST_LOW 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define QUEST_HIGH 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#endif
+  const Vec ab = QUEST_PAIRS(a, b, QUEST_EVEN) + QUEST_PAIRS(a, b, QUEST_ODD);
+  const Vec cd = QUEST_PAIRS(c, d, QUEST_EVEN) + QUEST_PAIRS(c, d, QUEST_ODD);
+  const Vec abcd = QUEST_PAIRS(ab, cd, QUEST_LOW) + QUEST_PAIRS(ab, cd, QUEST_HIGH);
+  Vec4 quarters[W / 4];
+  __builtin_memcpy(quarters, &abcd, sizeof abcd);
+  Vec4 sum = quarters[0];
+  for (int i = 1; i < W / 4; ++i) sum += quarters[i];
+  return sum;
+#undef QUEST_PAIRS
+#undef QUEST_EVEN
+#undef QUEST_ODD
+#undef QUEST_LOW
+#undef QUEST_HIGH
+}
+
+template <int R>
+QUEST_INLINE void dots_tile(
+    const float* q, const float* const (&key)[4], int n, int D, float scale, float* out, int64_t out_stride) {
+  Vec sums[R][4] = {};
+  for (int d = 0; d < D; d += W) {
+    Vec k[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) k[j] = load(key[j] + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec x = load(q + r * D + d);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sums[r][j] += x * k[j];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const Vec4 four = sum_lanes(sums[r][0], sums[r][1], sums[r][2], sums[r][3]) * scale;
+    float* row = out + r * out_stride;
+    if (n >= 4) store_as(row, four);
+    else
+      for (int j = 0; j < n; ++j) row[j] = four[j];
+  }
+}
+
+void dots(
+    const float* q, int rows, const float* keys, int64_t stride, int n, int D, float scale, float* out,
+    int64_t out_stride) {
+  for (int j = 0; j < n; j += 4) {
+    const float* key[4];
+    for (int i = 0; i < 4; ++i) key[i] = keys + (j + i < n ? j + i : j) * stride;  // a key that is not there is not read
+    int r = 0;
+    for (; r + 2 <= rows; r += 2) dots_tile<2>(q + r * D, key, n - j, D, scale, out + r * out_stride + j, out_stride);
+    if (r < rows) dots_tile<1>(q + r * D, key, n - j, D, scale, out + r * out_stride + j, out_stride);
+  }
+}
+
+// ---- Weighted sums: tiles of R rows by V vectors of the head dimension.
+
+template <int R, int V>
+QUEST_INLINE void accumulate_tile(
+    const float* weights, int64_t weights_stride, const float* values, int64_t stride, int n, int D, float* out) {
+  Vec sums[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < V; ++i) sums[r][i] = load(out + r * D + i * W);
+  for (int j = 0; j < n; ++j) {
+    Vec v[V];
+#pragma GCC unroll 8
+    for (int i = 0; i < V; ++i) v[i] = load(values + j * stride + i * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec w = splat(weights[r * weights_stride + j]);
+#pragma GCC unroll 8
+      for (int i = 0; i < V; ++i) sums[r][i] += w * v[i];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < V; ++i) store(out + r * D + i * W, sums[r][i]);
+}
+
+template <int R>
+QUEST_INLINE void accumulate_rows(
+    const float* weights, int64_t weights_stride, const float* values, int64_t stride, int n, int D, float* out) {
+  constexpr int V = 8 / R;
+  int d = 0;
+  for (; d + V * W <= D; d += V * W)
+    accumulate_tile<R, V>(weights, weights_stride, values + d, stride, n, D, out + d);
+  for (; d < D; d += W) accumulate_tile<R, 1>(weights, weights_stride, values + d, stride, n, D, out + d);
+}
+
+void accumulate(
+    const float* weights, int64_t weights_stride, int rows, const float* values, int64_t stride, int n, int D,
+    float* out) {
+  int r = 0;
+  const auto at = [&](int row) { return weights + row * weights_stride; };
+  for (; r + 4 <= rows; r += 4) accumulate_rows<4>(at(r), weights_stride, values, stride, n, D, out + r * D);
+  for (; r + 2 <= rows; r += 2) accumulate_rows<2>(at(r), weights_stride, values, stride, n, D, out + r * D);
+  if (r < rows) accumulate_rows<1>(at(r), weights_stride, values, stride, n, D, out + r * D);
+}
+
+// ---- Minima and maxima.
+
+QUEST_INLINE Vec nan_min(Vec a, Vec b) { return ((b < a) | (b != b)) ? b : a; }
+QUEST_INLINE Vec nan_max(Vec a, Vec b) { return ((b > a) | (b != b)) ? b : a; }
+
+template <class E>
+void bounds(const void* keys, int64_t stride, int n, int D, float* lower, float* upper) {
+  for (int d = 0; d < D; d += W) {
+    const auto* key = static_cast<const typename E::Storage*>(keys) + d;
+    Vec least = E::load(key), most = least;
+    for (int j = 1; j < n; ++j) {
+      const Vec k = E::load(key + j * stride);
+      least = nan_min(least, k);
+      most = nan_max(most, k);
+    }
+    store(lower + d, least);
+    store(upper + d, most);
+  }
+}
+
+constexpr float kInf = __builtin_inff();
+
+// The last n < W of a row, the lanes behind them filled.
+QUEST_INLINE Vec load_tail(const float* x, int n, float fill) {
+  float lanes[W];
+  for (int i = 0; i < W; ++i) lanes[i] = i < n ? x[i] : fill;
+  return load(lanes);
+}
+
+float max(const float* x, int n) {
+  Vec most = splat(-kInf);
+  int i = 0;
+  for (; i + W <= n; i += W) most = nan_max(most, load(x + i));
+  if (i < n) most = nan_max(most, load_tail(x + i, n - i, -kInf));
+  float result = most[0];
+  for (int lane = 1; lane < W; ++lane) result = most[lane] > result || most[lane] != most[lane] ? most[lane] : result;
+  return result;
+}
+
+// ---- exp(x) for x <= 0 to about 1 ulp: 2^k * p(r) with k = round(x / ln 2) and r = x - k ln 2, |r| <= ln(2) / 2.
+
+QUEST_INLINE Vec exp_nonpositive(Vec x) {
+  const Vec least = splat(-87.33654f);  // exp of less is denormal: 0
+  const Vec clamped = x < least ? least : x;
+  const Vec shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are k
+  const Vec k = shifted - 12582912.0f;
+  const Vec r = (clamped - k * 0.693359375f) - k * -2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Vec power = floats((bits(shifted) << 23) + 0x3f800000);
+  return x < least ? splat(0.0f) : p * power;
+}
+
+float exp_sum(float* x, int n, float subtract) {
+  Vec sum = {};
+  int i = 0;
+  for (; i + W <= n; i += W) {
+    const Vec e = exp_nonpositive(load(x + i) - subtract);
+    store(x + i, e);
+    sum += e;
+  }
+  if (i < n) {
+    const Vec e = exp_nonpositive(load_tail(x + i, n - i, -kInf) - subtract);
+    for (int lane = 0; lane < n - i; ++lane) x[i + lane] = e[lane], sum[lane] += e[lane];
+  }
+  float result = 0;
+  for (int lane = 0; lane < W; ++lane) result += sum[lane];
+  return result;
+}
+
+#define QUEST_STR_(x) #x
+#define QUEST_STR(x) QUEST_STR_(x)
+
+}  // namespace
+
+extern const Loops kLoops = {
+    QUEST_STR(QUEST_ISA),
+    {load_rows<F32>, load_rows<F16>, load_rows<BF16>},  // in the order of DType
+    {store_row<F32>, store_row<F16>, store_row<BF16>},
+    {bounds<F32>, bounds<F16>, bounds<BF16>},
+    dots, accumulate, max, exp_sum};
+
+}  // namespace quest::cpu::QUEST_ISA

@@ -1,0 +1,255 @@
+// Attention over lists of pages, in two steps. A task takes one chunk of a list, of a fixed number of tokens, with all
+// the query rows that share the list; it leaves the chunk's maximum, sum of exponentials and weighted values. Then the
+// chunks of each row are merged in their order. So what a row gets depends on its list and length alone.
+//
+// Without pages every page is listed, and the T new tokens of a sequence share the list: each row sees its own prefix.
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "../checks.h"
+#include "../namespace.h"
+#include "elements.h"
+#include "simd/loops.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace quest::cpu {
+
+static constexpr int kChunkTokens = 512;
+static constexpr int kBlockTokens = 16;  // of a page that are converted to float32 at a time; pages of 8 are blocks
+static constexpr int kRows = 16;         // query rows at a time
+static constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// The query rows that read one list of pages: `heads` heads from `head` on, of `tokens` new tokens from t on.
+struct List {
+  int b, t, tokens, head, heads, kv_head;
+  const int32_t* pages;  // null: page i is i
+  int entries;           // up to the last visible page
+
+  int rows() const { return tokens * heads; }
+  int token(int row) const { return t + row / heads; }
+  int64_t query(int row, const Sizes& size) const {
+    return (int64_t{b} * size.T + token(row)) * size.Hq + head + row % heads;
+  }
+};
+
+static int64_t count_lists(const DecodeParams& p) {
+  return p.pages ? int64_t{p.size.B} * p.size.T * p.Hs : int64_t{p.size.B} * p.size.Hkv;
+}
+
+static List find_list(const DecodeParams& p, int64_t index) {
+  List list{};
+  const int h = static_cast<int>(index % p.Hs);
+  const int64_t row = index / p.Hs;
+  list.b = static_cast<int>(p.pages ? row / p.size.T : row);
+  list.t = static_cast<int>(p.pages ? row % p.size.T : 0);
+  list.tokens = p.pages ? 1 : p.size.T;
+  list.heads = p.size.Hq / p.Hs;
+  list.head = h * list.heads;
+  list.kv_head = list.head / p.size.group();
+  const int visible = p.paging.pages_of(p.paging.visible(list.b, list.t + list.tokens - 1, p.size.T));
+  list.entries = p.pages ? p.K : visible;
+  if (p.pages) {
+    list.pages = p.pages + list.b * p.pages_stride_b + list.t * p.pages_stride_t + h * p.pages_stride_h;
+    const auto seen = [&](int32_t page) { return page >= 0 && page < visible; };
+    while (list.entries > 0 && !seen(list.pages[list.entries - 1])) --list.entries;
+  }
+  return list;
+}
+
+// What the chunks leave: for chunk c and row r of list l, index (first_chunk[l] + c) * rows + r.
+struct Partials {
+  std::vector<int64_t> first_chunk;  // [lists + 1]
+  int64_t rows;                      // the same for every list
+  std::unique_ptr<float[]> max, sum, out;
+};
+
+struct Block {  // tokens of one page that go through the loops together
+  int64_t key, value;  // offsets in elements
+  int32_t position;    // of its first token in the sequence
+};
+
+static int list_blocks(const DecodeParams& p, const List& list, int chunk, Block* blocks) {
+  const int shift = p.paging.page_shift, pages = kChunkTokens >> shift;
+  const int first = chunk * pages, last = std::min(first + pages, list.entries);
+  const int visible = p.paging.visible(list.b, list.t + list.tokens - 1, p.size.T);
+  const int step = std::min(kBlockTokens, p.paging.page_size());
+  int n = 0;
+  for (int i = first; i < last; ++i) {
+    const int logical = list.pages ? list.pages[i] : i;
+    const int64_t page = p.paging.physical(list.b, logical);
+    if (page < 0) continue;
+    for (int slot = 0; slot < p.paging.page_size() && (logical << shift) + slot < visible; slot += step)
+      blocks[n++] = {
+          page * p.k_cache.stride_n + list.kv_head * p.k_cache.stride_h + slot * p.k_cache.stride_s,
+          page * p.v_cache.stride_n + list.kv_head * p.v_cache.stride_h + slot * p.v_cache.stride_s,
+          (logical << shift) + slot};
+  }
+  return n;
+}
+
+struct Tokens {  // float32 rows
+  const float* data;
+  int64_t stride;
+};
+
+static Tokens load_tokens(const Cache& cache, int64_t offset, int n, const DecodeParams& p, float* buffer) {
+  const void* src = element(static_cast<const void*>(cache.data), offset, p.dtype);
+  if (p.dtype == DType::f32) return {static_cast<const float*>(src), cache.stride_s};
+  loops().load[dtype_index(p.dtype)](src, cache.stride_s, n, p.size.D, buffer);
+  return {buffer, p.size.D};
+}
+
+// Calls f(first row, rows, tokens) for each run of rows that see the same number of the block's tokens.
+template <class F>
+static void for_each_run(const int32_t* visible, int rows, const Block& block, int step, const F& f) {
+  const auto seen = [&](int r) { return std::clamp(visible[r] - block.position, 0, step); };
+  for (int r = 0, next; r < rows; r = next) {
+    const int n = seen(r);
+    for (next = r + 1; next < rows && seen(next) == n;) ++next;
+    if (n) f(r, next - r, n);
+  }
+}
+
+static void decode_rows(
+    const DecodeParams& p, const List& list, const Block* blocks, int num_blocks, int first_row, int rows,
+    float* max, float* sum, float* out) {
+  const Loops& loop = loops();
+  const int D = p.size.D, step = std::min(kBlockTokens, p.paging.page_size());
+  alignas(64) float q[kRows * kMaxHeadDim], weights[kRows][kChunkTokens], buffer[kBlockTokens * kMaxHeadDim];
+  int32_t visible[kRows];
+  int columns[kRows] = {};
+  for (int r = 0; r < rows; ++r) {
+    const int row = first_row + r, t = list.token(row);
+    visible[r] = p.paging.visible(list.b, t, p.size.T);
+    const int64_t offset =
+        list.b * p.q.stride_b + t * p.q.stride_t + (list.head + row % list.heads) * p.q.stride_h;
+    loop.load[dtype_index(p.dtype)](element(p.q.data, offset, p.dtype), 0, 1, D, q + r * D);
+  }
+
+  // A block starts at the same column for all the rows that see any of it.
+  int column = 0;
+  for (int i = 0; i < num_blocks; ++i) {
+    const int most = std::clamp(visible[rows - 1] - blocks[i].position, 0, step);
+    const Tokens keys = load_tokens(p.k_cache, blocks[i].key, most, p, buffer);
+    for_each_run(visible, rows, blocks[i], step, [&](int r, int count, int n) {
+      loop.dots(
+          q + r * D, count, keys.data, keys.stride, n, D, p.scale, weights[r] + column, kChunkTokens);
+      for (int j = r; j < r + count; ++j) columns[j] = column + n;
+    });
+    column += most;
+  }
+
+  for (int r = 0; r < rows; ++r) {
+    const int n = columns[r];
+    max[r] = loop.max(weights[r], n);
+    if (max[r] == -kInf) {  // no token, or none that is not -inf: then all weigh the same
+      std::fill_n(weights[r], n, 1.0f);
+      sum[r] = static_cast<float>(n);
+    } else {
+      sum[r] = loop.exp_sum(weights[r], n, max[r]);
+    }
+  }
+
+  std::fill_n(out, int64_t{rows} * D, 0.0f);
+  column = 0;
+  for (int i = 0; i < num_blocks; ++i) {
+    const int most = std::clamp(visible[rows - 1] - blocks[i].position, 0, step);
+    const Tokens values = load_tokens(p.v_cache, blocks[i].value, most, p, buffer);
+    for_each_run(visible, rows, blocks[i], step, [&](int r, int count, int n) {
+      loop.accumulate(
+          weights[r] + column, kChunkTokens, count, values.data, values.stride, n, D, out + r * D);
+    });
+    column += most;
+  }
+}
+
+static void decode_chunk(const DecodeParams& p, const Partials& partials, int64_t index, int64_t task) {
+  const List list = find_list(p, index);
+  Block blocks[kChunkTokens / 8];
+  const int n = list_blocks(p, list, static_cast<int>(task - partials.first_chunk[index]), blocks);
+  for (int r = 0; r < list.rows(); r += kRows) {
+    const int64_t at = task * partials.rows + r;
+    decode_rows(
+        p, list, blocks, n, r, std::min(kRows, list.rows() - r), partials.max.get() + at, partials.sum.get() + at,
+        partials.out.get() + at * p.size.D);
+  }
+}
+
+static void merge_row(const DecodeParams& p, const Partials& partials, int64_t index, int row) {
+  constexpr int kBatch = 64;
+  const Loops& loop = loops();
+  const int D = p.size.D;
+  const int64_t rows = partials.rows, end = partials.first_chunk[index + 1] * rows + row;
+  const int64_t begin = partials.first_chunk[index] * rows + row;
+  float max = -kInf, sum = 0, weights[kBatch], out[kMaxHeadDim] = {};
+  for (int64_t at = begin; at < end; at += rows) {
+    const float x = partials.max[at];
+    if (x > max || x != x) max = x;
+  }
+  for (int64_t at = begin; at < end; at += kBatch * rows) {
+    const int n = static_cast<int>(std::min<int64_t>(kBatch, (end - at + rows - 1) / rows));
+    for (int i = 0; i < n; ++i) weights[i] = partials.max[at + i * rows];
+    if (max == -kInf) std::fill_n(weights, n, 1.0f);
+    else loop.exp_sum(weights, n, max);
+    for (int i = 0; i < n; ++i) sum += weights[i] * partials.sum[at + i * rows];
+    loop.accumulate(weights, 0, 1, partials.out.get() + at * D, rows * D, n, D, out);
+  }
+  const bool empty = max == -kInf && sum == 0;
+  const float factor = empty ? 0 : max == -kInf ? std::numeric_limits<float>::quiet_NaN() : 1 / sum;
+  for (int d = 0; d < D; ++d) out[d] *= factor;
+  const int64_t query = find_list(p, index).query(row, p.size);
+  loop.store[dtype_index(p.dtype)](out, D, element(p.out, query * D, p.dtype));
+  p.lse[query] = std::isinf(max) ? max : max + std::log(sum);
+}
+
+static void decode(const DecodeParams& p) {
+  const int64_t lists = count_lists(p);
+  if (lists == 0) return;
+  Partials partials;
+  partials.first_chunk.resize(lists + 1);
+  partials.rows = find_list(p, 0).rows();
+  const int pages = kChunkTokens >> p.paging.page_shift;
+  for (int64_t i = 0; i < lists; ++i)
+    partials.first_chunk[i + 1] = partials.first_chunk[i] + (find_list(p, i).entries + pages - 1) / pages;
+  const int64_t tasks = partials.first_chunk[lists];
+  partials.max = std::make_unique_for_overwrite<float[]>(tasks * partials.rows);
+  partials.sum = std::make_unique_for_overwrite<float[]>(tasks * partials.rows);
+  partials.out = std::make_unique_for_overwrite<float[]>(tasks * partials.rows * p.size.D);
+
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const auto& first = partials.first_chunk;
+    int64_t index = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+    for (int64_t task = begin; task < end; ++task) {
+      while (first[index + 1] <= task) ++index;
+      decode_chunk(p, partials, index, task);
+    }
+  });
+  const int64_t bytes = (tasks / lists + 1) * p.size.D * 4;
+  torch::stable::parallel_for(0, lists * partials.rows, grain(bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      merge_row(p, partials, i / partials.rows, static_cast<int>(i % partials.rows));
+  });
+}
+
+std::tuple<Tensor, Tensor> sparse_decode(
+    Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, std::optional<Tensor> pages,
+    std::optional<double> scale) {
+  DecodeParams p = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale);
+  check_values(p);
+  const auto [B, T, Hq, Hkv, D] = p.size;
+  const bool many = q.dim() == 4;
+  Tensor out = many ? torch::stable::new_empty(q, {B, T, Hq, D}) : torch::stable::new_empty(q, {B, Hq, D});
+  Tensor lse = many ? torch::stable::new_empty(q, {B, T, Hq}, ScalarType::Float)
+                    : torch::stable::new_empty(q, {B, Hq}, ScalarType::Float);
+  p.out = out.mutable_data_ptr();
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  decode(p);
+  return {out, lse};
+}
+
+QUEST_LIBRARY_IMPL(CPU, m) { m.impl("sparse_decode", TORCH_BOX(&sparse_decode)); }
+
+}  // namespace quest::cpu
