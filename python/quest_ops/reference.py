@@ -171,7 +171,7 @@ def sparse_decode(
                     chosen = torch.arange(num_pages(visible, page_size), device=q.device)
                 else:
                     chosen = pages[b, t, h // (Hq // pages.shape[2])].long()
-                    chosen = chosen[chosen >= 0]
+                    chosen = chosen[(chosen >= 0) & (chosen * page_size < visible)]
                 position = (chosen[:, None] * page_size + torch.arange(page_size, device=q.device)).flatten()
                 seen = position < visible
                 if not bool(seen.any()):
