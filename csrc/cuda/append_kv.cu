@@ -17,9 +17,8 @@ void append_kv(
   const int64_t blocks = int64_t{p.size.B} * p.size.Hkv * p.max_touched;
   if (blocks == 0) return;
   dispatch_dtype(p.dtype, [&](auto element) {
-    append_kv_kernel<decltype(element)><<<grid_size(blocks, "append_kv"), kBoundsThreads, 0, stream>>>(p);
+    launch_in_order(append_kv_kernel<decltype(element)>, grid_size(blocks, "append_kv"), kBoundsThreads, 0, stream, p);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 QUEST_LIBRARY_IMPL(CUDA, m) { m.impl("append_kv", TORCH_BOX(&append_kv)); }

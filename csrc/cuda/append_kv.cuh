@@ -2,12 +2,14 @@
 // recomputes the page's bounds from the keys before them, read from the cache, and the new ones, already in registers.
 #pragma once
 
+#include "launch_order.cuh"
 #include "page_bounds.cuh"
 
 namespace quest::cuda {
 
 template <class T>
 __global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendParams p) {
+  wait_for_previous_kernel();
   const int touched = blockIdx.x % p.max_touched;
   const int head = blockIdx.x / p.max_touched % p.size.Hkv;
   const int b = blockIdx.x / p.max_touched / p.size.Hkv;
@@ -45,6 +47,7 @@ __global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendP
     }
   }
   bounds.store(p.k_bounds, physical, head);
+  start_next_kernel();
 }
 
 }  // namespace quest::cuda

@@ -18,12 +18,12 @@ void launch_estimate(const EstimateParams& p, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
     if (p.q.aligned && p.k_bounds.aligned) {
       const auto launch = [&]<int D>(std::integral_constant<int, D>) {
-        estimate_mma_kernel<T, D><<<blocks(kMmaEstimatePages), kEstimateThreads, 0, stream>>>(p);
+        launch_in_order(estimate_mma_kernel<T, D>, blocks(kMmaEstimatePages), kEstimateThreads, 0, stream, p);
       };
       return dispatch_head_dim(p.size.D, launch);
     }
   }
-  estimate_simt_kernel<T><<<blocks(kEstimateThreads), kEstimateThreads, 0, stream>>>(p);
+  launch_in_order(estimate_simt_kernel<T>, blocks(kEstimateThreads), kEstimateThreads, 0, stream, p);
 }
 
 }  // namespace
@@ -39,7 +39,6 @@ Tensor estimate(Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, i
   if (scores.numel() == 0) return scores;
   p.scores = static_cast<float*>(scores.mutable_data_ptr());
   dispatch_dtype(p.dtype, [&](auto element) { launch_estimate<decltype(element)>(p, stream); });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return scores;
 }
 

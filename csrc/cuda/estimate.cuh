@@ -4,6 +4,7 @@
 // the head; the grid covers the capacity P, and blocks past the last page only write -inf.
 #pragma once
 
+#include "launch_order.cuh"
 #include "row_mma.cuh"
 
 namespace quest::cuda {
@@ -41,11 +42,10 @@ __device__ __forceinline__ void write_score(
 template <class T>
 __device__ __forceinline__ const T* bounds_row(
     const EstimateParams& p, const EstimateTile& tile, int page, bool& broken) {
-  broken = false;
-  if (page >= tile.pages) return nullptr;
+  // Looked up before the length is asked about: the two loads then wait together.
   const int64_t physical = p.paging.physical(tile.b, page);
-  broken = physical < 0;
-  if (broken) return nullptr;
+  broken = physical < 0 && page < tile.pages;
+  if (physical < 0 || page >= tile.pages) return nullptr;
   return static_cast<const T*>(p.k_bounds.data) + physical * p.k_bounds.stride_n + tile.head * p.k_bounds.stride_h;
 }
 
@@ -53,6 +53,7 @@ constexpr int kMmaEstimatePages = kEstimateWarps * kMmaRows;
 
 template <class T, int D>
 __global__ void __launch_bounds__(kEstimateThreads) estimate_mma_kernel(const EstimateParams p) {
+  wait_for_previous_kernel();
   const EstimateTile tile(p, kMmaEstimatePages);
   const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
   const int first = tile.first_page + threadIdx.x / kWarpSize * kMmaRows;
@@ -80,6 +81,7 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_mma_kernel(const Es
         write_score(p, tile.b, tile.head, row, page, broken[e / 2] ? NAN : acc[e]);
     }
   }
+  start_next_kernel();
 }
 
 // Float32, and caches whose strides forbid 16-byte loads: a thread owns a page and eight query rows at a time.
@@ -89,6 +91,7 @@ constexpr int kMaxHeadDim = 256;
 template <class T>
 __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const EstimateParams p) {
   __shared__ float query[kSimtRows][kMaxHeadDim];
+  wait_for_previous_kernel();
   const EstimateTile tile(p, kEstimateThreads);
   const int page = tile.first_page + threadIdx.x, D = p.size.D;
   bool broken;
@@ -118,6 +121,7 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const E
       if (i + row < tile.rows && page < p.paging.P)
         write_score(p, tile.b, tile.head, i + row, page, broken ? NAN : acc[row]);
   }
+  start_next_kernel();
 }
 
 }  // namespace quest::cuda

@@ -46,6 +46,29 @@ inline unsigned grid_size(int64_t blocks, const char* op) {
   return static_cast<unsigned>(blocks);
 }
 
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+// Launches a kernel that begins with wait_for_previous_kernel() (launch_order.cuh): on Hopper and newer its blocks may be
+// put in place while the kernel before it drains.
+template <class Params>
+void launch_in_order(
+    void (*kernel)(Params), unsigned blocks, int threads, size_t shared, cudaStream_t stream, const Params& p) {
+  int device = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9 ? 1 : 0;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
+}
+
 // Device integers copied to the host, so that the CPU's value checks can read them.
 class HostCopies {
  public:

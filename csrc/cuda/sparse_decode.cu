@@ -9,30 +9,30 @@ namespace quest::cuda {
 
 namespace {
 
+int64_t list_tiles(const DecodeParams& p) {
+  const int share = p.size.Hq / p.Hs;
+  return int64_t{p.size.B} * p.size.T * p.Hs * ((share + kMmaHeads - 1) / kMmaHeads);
+}
+
 template <class T>
 void launch_decode(const DecodeParams& p, cudaStream_t stream) {
-  const int share = p.size.Hq / p.Hs, tiles = (share + kMmaHeads - 1) / kMmaHeads;
-  const unsigned blocks =
-      grid_size(int64_t{p.size.B} * p.size.T * p.Hs * tiles * p.chunks, "sparse_decode");
+  const unsigned blocks = grid_size(list_tiles(p) * p.parts, "sparse_decode");
+  const unsigned rows = grid_size(int64_t{p.size.B} * p.size.T * p.size.Hq, "sparse_decode");
   const size_t shared = sizeof(float) * kDecodeWarps * kMmaHeads * p.size.D;  // 32 KiB at most
-  const auto launch_simt = [&] {
-    decode_chunk_kernel<T, SimtDecode<T>><<<blocks, kDecodeThreads, shared, stream>>>(p);
-  };
-  if constexpr (sizeof(T) == 2) {
-    if (p.q.aligned && p.k_cache.aligned && p.v_cache.aligned)
+  const bool aligned = p.q.aligned && p.k_cache.aligned && p.v_cache.aligned;
+  if (sizeof(T) == 2 && aligned) {
+    if constexpr (sizeof(T) == 2)
       dispatch_head_dim(p.size.D, [&]<int D>(std::integral_constant<int, D>) {
-        decode_chunk_kernel<T, MmaDecode<T, D>><<<blocks, kDecodeThreads, shared, stream>>>(p);
+        launch_in_order(decode_kernel<T, MmaDecode<T, D>>, blocks, kDecodeThreads, shared, stream, p);
       });
-    else launch_simt();
   } else {
-    launch_simt();
+    launch_in_order(decode_kernel<T, SimtDecode<T>>, blocks, kDecodeThreads, shared, stream, p);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (p.chunks > 1) {
-    decode_combine_kernel<T>
-        <<<grid_size(int64_t{p.size.B} * p.size.T * p.size.Hq, "sparse_decode"), kCombineThreads, 0, stream>>>(p);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
+  if (p.parts == 1) return;
+  if (p.part_chunks == 1)
+    launch_in_order(decode_combine_kernel<T, kSpanChunks>, rows, kCombineThreads, 0, stream, p);
+  else
+    launch_in_order(decode_combine_kernel<T, 1>, rows, kCombineThreads, 0, stream, p);
 }
 
 }  // namespace
@@ -53,14 +53,20 @@ std::tuple<Tensor, Tensor> sparse_decode(
   if (lse.numel() == 0) return {out, lse};
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  // One chunk at least: an empty list still has its rows of zeros to write.
-  p.chunks = std::max(1, static_cast<int>(((int64_t{p.K} << p.paging.page_shift) + kChunkTokens - 1) / kChunkTokens));
+  // A block takes a span where that makes blocks enough for the machine, else a chunk. One part at least: an empty list
+  // still has its rows of zeros to write.
+  const int64_t chunks = std::max<int64_t>(1, ((int64_t{p.K} << p.paging.page_shift) + kChunkTokens - 1) / kChunkTokens);
+  const int64_t spans = (chunks + kSpanChunks - 1) / kSpanChunks;
+  const bool large = list_tiles(p) * spans >= 4 * device_attribute(cudaDevAttrMultiProcessorCount, q.get_device_index());
+  p.parts = static_cast<int32_t>(large ? spans : chunks);
+  p.part_chunks = large ? kSpanChunks : 1;
   std::optional<Tensor> partial;
-  if (p.chunks > 1) {
-    const int64_t parts = lse.numel() * p.chunks;
-    partial = empty({parts * (p.size.D + 1)}, ScalarType::Float);
+  if (p.parts > 1) {
+    const int64_t parts = lse.numel() * p.parts;
+    partial = empty({parts * (p.size.D + 2)}, ScalarType::Float);
     p.partial_out = static_cast<float*>(partial->mutable_data_ptr());
-    p.partial_lse = p.partial_out + parts * p.size.D;
+    p.partial_max = p.partial_out + parts * p.size.D;
+    p.partial_sum = p.partial_max + parts;
   }
   dispatch_dtype(p.dtype, [&](auto element) { launch_decode<decltype(element)>(p, stream); });
   return {out, lse};

@@ -1,13 +1,17 @@
 // sparse_decode: attention over the tokens of a list of pages, split over the list and combined.
 //
-// A chunk is kChunkTokens consecutive tokens of the list: a constant, so that a result depends on the list alone, not on
-// the batch, the capacity or how many lists there are. A block takes one chunk of one list and up to kMmaHeads query
-// heads that share it; each of its warps attends to kWarpTokens tokens by itself and the warps meet once, at the end.
-// The combine kernel then merges the chunks in a fixed order; chunks that hold nothing add exact zeros.
+// A chunk is kChunkTokens consecutive tokens of the list and a span kSpanChunks consecutive chunks. The chunks of a span
+// are folded in order, spans in a fixed order after that; both are constants, so a result depends on the list alone, not
+// on the batch, the capacity or how many lists there are. What holds no token is an exact identity of the fold. Small
+// calls give every chunk a block of its own and leave the folding to the combine kernel; large ones give a block a whole
+// span, which it folds as it goes: the same arithmetic, so the same bits.
 //
-// Scores are kept in units of log2(e), so that the exponentials are exp2.
+// In a block, up to kMmaHeads query heads share a list; each warp attends to kWarpTokens tokens of the chunk by itself,
+// then the warps meet. The next chunk is asked for before that. Scores are kept in units of log2(e): exponentials are
+// exp2.
 #pragma once
 
+#include "launch_order.cuh"
 #include "row_mma.cuh"
 
 namespace quest::cuda {
@@ -16,17 +20,18 @@ constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
 constexpr int kWarpTokens = kWarpSize;  // a lane looks up one token
 constexpr int kChunkTokens = kDecodeWarps * kWarpTokens;
+constexpr int kSpanChunks = 8;
 constexpr int kMaxHeadDim = 256;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// The block's place: one list of pages, a tile of the query heads that share it, one chunk of the list.
+// The block's place: one list of pages, a tile of the query heads that share it, one part (chunk or span) of the list.
 struct DecodeTile {
-  int chunk, b, t, list, first_head, heads, kv_head, visible;
+  int part, b, t, list, first_head, heads, kv_head, visible;
   __device__ explicit DecodeTile(const DecodeParams& p) {
     const int share = p.size.Hq / p.Hs, tiles = (share + kMmaHeads - 1) / kMmaHeads;
     int i = blockIdx.x;
-    chunk = i % p.chunks, i /= p.chunks;
+    part = i % p.parts, i /= p.parts;
     const int tile = i % tiles;
     i /= tiles;
     list = i % p.Hs, i /= p.Hs;
@@ -53,15 +58,18 @@ __device__ __forceinline__ Token find_token(const DecodeParams& p, const DecodeT
   if (entry < p.K)
     page = p.pages ? p.pages[tile.b * p.pages_stride_b + tile.t * p.pages_stride_t + tile.list * p.pages_stride_h + entry]
                    : entry;
-  if (page == -1) return {-1, -1, -INFINITY};
-  if (page < 0 || page >= g.P) return {-1, -1, tile.visible ? NAN : -INFINITY};
-  if ((page << g.page_shift) + slot >= tile.visible) return {-1, -1, -INFINITY};
+  // Looked up before the length is asked about: the two loads then wait together.
   const int64_t physical = g.physical(tile.b, page);
+  const bool in_table = page >= 0 && page < g.P;
+  if (page == -1 || tile.visible == 0 || (in_table && (page << g.page_shift) + slot >= tile.visible))
+    return {-1, -1, -INFINITY};
   if (physical < 0) return {-1, -1, NAN};
   return {
       physical * p.k_cache.stride_n + tile.kv_head * p.k_cache.stride_h + slot * p.k_cache.stride_s,
       physical * p.v_cache.stride_n + tile.kv_head * p.v_cache.stride_h + slot * p.v_cache.stride_s, 0.f};
 }
+
+__device__ __forceinline__ float safe_max(float m) { return m == -INFINITY ? 0.f : m; }
 
 // What a warp knows after its tokens, for each head: the largest score, the sum of weights, the weighted values.
 struct WarpResults {
@@ -69,40 +77,54 @@ struct WarpResults {
   float sum[kDecodeWarps][kMmaHeads];
 };
 
-__device__ __forceinline__ float safe_max(float m) { return m == -INFINITY ? 0.f : m; }
-
-// fp16 and bf16 on the tensor cores: all of a warp's keys and values are asked for before the first is used.
+// fp16 and bf16 on the tensor cores: all of a warp's keys and values are asked for before the first is used, as far as
+// the registers hold them.
 template <class T, int D>
 struct MmaDecode {
+  static constexpr int kMaxD = D;
+  static constexpr bool kEarlyValues = D <= 128;
   static constexpr int kSteps = kWarpTokens / kMmaRows;
   struct Shared {};
 
-  static __device__ __forceinline__ void warp_attend(
-      const DecodeParams& p, const DecodeTile& tile, Token token, float* out, float* max_out, float* sum_out, Shared&) {
-    const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
-    const T* const k_base = static_cast<const T*>(p.k_cache.data);
-    const T* const v_base = static_cast<const T*>(p.v_cache.data);
-    const auto row = [](const T* base, int64_t offset, int from) {
-      const int64_t at = __shfl_sync(kFullMask, offset, from);
-      return at < 0 ? nullptr : base + at;
-    };
+  RowPieces<D> query;
+  SixteenRows<D> keys[kSteps];
+  ValuePieces<D> values[kSteps];
+  Token token;
 
-    RowPieces<D> query;
+  __device__ __forceinline__ MmaDecode(const DecodeParams& p, const DecodeTile& tile, Shared&) {
+    const int r = threadIdx.x % kWarpSize / 4;
     const T* const q = static_cast<const T*>(p.q.data) + tile.b * p.q.stride_b + tile.t * p.q.stride_t;
     query.load(r < tile.heads ? q + (tile.first_head + r) * p.q.stride_h : nullptr);
+  }
 
-    SixteenRows<D> keys[kSteps];
+  // The row that the token of lane `from` has in a cache.
+  static __device__ __forceinline__ const T* row(const Cache& cache, int64_t offset, int from) {
+    const int64_t at = __shfl_sync(kFullMask, offset, from);
+    return at < 0 ? nullptr : static_cast<const T*>(cache.data) + at;
+  }
+
+  __device__ __forceinline__ void load_values(const DecodeParams& p, int step) {
+    const int c = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      values[step].load(j, row(p.v_cache, token.v, step * kMmaRows + 2 * c + j % 2 + j / 2 * 8));
+  }
+
+  __device__ __forceinline__ void load(const DecodeParams& p, const Token& next) {
+    const int r = threadIdx.x % kWarpSize / 4;
+    token = next;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-      keys[s].low.load(row(k_base, token.k, s * kMmaRows + r));
-      keys[s].high.load(row(k_base, token.k, s * kMmaRows + r + 8));
+      keys[s].low.load(row(p.k_cache, token.k, s * kMmaRows + r));
+      keys[s].high.load(row(p.k_cache, token.k, s * kMmaRows + r + 8));
     }
-    ValuePieces<D> values[kSteps];
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) values[s].load(j, row(v_base, token.v, s * kMmaRows + 2 * c + j % 2 + j / 2 * 8));
+    for (int s = 0; kEarlyValues && s < kSteps; ++s) load_values(p, s);
+  }
 
+  __device__ __forceinline__ void attend(
+      const DecodeParams& p, const DecodeTile& tile, float* out, float* max_out, float* sum_out, Shared&) {
+    const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
     const float scale = p.scale * kLog2e;
     float score[kSteps][4];
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
@@ -124,6 +146,7 @@ struct MmaDecode {
     OutTile<D> tile_out;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
+      if (!kEarlyValues) load_values(p, s);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         score[s][e] = exp2f(score[s][e] - safe_max(top[e % 2]));
@@ -158,21 +181,28 @@ struct MmaDecode {
 // Float32, and caches whose strides forbid 16-byte loads: a lane owns a key, then a head dimension.
 template <class T>
 struct SimtDecode {
+  static constexpr int kMaxD = kMaxHeadDim;
   struct Shared {
     float query[kMmaHeads][kMaxHeadDim];
     float weight[kDecodeWarps][kMmaHeads][kWarpTokens];
   };
 
-  static __device__ __forceinline__ void warp_attend(
-      const DecodeParams& p, const DecodeTile& tile, Token token, float* out, float* max_out, float* sum_out,
-      Shared& shared) {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, D = p.size.D;
+  Token token;
+
+  __device__ __forceinline__ SimtDecode(const DecodeParams& p, const DecodeTile& tile, Shared& shared) {
+    const int D = p.size.D;
     const T* const q = static_cast<const T*>(p.q.data) + tile.b * p.q.stride_b + tile.t * p.q.stride_t;
     for (int x = threadIdx.x; x < kMmaHeads * D; x += kDecodeThreads)
       shared.query[x / D][x % D] =
           x / D < tile.heads ? to_float(q[(tile.first_head + x / D) * p.q.stride_h + x % D]) : 0.f;
     __syncthreads();
+  }
 
+  __device__ __forceinline__ void load(const DecodeParams&, const Token& next) { token = next; }
+
+  __device__ __forceinline__ void attend(
+      const DecodeParams& p, const DecodeTile&, float* out, float* max_out, float* sum_out, Shared& shared) {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, D = p.size.D;
     float acc[kMmaHeads] = {};
     if (token.k >= 0) {
       const T* const key = static_cast<const T*>(p.k_cache.data) + token.k;
@@ -211,6 +241,43 @@ struct SimtDecode {
 #pragma unroll
         for (int h = 0; h < kMmaHeads; ++h) out[h * D + d] = sums[h];
     }
+    __syncwarp();
+  }
+};
+
+// A softmax in the making over some tokens, for one head and kColumns vectors of four head dimensions: the largest
+// score, and relative to it the sum of weights and the weighted values. Starts as what no token gives, and folding that
+// in changes nothing, bit for bit.
+template <int kColumns>
+struct Partial {
+  float top = -INFINITY, sum = 0.f;
+  float4 out[kColumns] = {};
+
+  __device__ __forceinline__ void fold(const Partial& next) {
+    const float both = fmaxf(top, next.top);
+    const float a = exp2f(top - safe_max(both)), b = exp2f(next.top - safe_max(both));
+    // Rounded as written: the two kernels that fold must not contract it in different ways.
+    const auto mix = [&](float& x, float y) { x = __fmaf_rn(a, x, __fmul_rn(b, y)); };
+    top = both;
+    mix(sum, next.sum);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      mix(out[i].x, next.out[i].x), mix(out[i].y, next.out[i].y);
+      mix(out[i].z, next.out[i].z), mix(out[i].w, next.out[i].w);
+    }
+  }
+
+  // Scores that are NaN leave the largest alone and make the sum NaN, and with it the result.
+  __device__ __forceinline__ bool empty() const { return sum == 0.f; }
+  __device__ __forceinline__ float lse() const { return empty() ? -INFINITY : (top + log2f(sum)) * kLn2; }
+
+  template <class T>
+  __device__ __forceinline__ void write(T* to, int i) const {
+    const float4 x = out[i];
+    to[0] = from_float<T>(empty() ? 0.f : x.x / sum);
+    to[1] = from_float<T>(empty() ? 0.f : x.y / sum);
+    to[2] = from_float<T>(empty() ? 0.f : x.z / sum);
+    to[3] = from_float<T>(empty() ? 0.f : x.w / sum);
   }
 };
 
@@ -218,109 +285,126 @@ __device__ __forceinline__ int64_t query_index(const DecodeParams& p, int b, int
   return (int64_t{b} * p.size.T + t) * p.size.Hq + head;
 }
 
+// A thread of the block meets the warps' results for one head and every sixteenth vector of four head dimensions.
+constexpr int kHeadThreads = kDecodeThreads / kMmaHeads;
+
 template <class T, class Attend>
-__global__ void __launch_bounds__(kDecodeThreads) decode_chunk_kernel(const DecodeParams p) {
+__global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(const DecodeParams p) {
   extern __shared__ __align__(16) float warp_out[];  // [kDecodeWarps, kMmaHeads, D]
   __shared__ WarpResults results;
   __shared__ typename Attend::Shared shared;
-  const DecodeTile tile(p);
+  constexpr int kColumns = (Attend::kMaxD / 4 + kHeadThreads - 1) / kHeadThreads;
   const int warp = threadIdx.x / kWarpSize, D = p.size.D;
-  const bool live = p.pages || tile.chunk * kChunkTokens < tile.visible;
-  if (!live && p.chunks > 1) return;  // the combine kernel does not look past the last token either
+  const int head = threadIdx.x / kHeadThreads, first_column = threadIdx.x % kHeadThreads;
 
-  const Token token = find_token(p, tile, tile.chunk * kChunkTokens + threadIdx.x);
-  const bool any = __syncthreads_or(token.bias != -INFINITY);
-  if (any)
-    Attend::warp_attend(
-        p, tile, token, warp_out + warp * kMmaHeads * D, results.max[warp], results.sum[warp], shared);
-  __syncthreads();
+  wait_for_previous_kernel();
+  const DecodeTile tile(p);
+  const int list_tokens = p.pages ? p.K << p.paging.page_shift : tile.visible;
+  const int first_token = tile.part * p.part_chunks * kChunkTokens;
+  const int end_token = min(first_token + p.part_chunks * kChunkTokens, list_tokens);
+  if (first_token >= end_token && p.parts > 1) return;  // the combine kernel does not look there either
 
-  for (int h = 0; h < tile.heads; ++h) {
-    const int64_t row = query_index(p, tile.b, tile.t, tile.first_head + h);
-    float top = -INFINITY, weight[kDecodeWarps], sum = 0.f;
-    if (any) {
+  Partial<kColumns> partial;
+  Attend warp_tokens(p, tile, shared);
+  Token token = find_token(p, tile, first_token + threadIdx.x);
+  warp_tokens.load(p, token);
+  for (int first = first_token; first < end_token; first += kChunkTokens) {
+    const bool any = __syncthreads_or(token.bias != -INFINITY);
+    const bool more = first + kChunkTokens < end_token;
+    if (more) token = find_token(p, tile, first + kChunkTokens + threadIdx.x);
+    if (any)
+      warp_tokens.attend(
+          p, tile, warp_out + warp * kMmaHeads * D, results.max[warp], results.sum[warp], shared);
+    if (more) warp_tokens.load(p, token);
+    __syncthreads();
+    if (!any || head >= tile.heads) continue;
+
+    Partial<kColumns> chunk;
+    float weight[kDecodeWarps];
 #pragma unroll
-      for (int w = 0; w < kDecodeWarps; ++w) top = fmaxf(top, results.max[w][h]);
+    for (int w = 0; w < kDecodeWarps; ++w) chunk.top = fmaxf(chunk.top, results.max[w][head]);
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; ++w) {
+      weight[w] = exp2f(results.max[w][head] - safe_max(chunk.top));
+      chunk.sum += weight[w] * results.sum[w][head];
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const int column = first_column + i * kHeadThreads;
+      if (column * 4 >= D) continue;
+      float4& x = chunk.out[i];
 #pragma unroll
       for (int w = 0; w < kDecodeWarps; ++w) {
-        weight[w] = exp2f(results.max[w][h] - safe_max(top));
-        sum += weight[w] * results.sum[w][h];
+        const float4 y = reinterpret_cast<const float4*>(warp_out + (w * kMmaHeads + head) * D)[column];
+        x.x += weight[w] * y.x, x.y += weight[w] * y.y, x.z += weight[w] * y.z, x.w += weight[w] * y.w;
       }
     }
-    // NaN scores leave the maximum alone and make the sum NaN, and with it the result.
-    const bool empty = sum == 0.f;
-    const float lse = empty ? -INFINITY : safe_max(top) + log2f(sum);
-    if (threadIdx.x == 0) {
-      if (p.chunks > 1) p.partial_lse[row * p.chunks + tile.chunk] = lse;
-      else p.lse[row] = lse * kLn2;
-    }
-    if (empty && p.chunks > 1) continue;
-    for (int d = threadIdx.x; d < D; d += kDecodeThreads) {
-      float x = 0.f;
-      if (!empty) {
+    partial.fold(chunk);
+  }
+  start_next_kernel();
+
+  if (head >= tile.heads) return;
+  const int64_t row = query_index(p, tile.b, tile.t, tile.first_head + head);
+  const int64_t part = row * p.parts + tile.part;
+  if (first_column == 0) {
+    if (p.parts == 1) p.lse[row] = partial.lse();
+    else p.partial_max[part] = partial.top, p.partial_sum[part] = partial.sum;
+  }
 #pragma unroll
-        for (int w = 0; w < kDecodeWarps; ++w) x += weight[w] * warp_out[(w * kMmaHeads + h) * D + d];
-        x /= sum;
-      }
-      if (p.chunks > 1) p.partial_out[(row * p.chunks + tile.chunk) * D + d] = x;
-      else static_cast<T*>(p.out)[row * D + d] = from_float<T>(x);
-    }
+  for (int i = 0; i < kColumns; ++i) {
+    const int d = (first_column + i * kHeadThreads) * 4;
+    if (d >= D) continue;
+    if (p.parts == 1) partial.write(static_cast<T*>(p.out) + row * D + d, i);
+    else *reinterpret_cast<float4*>(p.partial_out + part * D + d) = partial.out[i];
   }
 }
 
+// A block folds the parts of one query head. Threads are vectors of four head dimensions x slices: slice s takes spans
+// s, s + slices, ..., then the slices are folded in order.
 constexpr int kCombineThreads = 256;
 
-// Adds up x over the block in an order that depends on the thread alone.
-template <class Op>
-__device__ __forceinline__ float block_reduce(float x, float* shared, Op op) {
-  for (int step = 1; step < kWarpSize; step *= 2) x = op(x, __shfl_xor_sync(kFullMask, x, step));
-  __syncthreads();
-  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = x;
-  __syncthreads();
-  x = shared[0];
-  for (int w = 1; w < kCombineThreads / kWarpSize; ++w) x = op(x, shared[w]);
-  return x;
-}
-
-// A block merges the chunks of one query head.
-template <class T>
+template <class T, int kPartsInSpan>
 __global__ void __launch_bounds__(kCombineThreads) decode_combine_kernel(const DecodeParams p) {
-  __shared__ float shared[kCombineThreads];
-  const int D = p.size.D, row = blockIdx.x;
+  __shared__ Partial<1> shared[kCombineThreads];
+  const int D = p.size.D, columns = D / 4, slices = kCombineThreads / columns;
+  const int column = threadIdx.x % columns, slice = threadIdx.x / columns;
+  const int64_t row = blockIdx.x;
+
+  wait_for_previous_kernel();
   const int t = row / p.size.Hq % p.size.T, b = row / p.size.Hq / p.size.T;
-  const int visible = p.paging.visible(b, t, p.size.T);
-  const int chunks = p.pages ? p.chunks : min(p.chunks, (visible + kChunkTokens - 1) / kChunkTokens);
-  const float* const lse = p.partial_lse + int64_t{row} * p.chunks;
-  const float* const out = p.partial_out + int64_t{row} * p.chunks * D;
+  const int tokens = p.pages ? p.K << p.paging.page_shift : p.paging.visible(b, t, p.size.T);
+  constexpr int kPartTokens = kChunkTokens * kSpanChunks / kPartsInSpan;
+  const int parts = (tokens + kPartTokens - 1) / kPartTokens;
+  const auto load = [&](int i) {
+    Partial<1> part;
+    if (i < parts) {
+      const int64_t at = row * p.parts + i;
+      part.top = p.partial_max[at], part.sum = p.partial_sum[at];
+      part.out[0] = *reinterpret_cast<const float4*>(p.partial_out + at * D + column * 4);
+    }
+    return part;
+  };
 
-  float top = -INFINITY;
-  for (int i = threadIdx.x; i < chunks; i += kCombineThreads) top = fmaxf(top, lse[i]);
-  top = safe_max(block_reduce(top, shared, [](float a, float b) { return fmaxf(a, b); }));
-  float sum = 0.f;
-  for (int i = threadIdx.x; i < chunks; i += kCombineThreads) sum += exp2f(lse[i] - top);
-  sum = block_reduce(sum, shared, [](float a, float b) { return a + b; });
-  const bool empty = sum == 0.f;
-
-  // Threads are columns x slices: slice s adds up chunks s, s + slices, ...
-  constexpr int kColumns = 32, kSlices = kCombineThreads / kColumns;
-  const int column = threadIdx.x % kColumns, slice = threadIdx.x / kColumns;
-  for (int first = 0; first < D; first += kColumns) {
-    const int d = first + column;
-    float x = 0.f;
-    if (d < D)
-      for (int i = slice; i < chunks; i += kSlices) {
-        const float l = lse[i];
-        if (l != -INFINITY) x += exp2f(l - top) * out[int64_t{i} * D + d];
-      }
-    __syncthreads();
-    shared[threadIdx.x] = x;
-    __syncthreads();
-    if (slice == 0 && d < D) {
-      for (int s = 1; s < kSlices; ++s) x += shared[s * kColumns + column];
-      static_cast<T*>(p.out)[int64_t{row} * D + d] = from_float<T>(empty ? 0.f : x / sum);
+  Partial<1> total;
+  if (slice < slices) {
+#pragma unroll(8 / kPartsInSpan)
+    for (int first = slice * kPartsInSpan; first < parts; first += slices * kPartsInSpan) {
+      Partial<1> span;
+      Partial<1> loaded[kPartsInSpan];
+#pragma unroll
+      for (int i = 0; i < kPartsInSpan; ++i) loaded[i] = load(first + i);
+#pragma unroll
+      for (int i = 0; i < kPartsInSpan; ++i) span.fold(loaded[i]);
+      total.fold(span);
     }
   }
-  if (threadIdx.x == 0) p.lse[row] = empty ? -INFINITY : (top + log2f(sum)) * kLn2;
+  shared[threadIdx.x] = total;
+  __syncthreads();
+  start_next_kernel();
+  if (slice != 0) return;
+  for (int s = 1; s < slices; ++s) total.fold(shared[s * columns + column]);
+  total.write(static_cast<T*>(p.out) + row * D + column * 4, 0);
+  if (column == 0) p.lse[row] = total.lse();
 }
 
 }  // namespace quest::cuda

@@ -14,7 +14,7 @@ void launch_topk(const TopkParams& p, cudaStream_t stream) {
   const size_t shared = 2 * sizeof(float) * (p.size.Hq / p.Hs);
   const int rounds = (p.paging.P + kTopkThreads - 1) / kTopkThreads;
   const auto launch = [&](auto per_thread) {
-    topk_pages_kernel<per_thread.value><<<rows, kTopkThreads, shared, stream>>>(p);
+    launch_in_order(topk_pages_kernel<per_thread.value>, rows, kTopkThreads, shared, stream, p);
   };
   if (rounds <= 2) launch(std::integral_constant<int, 2>{});
   else if (rounds <= 8) launch(std::integral_constant<int, 8>{});
@@ -39,7 +39,6 @@ Tensor topk_pages(
   if (pages.numel() == 0) return pages;
   p.pages = static_cast<int32_t*>(pages.mutable_data_ptr());
   launch_topk(p, stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return pages;
 }
 

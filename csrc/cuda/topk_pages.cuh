@@ -7,6 +7,7 @@
 #pragma once
 
 #include "elements.cuh"
+#include "launch_order.cuh"
 
 namespace quest::cuda {
 
@@ -79,6 +80,7 @@ __global__ void __launch_bounds__(kTopkThreads) topk_pages_kernel(const TopkPara
   __shared__ uint32_t chosen_bin;
   __shared__ int left_in_bin;
 
+  wait_for_previous_kernel();
   const int row = blockIdx.x, h = row % p.Hs, t = row / p.Hs % p.size.T, b = row / p.Hs / p.size.T;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   int32_t* const pages = p.pages + int64_t{row} * p.K;
@@ -179,6 +181,7 @@ __global__ void __launch_bounds__(kTopkThreads) topk_pages_kernel(const TopkPara
     at += __popc(all_taken);
     equal_before += __popc(equals);
   });
+  start_next_kernel();
 }
 
 }  // namespace quest::cuda

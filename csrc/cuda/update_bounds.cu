@@ -16,9 +16,8 @@ void update_bounds(
   const int64_t blocks = int64_t{p.size.B} * p.size.Hkv * p.paging.P;
   if (blocks == 0) return;
   dispatch_dtype(p.dtype, [&](auto element) {
-    update_bounds_kernel<decltype(element)><<<grid_size(blocks, "update_bounds"), kBoundsThreads, 0, stream>>>(p);
+    launch_in_order(update_bounds_kernel<decltype(element)>, grid_size(blocks, "update_bounds"), kBoundsThreads, 0, stream, p);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 QUEST_LIBRARY_IMPL(CUDA, m) { m.impl("update_bounds", TORCH_BOX(&update_bounds)); }

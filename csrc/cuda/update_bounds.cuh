@@ -1,12 +1,14 @@
 // update_bounds: a block owns one (sequence, head, page) and reads the keys that are in it.
 #pragma once
 
+#include "launch_order.cuh"
 #include "page_bounds.cuh"
 
 namespace quest::cuda {
 
 template <class T>
 __global__ void __launch_bounds__(kBoundsThreads) update_bounds_kernel(const UpdateBoundsParams p) {
+  wait_for_previous_kernel();
   const Paging& g = p.paging;
   const int page = blockIdx.x % g.P;
   const int head = blockIdx.x / g.P % p.size.Hkv;
@@ -26,6 +28,7 @@ __global__ void __launch_bounds__(kBoundsThreads) update_bounds_kernel(const Upd
       bounds.add(load_vec(keys + s * p.k_cache.stride_s, p.k_cache.aligned));
   }
   bounds.store(p.k_bounds, physical, head);
+  start_next_kernel();
 }
 
 }  // namespace quest::cuda
