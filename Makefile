@@ -17,6 +17,7 @@ VENV := .venv
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 ARGS ?=
+WHEELS ?= dist
 
 GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
   | sed -n 's/^\([0-9]*\)\.\([0-9]\)$$/\1\2/p' | sed 's/^90$$/90a/' | sort -u | paste -sd ';' -)
@@ -67,7 +68,7 @@ library: $(STAMPS)/editable
 	@cmake --install build --prefix "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
 
 wheel: $(STAMPS)/tools
-	$(PIP) wheel --no-build-isolation --no-deps -C build-dir=build/wheel -w dist \
+	$(PIP) wheel --no-build-isolation --no-deps -C build-dir=build/wheel -w $(WHEELS) \
 	  -C cmake.define.QUEST_CUDA=$(RELEASE_CUDA) \
 	  $(if $(RELEASE_ARCHS),-C 'cmake.define.CMAKE_CUDA_ARCHITECTURES=$(RELEASE_ARCHS)') .
 

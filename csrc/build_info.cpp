@@ -8,6 +8,9 @@
 #define QUEST_COMPILER "gcc " __VERSION__
 #endif
 
+// Python reads it from the file before it loads the library.
+QUEST_EXPORT const char quest_ops_namespace[] = "quest_ops_namespace=" QUEST_STRING(QUEST_NAMESPACE);
+
 QUEST_EXPORT const char* quest_ops_build_info() {
   static const std::string info = quest::build_info({
       {"compiler", QUEST_COMPILER},

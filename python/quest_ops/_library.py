@@ -9,30 +9,15 @@ from __future__ import annotations
 import ctypes
 import importlib.resources
 import json
-import sys
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 MINIMUM_TORCH = (2, 10)
-
-
-def _find(stem: str) -> Path | None:
-    # importlib.resources also follows editable installs, where the libraries are not beside this file.
-    suffix = ".dll" if sys.platform == "win32" else ".so"
-    entry = importlib.resources.files(__package__) / (stem + suffix)
-    return Path(str(entry)) if entry.is_file() else None
-
-
-def _load(path: Path) -> None:
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        raise ImportError(
-            f"quest_ops could not load {path.name} with torch {torch.__version__}: {error}. It was built for another "
-            f"torch, CUDA or processor: rebuild it with `pip install --no-build-isolation --force-reinstall quest_ops`."
-        ) from error
+OPERATORS = ("append_kv", "update_bounds", "estimate", "topk_pages", "sparse_decode")
+_REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps .` in the project's folder"
 
 
 def _check_torch_version() -> None:
@@ -44,8 +29,47 @@ def _check_torch_version() -> None:
         )
 
 
-def _build_info(path: Path, symbol: str) -> dict[str, Any]:
-    function = getattr(ctypes.CDLL(str(path)), symbol)
+def _find(stem: str) -> Path | None:
+    # importlib.resources also follows editable installs, where the libraries are not beside this file.
+    entry = importlib.resources.files(__package__) / f"{stem}.so"
+    return Path(str(entry)) if entry.is_file() else None
+
+
+def _check_namespace(path: Path) -> str:
+    """The namespace that the library at `path` registers, if it is free."""
+    found = re.search(rb"quest_ops_namespace=(\w+)", path.read_bytes())
+    if found is None:
+        raise _not_ours(path)
+    namespace = found[1].decode()
+    registered = getattr(torch.ops, namespace)
+    loaded = str(path.resolve()) in torch.ops.loaded_libraries
+    if not loaded and any(hasattr(registered, name) for name in OPERATORS):
+        raise ImportError(
+            f"quest_ops cannot register its operators: another library, or a second copy of this one, has taken "
+            f"torch.ops.{namespace}. Load only one, or build with `-C cmake.define.QUEST_NAMESPACE=<another name>`."
+        )
+    return namespace
+
+
+def _not_ours(path: Path) -> ImportError:
+    return ImportError(f"quest_ops found in {path} something other than its library: {_REBUILD}.")
+
+
+def _load(path: Path, symbol: str) -> dict[str, Any]:
+    """Loads a library and returns what it says of its build.
+
+    What can be told from the file is: torch ends the process as a library loads that registers an operator twice.
+    """
+    if symbol.encode() not in path.read_bytes():
+        raise _not_ours(path)
+    try:
+        torch.ops.load_library(path)
+        function = getattr(ctypes.CDLL(str(path)), symbol)
+    except (OSError, AttributeError) as error:
+        raise ImportError(
+            f"quest_ops could not load {path.name} with torch {torch.__version__} ({error}); it was built for another "
+            f"torch, CUDA or processor, or is damaged: {_REBUILD}."
+        ) from error
     function.restype = ctypes.c_char_p
     info: dict[str, Any] = json.loads(function().decode())
     return info
@@ -58,12 +82,16 @@ if _cpu_path is None:
         "quest_ops found no compiled library _C beside its Python files: build it with "
         "`pip install --no-build-isolation .` in the project's folder."
     )
-_load(_cpu_path)
 
-#: What the CPU library says of its build: namespace, version, torch target, compiler, instruction set in use.
-build_info: dict[str, Any] = _build_info(_cpu_path, "quest_ops_build_info")
 #: The operator namespace, ``quest`` unless the build set its own QUEST_NAMESPACE.
-NAMESPACE: str = build_info["namespace"]
+NAMESPACE: str = _check_namespace(_cpu_path)
+#: What the CPU library says of its build: namespace, version, torch target, compiler, instruction set in use.
+build_info: dict[str, Any] = _load(_cpu_path, "quest_ops_build_info")
+ops = getattr(torch.ops, NAMESPACE)
+
+for _name in OPERATORS:
+    if not hasattr(ops, _name):
+        raise ImportError(f"quest_ops found a library _C older than its Python files, without {_name}: {_REBUILD}.")
 
 #: Why the CUDA kernels are not there, or None where they are.
 cuda_missing: str | None = None
@@ -76,18 +104,29 @@ if torch.version.cuda is None:
 elif _cuda_path is None:
     cuda_missing = (
         "this build of quest_ops has no CUDA library: install nvcc and rebuild with "
-        "`pip install --no-build-isolation -C cmake.define.QUEST_CUDA=ON .`"
+        "`pip install --no-build-isolation -C cmake.define.QUEST_CUDA=ON .` in the project's folder"
     )
 else:
-    _load(_cuda_path)
-    cuda_build_info = _build_info(_cuda_path, "quest_ops_cuda_build_info")
-    if cuda_build_info["namespace"] != NAMESPACE or cuda_build_info["version"] != build_info["version"]:
-        raise ImportError(
-            f"quest_ops found _C {build_info['version']} and _C_cuda {cuda_build_info['version']} of different builds: "
-            f"rebuild both with `pip install --no-build-isolation --force-reinstall quest_ops`."
-        )
+    cuda_build_info = _load(_cuda_path, "quest_ops_cuda_build_info")
+    for _key in ("namespace", "version", "schemas"):
+        if cuda_build_info[_key] != build_info[_key]:
+            raise ImportError(
+                f"quest_ops found libraries of different builds, _C with {_key} {build_info[_key]} and _C_cuda with "
+                f"{_key} {cuda_build_info[_key]}: {_REBUILD}."
+            )
 
-ops = getattr(torch.ops, NAMESPACE)
+
+def _refuse_cuda(name: str) -> Any:
+    def kernel(*args: Any) -> NoReturn:
+        raise RuntimeError(f"{NAMESPACE}::{name} cannot run on CUDA tensors: {cuda_missing}.")
+
+    return kernel
+
+
+if cuda_missing and torch.version.cuda:
+    _refusals = torch.library.Library(NAMESPACE, "IMPL")
+    for _name in OPERATORS:
+        _refusals.impl(_name, _refuse_cuda(_name), "CUDA")
 
 
 def _fake(name: str) -> Any:
