@@ -1,0 +1,65 @@
+"""``python -m quest_ops info``: what is installed, what it was built for, and whether that fits together."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from . import _library
+
+
+def report() -> list[tuple[str, str]]:
+    """Pairs of a name and what there is to say, in the order of printing."""
+    cpu, cuda = _library.build_info, _library.cuda_build_info
+    return [
+        ("quest_ops", f"{cpu['version']}, operators in torch.ops.{_library.NAMESPACE}"),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads"),
+        ("transformers", _version("transformers", "transformers")),
+        ("matplotlib", _version("matplotlib", "demo")),
+        ("CPU library", f"loaded, instruction set {cpu['cpu_isa']}, compiled by {cpu['compiler']}, {_build(cpu)}"),
+        ("CUDA library", _cuda(cuda) if cuda else f"not loaded: {_library.cuda_missing}"),
+        ("GPU", _gpus()),
+        ("build matches", _match(cpu, cuda)),
+    ]
+
+
+def _version(package: str, extra: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return f"not installed: run `pip install 'quest_ops[{extra}]'`"
+
+
+def _build(info: dict[str, Any]) -> str:
+    return f"{info['build_type']} build with torch {info['torch_headers']} for torch {info['torch_target']} or newer"
+
+
+def _cuda(info: dict[str, Any]) -> str:
+    return f"loaded, architectures {info['architectures']}, nvcc {info['nvcc']}, {_build(info)}"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{gpu.name} (compute capability {gpu.major}.{gpu.minor})" for gpu in gpus)
+
+
+def _match(cpu: dict[str, Any], cuda: dict[str, Any] | None) -> str:
+    """Whether what was built and what is installed belong together, or the first thing that does not."""
+    version = metadata.version("quest_ops")
+    if version != cpu["version"]:
+        return f"no: the Python files are {version}, the CPU library is {cpu['version']}: reinstall quest_ops"
+    target = tuple(map(int, cpu["torch_target"].split(".")[:2]))
+    running = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
+    if running < target:
+        return f"no: the CPU library needs torch {cpu['torch_target']}, this is {torch.__version__}: rebuild quest_ops"
+    if cuda and torch.version.cuda:
+        built, used = cuda["nvcc"].split(".")[0], torch.version.cuda.split(".")[0]
+        if built != used:
+            return f"no: the CUDA library is of CUDA {built}, torch of CUDA {used}: rebuild with an nvcc {used}"
+    return "yes"
