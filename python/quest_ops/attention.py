@@ -106,7 +106,11 @@ def select_pages(
         are fewer. Hs is Hq for group_reduce "none", else Hkv.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = estimate(q, k_bounds, page_table, seq_lens, config.page_size)
+    if config.sink_pages + config.recent_pages == config.num_pages:
+        # Every page is forced, as in a recent window: no score changes the list, so no bounds are read.
+        scores = q.new_zeros((*q.shape[:-1], page_table.shape[1]), dtype=torch.float32)
+    else:
+        scores = estimate(q, k_bounds, page_table, seq_lens, config.page_size)
     return topk_pages(
         scores,
         seq_lens,
