@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import torch
+from quest_ops import PagedKVCache
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from quest_ops import PagedKVCache
 
 
 class History:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,9 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from quest_ops import CacheFullError, PagedKVCache
 from quest_ops.cache import HEAD_DIMS, PAGE_SIZES
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 S = 8
 

@@ -7,16 +7,13 @@ nothing on the way of a decode step waits for the device.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .ops import append_kv, update_bounds
 from .pages import NewPage, PageAccount
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128)

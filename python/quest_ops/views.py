@@ -73,10 +73,10 @@ def page_view_blhd(k: Tensor, v: Tensor, page_size: int = 16) -> PageView:
 
 
 def empty_bounds(view: PageView) -> Tensor:
-    """Uninitialised bounds [N, Hkv, 2, D] for a view, with storage for the pages that exist and no more.
+    """Uninitialised bounds [N, Hkv, 2, D] for a view, in as little memory as the layout lets them have.
 
-    Where heads lie whole pages apart, a head's bounds are as many pages apart: [B, Hkv, P, 2, D] in memory for a
-    contiguous [B, Hkv, L, D] cache.
+    Where heads lie whole pages apart, a head's bounds are as many pages apart: a contiguous [B, Hkv, L, D] has its
+    bounds as [B, Hkv, P, 2, D]. A cache whose sequences do not lie whole pages apart takes up to S times that.
     """
     k = view.k_cache
     N, Hkv, _, D = k.shape
