@@ -149,7 +149,7 @@ def shapes(draw: st.DrawFn, max_new_tokens: int = 8, max_shared_pages: int = 2) 
     group = draw(st.integers(1, 16) | st.sampled_from((20, 32)))
     kv_heads = draw(st.integers(1, min(4, max(1, 32 // group))))
     batch = draw(st.integers(1, min(4, max(1, 64 // (group * kv_heads)))))
-    most_tokens = min(draw(st.sampled_from((100, 300, 1200))), 2**19 // (batch * kv_heads * head_dim))
+    most_tokens = min(draw(st.sampled_from((60, 200, 700))), 2**18 // (batch * kv_heads * head_dim))
     length = st.builds(
         lambda pages, off: max(0, pages * page_size + off),
         st.integers(0, max(1, most_tokens // page_size)),
@@ -212,12 +212,13 @@ def assert_exact(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_accurate(actual: Tensor, exact: Tensor, naive: Tensor, dtype: torch.dtype) -> None:
-    """At most twice the error that PyTorch makes in the same dtype, and one rounding of the result more.
+    """At most twice the error that PyTorch makes in the same dtype, and the rounding of the result.
 
-    exact: the float64 reference. naive: the straightforward computation in ``dtype``. NaN and infinities first, and
-    they must be the same; then the largest error; then the cosine difference of the whole, whose square root is the
+    exact: the float64 reference. naive: the straightforward computation in ``dtype``. NaN and infinities come first,
+    and must be the same; then the largest error; then the cosine difference of the whole, whose square root is the
     relative error.
     """
+    last_place = torch.finfo(actual.dtype).eps
     actual, naive = actual.cpu().double(), naive.double()
     assert actual.shape == exact.shape
     finite = exact.isfinite()
@@ -228,14 +229,13 @@ def assert_accurate(actual: Tensor, exact: Tensor, naive: Tensor, dtype: torch.d
         return
     actual, exact, naive = actual[finite], exact[finite], naive[finite]
     rounded = exact.to(dtype)
-    rounding = (rounded + 0.3 - 0.3 - rounded).abs().max().item()
-    allowed = 2 * (naive - exact).abs().max().item() + 2 * rounding
-    error = (actual - exact).abs().max().item()
+    rounding = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max().item()
+    # Adding 0.3 and taking it off again often costs nothing where all results are of one size, as those of lse are.
+    rounding = max(rounding, last_place * exact.abs().max().item())
+    error, allowed = (actual - exact).abs().max().item(), 2 * (naive - exact).abs().max().item() + rounding
     assert error <= allowed, f"largest error {error:.3g}, allowed {allowed:.3g}"
-    difference, allowed = (
-        cosine_difference(actual, exact),
-        4 * cosine_difference(naive, exact) + torch.finfo(dtype).eps ** 2,
-    )
+    difference = cosine_difference(actual, exact)
+    allowed = 4 * cosine_difference(naive, exact) + last_place**2
     assert difference <= allowed, f"cosine difference {difference:.3g}, allowed {allowed:.3g}"
 
 
