@@ -191,7 +191,7 @@ def place(tensor: Tensor, layout: str, device: str) -> Tensor:
 
 def place_far_apart(tensor: Tensor, device: str) -> Tensor:
     """A copy whose last page lies more than 2^31 elements from the first. What lies between is never touched."""
-    stride = 2**31 // (tensor.shape[0] - 1) + 64
+    stride = (2**31 // (tensor.shape[0] - 1) // 64 + 1) * 64  # keeps the alignment, and with it the kernel
     memory = torch.empty(stride * (tensor.shape[0] - 1) + tensor[0].numel(), dtype=tensor.dtype, device=device)
     return memory.as_strided(tensor.shape, (stride, *tensor[0].contiguous().stride())).copy_(tensor)
 

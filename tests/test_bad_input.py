@@ -21,7 +21,7 @@ def arguments(name: str, device: str) -> Arguments:
     """B = 2, Hq = 4, Hkv = 2, D = 64, S = 16, P = 4, N = 9: right arguments of an operator, each of them given."""
     case = Case(Shape(lengths=(37, 20)))
     x = case.on(device)
-    few = torch.tensor([2, 1], dtype=torch.int32, device=device)
+    few = place(torch.tensor([2, 1], dtype=torch.int32), "contiguous", device)
     k, v = (place(torch.randn(2, 3, 2, 64), "contiguous", device) for _ in "kv")
     caches = {"k_cache": x.k_cache, "v_cache": x.v_cache, "k_bounds": x.k_bounds}
     paging = {"page_table": x.page_table, "seq_lens": x.seq_lens}

@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_mma_kernel(const Es
 // Float32, and caches whose strides forbid 16-byte loads: a thread owns a page and eight query rows at a time.
 constexpr int kSimtRows = 8;
 constexpr int kMaxHeadDim = 256;
+constexpr int kSimtBlock = 16;  // divides every head_dim
 
 template <class T>
 __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const EstimateParams p) {
@@ -104,18 +105,24 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const E
       query[x / D][x % D] =
           i + x / D < tile.rows ? to_float(query_row<T>(p.q, p.size, tile.b, tile.head, i + x / D)[x % D]) : 0.f;
     __syncthreads();
+    // In blocks, which keeps the rounding error of long rows down.
     float acc[kSimtRows] = {};
-    if (lower)
-      for (int d = 0; d < D; d += Vec<T>::kSize) {
+    for (int first = 0; lower && first < D; first += kSimtBlock) {
+      float block[kSimtRows] = {};
+#pragma unroll
+      for (int d = first; d < first + kSimtBlock; d += Vec<T>::kSize) {
         const Vec<T> lo = load_vec(lower + d, p.k_bounds.aligned), hi = load_vec(upper + d, p.k_bounds.aligned);
 #pragma unroll
         for (int j = 0; j < Vec<T>::kSize; ++j)
 #pragma unroll
           for (int row = 0; row < kSimtRows; ++row) {
             const float q = query[row][d + j];
-            acc[row] += nan_min(0.f, q) * to_float(lo.at[j]) + nan_max(0.f, q) * to_float(hi.at[j]);
+            block[row] += nan_min(0.f, q) * to_float(lo.at[j]) + nan_max(0.f, q) * to_float(hi.at[j]);
           }
       }
+#pragma unroll
+      for (int row = 0; row < kSimtRows; ++row) acc[row] += block[row];
+    }
 #pragma unroll
     for (int row = 0; row < kSimtRows; ++row)
       if (i + row < tile.rows && page < p.paging.P)

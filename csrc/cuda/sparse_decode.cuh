@@ -7,8 +7,8 @@
 // span, which it folds as it goes: the same arithmetic, so the same bits.
 //
 // In a block, up to kMmaHeads query heads share a list; each warp attends to kWarpTokens tokens of the chunk by itself,
-// then the warps meet. The next chunk is asked for before that. Scores are kept in units of log2(e): exponentials are
-// exp2.
+// then the warps meet. The next chunk is asked for before that. Scores stay as the dot products left them and only their
+// differences are scaled, so that large logits lose nothing.
 #pragma once
 
 #include "launch_order.cuh"
@@ -22,8 +22,8 @@ constexpr int kWarpTokens = kWarpSize;  // a lane looks up one token
 constexpr int kChunkTokens = kDecodeWarps * kWarpTokens;
 constexpr int kSpanChunks = 8;
 constexpr int kMaxHeadDim = 256;
+constexpr int kSimtBlock = 16;  // divides every head_dim
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // The block's place: one list of pages, a tile of the query heads that share it, one part (chunk or span) of the list.
 struct DecodeTile {
@@ -69,7 +69,15 @@ __device__ __forceinline__ Token find_token(const DecodeParams& p, const DecodeT
       physical * p.v_cache.stride_n + tile.kv_head * p.v_cache.stride_h + slot * p.v_cache.stride_s, 0.f};
 }
 
-__device__ __forceinline__ float safe_max(float m) { return m == -INFINITY ? 0.f : m; }
+// How scores become weights. A negative scale turns the scores round, so that the largest still has weight 1.
+struct Softmax {
+  float sign, scale;
+  __device__ explicit Softmax(float s) : sign(s < 0.f ? -1.f : 1.f), scale(fabsf(s)) {}
+  // -inf is no token, whatever the largest score is and even where the scale is 0.
+  __device__ __forceinline__ float weight(float score, float top) const {
+    return score == -INFINITY ? 0.f : exp2f((score - top) * (scale * kLog2e));
+  }
+};
 
 // What a warp knows after its tokens, for each head: the largest score, the sum of weights, the weighted values.
 struct WarpResults {
@@ -125,7 +133,7 @@ struct MmaDecode {
   __device__ __forceinline__ void attend(
       const DecodeParams& p, const DecodeTile& tile, float* out, float* max_out, float* sum_out, Shared&) {
     const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
-    const float scale = p.scale * kLog2e;
+    const Softmax softmax(p.scale);
     float score[kSteps][4];
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 #pragma unroll
@@ -134,7 +142,7 @@ struct MmaDecode {
       dot<T>(acc, keys[s], query);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        score[s][e] = acc[e] * scale + __shfl_sync(kFullMask, token.bias, s * kMmaRows + r + e / 2 * 8);
+        score[s][e] = acc[e] * softmax.sign + __shfl_sync(kFullMask, token.bias, s * kMmaRows + r + e / 2 * 8);
         top[e % 2] = fmaxf(top[e % 2], score[s][e]);
       }
     }
@@ -149,7 +157,7 @@ struct MmaDecode {
       if (!kEarlyValues) load_values(p, s);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        score[s][e] = exp2f(score[s][e] - safe_max(top[e % 2]));
+        score[s][e] = softmax.weight(score[s][e], top[e % 2]);
         sum[e % 2] += score[s][e];
       }
       tile_out.template add<T>(values[s], score[s]);
@@ -203,23 +211,31 @@ struct SimtDecode {
   __device__ __forceinline__ void attend(
       const DecodeParams& p, const DecodeTile&, float* out, float* max_out, float* sum_out, Shared& shared) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, D = p.size.D;
+    // In blocks, which keeps the rounding error of long rows down.
     float acc[kMmaHeads] = {};
     if (token.k >= 0) {
       const T* const key = static_cast<const T*>(p.k_cache.data) + token.k;
-      for (int d = 0; d < D; d += Vec<T>::kSize) {
-        const Vec<T> x = load_vec(key + d, p.k_cache.aligned);
+      for (int first = 0; first < D; first += kSimtBlock) {
+        float block[kMmaHeads] = {};
 #pragma unroll
-        for (int j = 0; j < Vec<T>::kSize; ++j)
+        for (int d = 0; d < kSimtBlock; d += Vec<T>::kSize) {
+          const Vec<T> x = load_vec(key + first + d, p.k_cache.aligned);
 #pragma unroll
-          for (int h = 0; h < kMmaHeads; ++h) acc[h] += shared.query[h][d + j] * to_float(x.at[j]);
+          for (int j = 0; j < Vec<T>::kSize; ++j)
+#pragma unroll
+            for (int h = 0; h < kMmaHeads; ++h) block[h] += shared.query[h][first + d + j] * to_float(x.at[j]);
+        }
+#pragma unroll
+        for (int h = 0; h < kMmaHeads; ++h) acc[h] += block[h];
       }
     }
+    const Softmax softmax(p.scale);
 #pragma unroll
     for (int h = 0; h < kMmaHeads; ++h) {
-      const float score = acc[h] * (p.scale * kLog2e) + token.bias;
+      const float score = acc[h] * softmax.sign + token.bias;
       float top = score;
       for (int step = 1; step < kWarpSize; step *= 2) top = fmaxf(top, __shfl_xor_sync(kFullMask, top, step));
-      const float weight = exp2f(score - safe_max(top));
+      const float weight = softmax.weight(score, top);
       float sum = weight;
       for (int step = 1; step < kWarpSize; step *= 2) sum += __shfl_xor_sync(kFullMask, sum, step);
       shared.weight[warp][h][lane] = weight;
@@ -253,9 +269,9 @@ struct Partial {
   float top = -INFINITY, sum = 0.f;
   float4 out[kColumns] = {};
 
-  __device__ __forceinline__ void fold(const Partial& next) {
+  __device__ __forceinline__ void fold(const Partial& next, const Softmax& softmax) {
     const float both = fmaxf(top, next.top);
-    const float a = exp2f(top - safe_max(both)), b = exp2f(next.top - safe_max(both));
+    const float a = softmax.weight(top, both), b = softmax.weight(next.top, both);
     // Rounded as written: the two kernels that fold must not contract it in different ways.
     const auto mix = [&](float& x, float y) { x = __fmaf_rn(a, x, __fmul_rn(b, y)); };
     top = both;
@@ -269,7 +285,9 @@ struct Partial {
 
   // Scores that are NaN leave the largest alone and make the sum NaN, and with it the result.
   __device__ __forceinline__ bool empty() const { return sum == 0.f; }
-  __device__ __forceinline__ float lse() const { return empty() ? -INFINITY : (top + log2f(sum)) * kLn2; }
+  __device__ __forceinline__ float lse(const Softmax& softmax) const {
+    return empty() ? -INFINITY : top * softmax.scale + logf(sum);
+  }
 
   template <class T>
   __device__ __forceinline__ void write(T* to, int i) const {
@@ -304,6 +322,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(const DecodeP
   const int end_token = min(first_token + p.part_chunks * kChunkTokens, list_tokens);
   if (first_token >= end_token && p.parts > 1) return;  // the combine kernel does not look there either
 
+  const Softmax softmax(p.scale);
   Partial<kColumns> partial;
   Attend warp_tokens(p, tile, shared);
   Token token = find_token(p, tile, first_token + threadIdx.x);
@@ -325,7 +344,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(const DecodeP
     for (int w = 0; w < kDecodeWarps; ++w) chunk.top = fmaxf(chunk.top, results.max[w][head]);
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) {
-      weight[w] = exp2f(results.max[w][head] - safe_max(chunk.top));
+      weight[w] = softmax.weight(results.max[w][head], chunk.top);
       chunk.sum += weight[w] * results.sum[w][head];
     }
 #pragma unroll
@@ -339,7 +358,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(const DecodeP
         x.x += weight[w] * y.x, x.y += weight[w] * y.y, x.z += weight[w] * y.z, x.w += weight[w] * y.w;
       }
     }
-    partial.fold(chunk);
+    partial.fold(chunk, softmax);
   }
   start_next_kernel();
 
@@ -347,7 +366,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(const DecodeP
   const int64_t row = query_index(p, tile.b, tile.t, tile.first_head + head);
   const int64_t part = row * p.parts + tile.part;
   if (first_column == 0) {
-    if (p.parts == 1) p.lse[row] = partial.lse();
+    if (p.parts == 1) p.lse[row] = partial.lse(softmax);
     else p.partial_max[part] = partial.top, p.partial_sum[part] = partial.sum;
   }
 #pragma unroll
@@ -385,6 +404,7 @@ __global__ void __launch_bounds__(kCombineThreads) decode_combine_kernel(const D
     return part;
   };
 
+  const Softmax softmax(p.scale);
   Partial<1> total;
   if (slice < slices) {
 #pragma unroll(8 / kPartsInSpan)
@@ -394,17 +414,17 @@ __global__ void __launch_bounds__(kCombineThreads) decode_combine_kernel(const D
 #pragma unroll
       for (int i = 0; i < kPartsInSpan; ++i) loaded[i] = load(first + i);
 #pragma unroll
-      for (int i = 0; i < kPartsInSpan; ++i) span.fold(loaded[i]);
-      total.fold(span);
+      for (int i = 0; i < kPartsInSpan; ++i) span.fold(loaded[i], softmax);
+      total.fold(span, softmax);
     }
   }
   shared[threadIdx.x] = total;
   __syncthreads();
   start_next_kernel();
   if (slice != 0) return;
-  for (int s = 1; s < slices; ++s) total.fold(shared[s * columns + column]);
+  for (int s = 1; s < slices; ++s) total.fold(shared[s * columns + column], softmax);
   total.write(static_cast<T*>(p.out) + row * D + column * 4, 0);
-  if (column == 0) p.lse[row] = total.lse();
+  if (column == 0) p.lse[row] = total.lse(softmax);
 }
 
 }  // namespace quest::cuda
