@@ -211,22 +211,22 @@ struct SimtDecode {
   __device__ __forceinline__ void attend(
       const DecodeParams& p, const DecodeTile&, float* out, float* max_out, float* sum_out, Shared& shared) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, D = p.size.D;
-    // In blocks, which keeps the rounding error of long rows down.
+    // In short runs that meet pairwise, which keeps the rounding error of long rows down.
     float acc[kMmaHeads] = {};
     if (token.k >= 0) {
       const T* const key = static_cast<const T*>(p.k_cache.data) + token.k;
       for (int first = 0; first < D; first += kSimtBlock) {
-        float block[kMmaHeads] = {};
+        float run[kMmaHeads][4] = {};
 #pragma unroll
         for (int d = 0; d < kSimtBlock; d += Vec<T>::kSize) {
           const Vec<T> x = load_vec(key + first + d, p.k_cache.aligned);
 #pragma unroll
           for (int j = 0; j < Vec<T>::kSize; ++j)
 #pragma unroll
-            for (int h = 0; h < kMmaHeads; ++h) block[h] += shared.query[h][first + d + j] * to_float(x.at[j]);
+            for (int h = 0; h < kMmaHeads; ++h) run[h][j % 4] += shared.query[h][first + d + j] * to_float(x.at[j]);
         }
 #pragma unroll
-        for (int h = 0; h < kMmaHeads; ++h) acc[h] += block[h];
+        for (int h = 0; h < kMmaHeads; ++h) acc[h] += (run[h][0] + run[h][1]) + (run[h][2] + run[h][3]);
       }
     }
     const Softmax softmax(p.scale);

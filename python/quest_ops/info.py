@@ -51,15 +51,36 @@ def _gpus() -> str:
 
 def _match(cpu: dict[str, Any], cuda: dict[str, Any] | None) -> str:
     """Whether what was built and what is installed belong together, or the first thing that does not."""
-    version = metadata.version("quest_ops")
+    try:
+        version = metadata.version("quest_ops")
+    except metadata.PackageNotFoundError:  # run from its folder
+        version = cpu["version"]
     if version != cpu["version"]:
         return f"no: the Python files are {version}, the CPU library is {cpu['version']}: reinstall quest_ops"
     target = tuple(map(int, cpu["torch_target"].split(".")[:2]))
     running = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
     if running < target:
         return f"no: the CPU library needs torch {cpu['torch_target']}, this is {torch.__version__}: rebuild quest_ops"
-    if cuda and torch.version.cuda:
-        built, used = cuda["nvcc"].split(".")[0], torch.version.cuda.split(".")[0]
-        if built != used:
-            return f"no: the CUDA library is of CUDA {built}, torch of CUDA {used}: rebuild with an nvcc {used}"
+    if cuda and torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(i)
+            if not _serves(cuda["architectures"].split(), gpu.major, gpu.minor):
+                return (
+                    f"no: the CUDA library has {cuda['architectures']} and none for {gpu.name} "
+                    f"({gpu.major}.{gpu.minor}): rebuild with CUDAARCHS={gpu.major}{gpu.minor}"
+                )
     return "yes"
+
+
+def _serves(architectures: list[str], major: int, minor: int) -> bool:
+    """Whether CMake's architectures hold code for a GPU: machine code of its generation, or PTX that is no newer."""
+    for architecture in architectures:
+        number, _, kind = architecture.partition("-")
+        digits = number.rstrip("af")
+        have = int(digits[:-1]), int(digits[-1])
+        if digits != number:  # 90a and the like run on that processor alone
+            if have == (major, minor):
+                return True
+        elif (have[0] == major and have[1] <= minor) or (kind != "real" and have <= (major, minor)):
+            return True
+    return False
