@@ -32,19 +32,32 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(VENV)/bin/python -m pip
 STAMPS := $(VENV)/stamps
+CUTLASS := $(if $(CUDACXX)$(shell command -v nvcc),$(STAMPS)/cutlass)
+EXTRA_demo := [demo]
+EXTRA_dev := [dev]
 # The CMake build is a folder that stays, so that only what changed is compiled again.
 EDITABLE := --no-build-isolation -C build-dir=build -C cmake.define.QUEST_CUDA=$(QUEST_CUDA) \
   -C 'cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDAARCHS)'
 
+# Compiles what changed and puts the libraries where the editable install looks for them.
+define build
+@cmake -G Ninja -S . -B build -D QUEST_CUDA=$(QUEST_CUDA) -D 'CMAKE_CUDA_ARCHITECTURES=$(CUDAARCHS)' >/dev/null
+@cmake --build build
+@cmake --install build --prefix "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
+endef
+
 .PHONY: demo test bench lint format library wheel clean
 
-demo: $(STAMPS)/demo library
+demo: $(STAMPS)/demo
+	$(build)
 	$(VENV)/bin/python -m quest_ops demo $(ARGS)
 
-test: $(STAMPS)/dev library
+test: $(STAMPS)/dev
+	$(build)
 	$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
 
-bench: $(STAMPS)/dev library
+bench: $(STAMPS)/dev
+	$(build)
 	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(VENV)/bin/python bench/kernels.py $(ARGS); \
 	else echo "make bench measures kernels on a GPU, and torch sees none here."; fi
@@ -62,12 +75,10 @@ format: $(STAMPS)/dev
 	ruff format
 	clang-format -i $(SOURCES)
 
-library: $(STAMPS)/editable
-	@cmake -S . -B build -D QUEST_CUDA=$(QUEST_CUDA) -D 'CMAKE_CUDA_ARCHITECTURES=$(CUDAARCHS)' --log-level=ERROR >/dev/null
-	@cmake --build build
-	@cmake --install build --prefix "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
+library: $(STAMPS)/library
+	$(build)
 
-wheel: $(STAMPS)/tools
+wheel: $(STAMPS)/tools $(if $(filter-out OFF,$(RELEASE_CUDA)),$(CUTLASS))
 	$(PIP) wheel --no-build-isolation --no-deps -C build-dir=build/wheel -w $(WHEELS) \
 	  -C cmake.define.QUEST_CUDA=$(RELEASE_CUDA) \
 	  $(if $(RELEASE_ARCHS),-C 'cmake.define.CMAKE_CUDA_ARCHITECTURES=$(RELEASE_ARCHS)') .
@@ -79,19 +90,17 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# What builds the package. A torch that is there already, of any version that will do, is left as it is; CUTLASS is
-# wanted for its headers alone, without the packages it needs for more.
+# What builds the package. A torch that is there already, of any version that will do, is left as it is.
 $(STAMPS)/tools: pyproject.toml | $(VENV)/bin/python
 	@mkdir -p $(STAMPS)
 	$(PIP) install -q 'pip>=25' 'scikit-build-core>=1.1' 'cmake>=3.24' ninja
 	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(PIP) install -q $(TORCH)
-	$(PIP) install -q --no-deps 'nvidia-cutlass>=4.2'
 	@touch $@
 
-$(STAMPS)/editable: $(STAMPS)/tools
-	$(PIP) install -q $(EDITABLE) -e .
+$(STAMPS)/cutlass: $(STAMPS)/tools
+	$(PIP) install -q 'nvidia-cutlass>=4.2'
 	@touch $@
 
-$(STAMPS)/demo $(STAMPS)/dev: $(STAMPS)/editable
-	$(PIP) install -q $(EDITABLE) -e '.[$(@F)]'
+$(STAMPS)/library $(STAMPS)/demo $(STAMPS)/dev: $(STAMPS)/tools $(if $(filter-out OFF,$(QUEST_CUDA)),$(CUTLASS))
+	$(PIP) install -q $(EDITABLE) -e '.$(EXTRA_$(@F))'
 	@touch $@
