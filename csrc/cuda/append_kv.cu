@@ -1,8 +1,7 @@
-#include "append_kv.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "../namespace.h"
+#include "append_kv.cuh"
 #include "launch.h"
 
 namespace quest::cuda {

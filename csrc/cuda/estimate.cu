@@ -1,8 +1,7 @@
-#include "estimate.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "../namespace.h"
+#include "estimate.cuh"
 #include "launch.h"
 
 namespace quest::cuda {

@@ -31,8 +31,7 @@ __device__ __forceinline__ const T* query_row(const Query& q, const Sizes& n, in
          (kv_head * n.group() + i % n.group()) * q.stride_h;
 }
 
-__device__ __forceinline__ void write_score(
-    const EstimateParams& p, int b, int kv_head, int i, int page, float score) {
+__device__ __forceinline__ void write_score(const EstimateParams& p, int b, int kv_head, int i, int page, float score) {
   const int t = i / p.size.group(), h = kv_head * p.size.group() + i % p.size.group();
   const bool seen = page < p.paging.pages_of(p.paging.visible(b, t, p.size.T));
   p.scores[((int64_t{b} * p.size.T + t) * p.size.Hq + h) * p.paging.P + page] = seen ? score : -INFINITY;

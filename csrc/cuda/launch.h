@@ -1,4 +1,5 @@
-// What the launches share: the caller's stream, dispatch on dtype, and the value checks that QUEST_OPS_CHECK=1 asks for.
+// What the launches share: the caller's stream, dispatch on dtype, and the value checks that QUEST_OPS_CHECK=1 asks
+// for.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -52,8 +53,8 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
-// Launches a kernel that begins with wait_for_previous_kernel() (launch_order.cuh): on Hopper and newer its blocks may be
-// put in place while the kernel before it drains.
+// Launches a kernel that begins with wait_for_previous_kernel() (launch_order.cuh): on Hopper and newer its blocks may
+// be put in place while the kernel before it drains.
 template <class Params>
 void launch_in_order(
     void (*kernel)(Params), unsigned blocks, int threads, size_t shared, cudaStream_t stream, const Params& p) {
@@ -85,8 +86,8 @@ class HostCopies {
     std::vector<int32_t>& copy = copies_.emplace_back(rows * columns + 1);
     if (rows > 0 && columns > 0)
       STD_CUDA_CHECK(cudaMemcpy2DAsync(
-          copy.data(), columns * 4, data, (rows > 1 ? stride : columns) * 4, columns * 4, rows,
-          cudaMemcpyDeviceToHost, stream_));
+          copy.data(), columns * 4, data, (rows > 1 ? stride : columns) * 4, columns * 4, rows, cudaMemcpyDeviceToHost,
+          stream_));
     data = copy.data();
   }
   void wait() const { STD_CUDA_CHECK(cudaStreamSynchronize(stream_)); }

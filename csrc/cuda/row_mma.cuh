@@ -105,8 +105,8 @@ __device__ __forceinline__ void dot(float (&acc)[4], const SixteenRows<D>& rows,
   }
 }
 
-// The values' side: out^T [D x heads] += V^T p^T over sixteen tokens. Lane l takes pieces r, r + 8, ... of the values of
-// tokens 2c, 2c + 1, 2c + 8 and 2c + 9, and pairs the tokens' elements by byte permutes.
+// The values' side: out^T [D x heads] += V^T p^T over sixteen tokens. Lane l takes pieces r, r + 8, ... of the values
+// of tokens 2c, 2c + 1, 2c + 8 and 2c + 9, and pairs the tokens' elements by byte permutes.
 template <int D>
 struct ValuePieces {
   static constexpr int kCount = (D + 63) / 64;

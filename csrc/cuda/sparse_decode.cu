@@ -1,9 +1,8 @@
-#include "sparse_decode.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "../namespace.h"
 #include "launch.h"
+#include "sparse_decode.cuh"
 
 namespace quest::cuda {
 
@@ -55,9 +54,11 @@ std::tuple<Tensor, Tensor> sparse_decode(
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   // A block takes a span where that makes blocks enough for the machine, else a chunk. One part at least: an empty list
   // still has its rows of zeros to write.
-  const int64_t chunks = std::max<int64_t>(1, ((int64_t{p.K} << p.paging.page_shift) + kChunkTokens - 1) / kChunkTokens);
+  const int64_t chunks =
+      std::max<int64_t>(1, ((int64_t{p.K} << p.paging.page_shift) + kChunkTokens - 1) / kChunkTokens);
   const int64_t spans = (chunks + kSpanChunks - 1) / kSpanChunks;
-  const bool large = list_tiles(p) * spans >= 4 * device_attribute(cudaDevAttrMultiProcessorCount, q.get_device_index());
+  const bool large =
+      list_tiles(p) * spans >= 4 * device_attribute(cudaDevAttrMultiProcessorCount, q.get_device_index());
   p.parts = static_cast<int32_t>(large ? spans : chunks);
   p.part_chunks = large ? kSpanChunks : 1;
   std::optional<Tensor> partial;

@@ -1,14 +1,14 @@
 // sparse_decode: attention over the tokens of a list of pages, split over the list and combined.
 //
-// A chunk is kChunkTokens consecutive tokens of the list and a span kSpanChunks consecutive chunks. The chunks of a span
-// are folded in order, spans in a fixed order after that; both are constants, so a result depends on the list alone, not
-// on the batch, the capacity or how many lists there are. What holds no token is an exact identity of the fold. Small
-// calls give every chunk a block of its own and leave the folding to the combine kernel; large ones give a block a whole
-// span, which it folds as it goes: the same arithmetic, so the same bits.
+// A chunk is kChunkTokens consecutive tokens of the list and a span kSpanChunks consecutive chunks. The chunks of a
+// span are folded in order, spans in a fixed order after that; both are constants, so a result depends on the list
+// alone, not on the batch, the capacity or how many lists there are. What holds no token is an exact identity of the
+// fold. Small calls give every chunk a block of its own and leave the folding to the combine kernel; large ones give a
+// block a whole span, which it folds as it goes: the same arithmetic, so the same bits.
 //
 // In a block, up to kMmaHeads query heads share a list; each warp attends to kWarpTokens tokens of the chunk by itself,
-// then the warps meet. The next chunk is asked for before that. Scores stay as the dot products left them and only their
-// differences are scaled, so that large logits lose nothing.
+// then the warps meet. The next chunk is asked for before that. Scores stay as the dot products left them and only
+// their differences are scaled, so that large logits lose nothing.
 #pragma once
 
 #include "launch_order.cuh"
@@ -44,8 +44,8 @@ struct DecodeTile {
   }
 };
 
-// Where the rows of token i of the list are in the caches. A page that does not exist, where the tables promise one, has
-// no rows but a NaN score, so that the mistake shows.
+// Where the rows of token i of the list are in the caches. A page that does not exist, where the tables promise one,
+// has no rows but a NaN score, so that the mistake shows.
 struct Token {
   int64_t k, v;  // element offsets, -1 where there is nothing to read
   float bias;    // 0, -inf for no token, NaN for a broken page
@@ -56,8 +56,9 @@ __device__ __forceinline__ Token find_token(const DecodeParams& p, const DecodeT
   const int entry = i >> g.page_shift, slot = i & (g.page_size() - 1);
   int page = -1;
   if (entry < p.K)
-    page = p.pages ? p.pages[tile.b * p.pages_stride_b + tile.t * p.pages_stride_t + tile.list * p.pages_stride_h + entry]
-                   : entry;
+    page = p.pages
+               ? p.pages[tile.b * p.pages_stride_b + tile.t * p.pages_stride_t + tile.list * p.pages_stride_h + entry]
+               : entry;
   // Looked up before the length is asked about: the two loads then wait together.
   const int64_t physical = g.physical(tile.b, page);
   const bool in_table = page >= 0 && page < g.P;
@@ -331,9 +332,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(const DecodeP
     const bool any = __syncthreads_or(token.bias != -INFINITY);
     const bool more = first + kChunkTokens < end_token;
     if (more) token = find_token(p, tile, first + kChunkTokens + threadIdx.x);
-    if (any)
-      warp_tokens.attend(
-          p, tile, warp_out + warp * kMmaHeads * D, results.max[warp], results.sum[warp], shared);
+    if (any) warp_tokens.attend(p, tile, warp_out + warp * kMmaHeads * D, results.max[warp], results.sum[warp], shared);
     if (more) warp_tokens.load(p, token);
     __syncthreads();
     if (!any || head >= tile.heads) continue;
@@ -366,15 +365,19 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(const DecodeP
   const int64_t row = query_index(p, tile.b, tile.t, tile.first_head + head);
   const int64_t part = row * p.parts + tile.part;
   if (first_column == 0) {
-    if (p.parts == 1) p.lse[row] = partial.lse(softmax);
-    else p.partial_max[part] = partial.top, p.partial_sum[part] = partial.sum;
+    if (p.parts == 1)
+      p.lse[row] = partial.lse(softmax);
+    else
+      p.partial_max[part] = partial.top, p.partial_sum[part] = partial.sum;
   }
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
     const int d = (first_column + i * kHeadThreads) * 4;
     if (d >= D) continue;
-    if (p.parts == 1) partial.write(static_cast<T*>(p.out) + row * D + d, i);
-    else *reinterpret_cast<float4*>(p.partial_out + part * D + d) = partial.out[i];
+    if (p.parts == 1)
+      partial.write(static_cast<T*>(p.out) + row * D + d, i);
+    else
+      *reinterpret_cast<float4*>(p.partial_out + part * D + d) = partial.out[i];
   }
 }
 

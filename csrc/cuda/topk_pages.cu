@@ -1,9 +1,8 @@
-#include "topk_pages.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "../namespace.h"
 #include "launch.h"
+#include "topk_pages.cuh"
 
 namespace quest::cuda {
 
@@ -16,10 +15,14 @@ void launch_topk(const TopkParams& p, cudaStream_t stream) {
   const auto launch = [&](auto per_thread) {
     launch_in_order(topk_pages_kernel<per_thread.value>, rows, kTopkThreads, shared, stream, p);
   };
-  if (rounds <= 2) launch(std::integral_constant<int, 2>{});
-  else if (rounds <= 8) launch(std::integral_constant<int, 8>{});
-  else if (rounds <= 16) launch(std::integral_constant<int, 16>{});
-  else launch(std::integral_constant<int, 0>{});
+  if (rounds <= 2)
+    launch(std::integral_constant<int, 2>{});
+  else if (rounds <= 8)
+    launch(std::integral_constant<int, 8>{});
+  else if (rounds <= 16)
+    launch(std::integral_constant<int, 16>{});
+  else
+    launch(std::integral_constant<int, 0>{});
 }
 
 }  // namespace
@@ -27,8 +30,8 @@ void launch_topk(const TopkParams& p, cudaStream_t stream) {
 Tensor topk_pages(
     Tensor scores, Tensor seq_lens, int64_t page_size, int64_t k, int64_t num_kv_heads, int64_t group_reduce,
     int64_t sink_pages, int64_t recent_pages, double scale) {
-  TopkParams p = check_topk_pages(
-      scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale);
+  TopkParams p =
+      check_topk_pages(scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale);
   const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
   const cudaStream_t stream = current_stream(scores);
   check_values_if_requested(p, stream);

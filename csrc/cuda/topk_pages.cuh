@@ -1,9 +1,9 @@
 // topk_pages: a block owns a row. Radix select finds the key of the last page that gets in, eight bits a pass, then one
-// ordered pass writes the pages above it and as many of its equals as there is room for, lower pages first. No candidate
-// list is ever kept, so nothing can be dropped where scores cluster.
+// ordered pass writes the pages above it and as many of its equals as there is room for, lower pages first. No
+// candidate list is ever kept, so nothing can be dropped where scores cluster.
 //
-// Each warp owns a contiguous run of pages, so that an ordered write needs only the counts of the warps before it. Up to
-// kPerThread pages a thread their keys stay in registers; longer rows reduce the scores anew in each pass.
+// Each warp owns a contiguous run of pages, so that an ordered write needs only the counts of the warps before it. Up
+// to kPerThread pages a thread their keys stay in registers; longer rows reduce the scores anew in each pass.
 #pragma once
 
 #include "elements.cuh"
@@ -40,9 +40,9 @@ struct ReducedScores {
   int64_t stride;       // to the next head
   int heads, n;
   GroupReduce how;
-  float scale;          // to units of log2(e)
-  float* top;           // [heads], soft: the largest scaled score of each head
-  float* share;         // [heads], soft: one over the sum of its weights
+  float scale;   // to units of log2(e)
+  float* top;    // [heads], soft: the largest scaled score of each head
+  float* share;  // [heads], soft: one over the sum of its weights
 
   __device__ void prepare(float* shared) {
     if (how != GroupReduce::soft) return;
@@ -62,9 +62,12 @@ struct ReducedScores {
     if (how == GroupReduce::soft) x = exp2f(x * scale - top[0]) * share[0];
     for (int h = 1; h < heads; ++h) {
       const float y = scores[h * stride + page];
-      if (how == GroupReduce::max) x = nan_max(x, y);
-      else if (how == GroupReduce::sum) x += y;
-      else x += exp2f(y * scale - top[h]) * share[h];
+      if (how == GroupReduce::max)
+        x = nan_max(x, y);
+      else if (how == GroupReduce::sum)
+        x += y;
+      else
+        x += exp2f(y * scale - top[h]) * share[h];
     }
     return x;
   }
@@ -92,8 +95,14 @@ __global__ void __launch_bounds__(kTopkThreads) topk_pages_kernel(const TopkPara
 
   const int heads = p.size.Hq / p.Hs;
   ReducedScores reduced{
-      p.scores + b * p.stride_b + t * p.stride_t + int64_t{h} * heads * p.stride_h, p.stride_h, heads, n, p.reduce,
-      p.scale * kLog2e, head_stats, head_stats + heads};
+      p.scores + b * p.stride_b + t * p.stride_t + int64_t{h} * heads * p.stride_h,
+      p.stride_h,
+      heads,
+      n,
+      p.reduce,
+      p.scale * kLog2e,
+      head_stats,
+      head_stats + heads};
   reduced.prepare(reduce_buffer);
 
   const int first_free = p.sink_pages, end_free = n - p.recent_pages;  // forced pages are no candidates

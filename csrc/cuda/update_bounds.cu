@@ -1,9 +1,8 @@
-#include "update_bounds.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "../namespace.h"
 #include "launch.h"
+#include "update_bounds.cuh"
 
 namespace quest::cuda {
 
@@ -16,7 +15,8 @@ void update_bounds(
   const int64_t blocks = int64_t{p.size.B} * p.size.Hkv * p.paging.P;
   if (blocks == 0) return;
   dispatch_dtype(p.dtype, [&](auto element) {
-    launch_in_order(update_bounds_kernel<decltype(element)>, grid_size(blocks, "update_bounds"), kBoundsThreads, 0, stream, p);
+    launch_in_order(
+        update_bounds_kernel<decltype(element)>, grid_size(blocks, "update_bounds"), kBoundsThreads, 0, stream, p);
   });
 }
 

@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kBoundsThreads) update_bounds_kernel(const Upd
 
   PageBounds<T> bounds(p.size.D);
   if (bounds.active) {
-    const T* keys = static_cast<const T*>(p.k_cache.data) + physical * p.k_cache.stride_n +
-                    head * p.k_cache.stride_h + bounds.offset();
+    const T* keys = static_cast<const T*>(p.k_cache.data) + physical * p.k_cache.stride_n + head * p.k_cache.stride_h +
+                    bounds.offset();
     for (int s = bounds.row; s < tokens; s += bounds.rows)
       bounds.add(load_vec(keys + s * p.k_cache.stride_s, p.k_cache.aligned));
   }
