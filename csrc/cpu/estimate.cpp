@@ -1,5 +1,5 @@
-// q+ . upper + q- . lower is one dot product of twice the length: [q-, q+] with a page's [lower, upper] as one row. A
-// task takes a few pages of a sequence and all heads, as a page's bounds lie together.
+// q- . lower + q+ . upper for every page: a task takes some pages of a sequence with all heads, as a page's bounds lie
+// together.
 #include <limits>
 #include <memory>
 
@@ -12,23 +12,26 @@
 
 namespace quest::cpu {
 
-static constexpr int kTaskPages = 8;
+static constexpr int kTaskPages = 64;
+static constexpr int kRows = 16;  // query rows at a time
 
-// [B, Hkv, T, G, 2 * D]: the negative and the positive part of each query.
+// [B, Hkv, T, 2, G, D]: the negative and the positive parts of the queries.
 static std::unique_ptr<float[]> split_queries(const EstimateParams& p) {
   const auto [B, T, Hq, Hkv, D] = p.size;
   auto split = std::make_unique_for_overwrite<float[]>(int64_t{B} * T * Hq * 2 * D);
-  float* row = split.get();
+  float* negative = split.get();
+  const int group = p.size.group();
   for (int b = 0; b < B; ++b)
     for (int h = 0; h < Hkv; ++h)
-      for (int t = 0; t < T; ++t)
-        for (int g = 0; g < p.size.group(); ++g, row += 2 * D) {
-          const int64_t offset = b * p.q.stride_b + t * p.q.stride_t + (h * p.size.group() + g) * p.q.stride_h;
-          loops().load[dtype_index(p.dtype)](element(p.q.data, offset, p.dtype), 0, 1, D, row);
+      for (int t = 0; t < T; ++t, negative += 2 * group * D)
+        for (int g = 0; g < group; ++g) {
+          const int64_t offset = b * p.q.stride_b + t * p.q.stride_t + (h * group + g) * p.q.stride_h;
+          float *lower = negative + g * D, *upper = lower + group * D;
+          loops().load[dtype_index(p.dtype)](element(p.q.data, offset, p.dtype), D, lower);
           for (int d = 0; d < D; ++d) {
-            const float x = row[d];
-            row[d] = x > 0 ? 0 : x;  // NaN stays in both
-            row[D + d] = x < 0 ? 0 : x;
+            const float x = lower[d];
+            lower[d] = x > 0 ? 0 : x;  // NaN stays in both
+            upper[d] = x < 0 ? 0 : x;
           }
         }
   return split;
@@ -36,25 +39,32 @@ static std::unique_ptr<float[]> split_queries(const EstimateParams& p) {
 
 static void estimate_pages(const EstimateParams& p, const float* queries, int b, int first) {
   const auto [B, T, Hq, Hkv, D] = p.size;
-  const Loops& loop = loops();
+  const auto dots = loops().dots[dtype_index(p.dtype)];
   const int group = p.size.group(), width = std::min(kTaskPages, p.paging.P - first);
   const int pages = std::clamp(p.paging.pages_of(p.paging.length(b)) - first, 0, width);
-  float bounds[kTaskPages][2 * kMaxHeadDim];
+  const void *lower[kTaskPages], *upper[kTaskPages];
   for (int h = 0; h < Hkv; ++h) {
     for (int i = 0; i < pages; ++i) {
-      const int64_t page = p.paging.physical(b, first + i);
-      const int64_t offset = page * p.k_bounds.stride_n + h * p.k_bounds.stride_h;
-      loop.load[dtype_index(p.dtype)](
-          element(p.k_bounds.data, offset, p.dtype), p.k_bounds.stride_c, 2, D, bounds[i]);
+      const int64_t offset = p.paging.physical(b, first + i) * p.k_bounds.stride_n + h * p.k_bounds.stride_h;
+      lower[i] = element(p.k_bounds.data, offset, p.dtype);
+      upper[i] = element(p.k_bounds.data, offset + p.k_bounds.stride_c, p.dtype);
     }
     for (int t = 0; t < T; ++t) {
-      const float* q = queries + ((int64_t{b} * Hkv + h) * T + t) * group * 2 * D;
-      float* scores = p.scores + ((int64_t{b} * T + t) * Hq + h * group) * p.paging.P + first;
+      const float* q = queries + ((int64_t{b} * Hkv + h) * T + t) * 2 * group * D;
       const int seen = std::clamp(p.paging.pages_of(p.paging.visible(b, t, T)) - first, 0, pages);
-      loop.dots(q, group, bounds[0], 2 * kMaxHeadDim, seen, 2 * D, 1.0f, scores, p.paging.P);
-      for (int g = 0; g < group; ++g)
-        std::fill_n(
-            scores + int64_t{g} * p.paging.P + seen, width - seen, -std::numeric_limits<float>::infinity());
+      for (int g = 0; g < group; ++g) {
+        float* scores = p.scores + ((int64_t{b} * T + t) * Hq + h * group + g) * p.paging.P + first;
+        std::fill(scores + seen, scores + width, -std::numeric_limits<float>::infinity());
+      }
+      for (int g = 0; g < group; g += kRows) {
+        const int rows = std::min(kRows, group - g);
+        float* scores = p.scores + ((int64_t{b} * T + t) * Hq + h * group + g) * p.paging.P + first;
+        float uppers[kRows][kTaskPages];
+        dots(q + g * D, rows, lower, seen, D, 1.0f, scores, p.paging.P);
+        dots(q + (group + g) * D, rows, upper, seen, D, 1.0f, uppers[0], kTaskPages);
+        for (int r = 0; r < rows; ++r)
+          for (int i = 0; i < seen; ++i) scores[r * int64_t{p.paging.P} + i] += uppers[r][i];
+      }
     }
   }
 }

@@ -18,8 +18,7 @@
 namespace quest::cpu {
 
 static constexpr int kChunkTokens = 512;
-static constexpr int kBlockTokens = 16;  // of a page that are converted to float32 at a time; pages of 8 are blocks
-static constexpr int kRows = 16;         // query rows at a time
+static constexpr int kRows = 16;  // query rows at a time
 static constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // The query rows that read one list of pages: `heads` heads from `head` on, of `tokens` new tokens from t on.
@@ -66,115 +65,81 @@ struct Partials {
   std::unique_ptr<float[]> max, sum, out;
 };
 
-struct Block {  // tokens of one page that go through the loops together
-  int64_t key, value;  // offsets in elements
-  int32_t position;    // of its first token in the sequence
+// The tokens of one chunk of a list, in its order, that some row of the list sees.
+struct Tokens {
+  int n;
+  const void *keys[kChunkTokens], *values[kChunkTokens];
 };
 
-static int list_blocks(const DecodeParams& p, const List& list, int chunk, Block* blocks) {
+static void find_tokens(const DecodeParams& p, const List& list, int chunk, Tokens& tokens) {
   const int shift = p.paging.page_shift, pages = kChunkTokens >> shift;
-  const int first = chunk * pages, last = std::min(first + pages, list.entries);
+  const int last = std::min((chunk + 1) * pages, list.entries);
   const int visible = p.paging.visible(list.b, list.t + list.tokens - 1, p.size.T);
-  const int step = std::min(kBlockTokens, p.paging.page_size());
   int n = 0;
-  for (int i = first; i < last; ++i) {
+  for (int i = chunk * pages; i < last; ++i) {
     const int logical = list.pages ? list.pages[i] : i;
     const int64_t page = p.paging.physical(list.b, logical);
     if (page < 0) continue;
-    for (int slot = 0; slot < p.paging.page_size() && (logical << shift) + slot < visible; slot += step)
-      blocks[n++] = {
-          page * p.k_cache.stride_n + list.kv_head * p.k_cache.stride_h + slot * p.k_cache.stride_s,
-          page * p.v_cache.stride_n + list.kv_head * p.v_cache.stride_h + slot * p.v_cache.stride_s,
-          (logical << shift) + slot};
+    const int64_t key = page * p.k_cache.stride_n + list.kv_head * p.k_cache.stride_h;
+    const int64_t value = page * p.v_cache.stride_n + list.kv_head * p.v_cache.stride_h;
+    const int seen = std::clamp(visible - (logical << shift), 0, p.paging.page_size());
+    for (int slot = 0; slot < seen; ++slot, ++n) {
+      tokens.keys[n] = element(p.k_cache.data, key + slot * p.k_cache.stride_s, p.dtype);
+      tokens.values[n] = element(p.v_cache.data, value + slot * p.v_cache.stride_s, p.dtype);
+    }
   }
-  return n;
+  tokens.n = n;
 }
 
-struct Tokens {  // float32 rows
-  const float* data;
-  int64_t stride;
-};
-
-static Tokens load_tokens(const Cache& cache, int64_t offset, int n, const DecodeParams& p, float* buffer) {
-  const void* src = element(static_cast<const void*>(cache.data), offset, p.dtype);
-  if (p.dtype == DType::f32) return {static_cast<const float*>(src), cache.stride_s};
-  loops().load[dtype_index(p.dtype)](src, cache.stride_s, n, p.size.D, buffer);
-  return {buffer, p.size.D};
-}
-
-// Calls f(first row, rows, tokens) for each run of rows that see the same number of the block's tokens.
-template <class F>
-static void for_each_run(const int32_t* visible, int rows, const Block& block, int step, const F& f) {
-  const auto seen = [&](int r) { return std::clamp(visible[r] - block.position, 0, step); };
-  for (int r = 0, next; r < rows; r = next) {
-    const int n = seen(r);
-    for (next = r + 1; next < rows && seen(next) == n;) ++next;
-    if (n) f(r, next - r, n);
+// The weights of n scores, in their place. Where all are -inf all weigh the same, as far as other chunks let them.
+static void weigh(float* scores, int n, float& max, float& sum) {
+  max = loops().max(scores, n);
+  if (max == -kInf) {
+    std::fill_n(scores, n, 1.0f);
+    sum = static_cast<float>(n);
+  } else {
+    sum = loops().exp_sum(scores, n, max);
   }
 }
 
 static void decode_rows(
-    const DecodeParams& p, const List& list, const Block* blocks, int num_blocks, int first_row, int rows,
-    float* max, float* sum, float* out) {
+    const DecodeParams& p, const List& list, const Tokens& tokens, int chunk, int first_row, int rows, float* max,
+    float* sum, float* out) {
   const Loops& loop = loops();
-  const int D = p.size.D, step = std::min(kBlockTokens, p.paging.page_size());
-  alignas(64) float q[kRows * kMaxHeadDim], weights[kRows][kChunkTokens], buffer[kBlockTokens * kMaxHeadDim];
-  int32_t visible[kRows];
-  int columns[kRows] = {};
+  const int D = p.size.D, type = dtype_index(p.dtype);
+  alignas(64) float q[kRows * kMaxHeadDim], weights[kRows][kChunkTokens];
   for (int r = 0; r < rows; ++r) {
-    const int row = first_row + r, t = list.token(row);
-    visible[r] = p.paging.visible(list.b, t, p.size.T);
-    const int64_t offset =
-        list.b * p.q.stride_b + t * p.q.stride_t + (list.head + row % list.heads) * p.q.stride_h;
-    loop.load[dtype_index(p.dtype)](element(p.q.data, offset, p.dtype), 0, 1, D, q + r * D);
+    const int row = first_row + r, head = list.head + row % list.heads;
+    const int64_t offset = list.b * p.q.stride_b + list.token(row) * p.q.stride_t + head * p.q.stride_h;
+    loop.load[type](element(p.q.data, offset, p.dtype), D, q + r * D);
   }
+  loop.dots[type](q, rows, tokens.keys, tokens.n, D, p.scale, weights[0], kChunkTokens);
 
-  // A block starts at the same column for all the rows that see any of it.
-  int column = 0;
-  for (int i = 0; i < num_blocks; ++i) {
-    const int most = std::clamp(visible[rows - 1] - blocks[i].position, 0, step);
-    const Tokens keys = load_tokens(p.k_cache, blocks[i].key, most, p, buffer);
-    for_each_run(visible, rows, blocks[i], step, [&](int r, int count, int n) {
-      loop.dots(
-          q + r * D, count, keys.data, keys.stride, n, D, p.scale, weights[r] + column, kChunkTokens);
-      for (int j = r; j < r + count; ++j) columns[j] = column + n;
-    });
-    column += most;
-  }
-
+  int seen[kRows];  // the row's tokens are the first so many: the tokens of the list but for new ones after its own
   for (int r = 0; r < rows; ++r) {
-    const int n = columns[r];
-    max[r] = loop.max(weights[r], n);
-    if (max[r] == -kInf) {  // no token, or none that is not -inf: then all weigh the same
-      std::fill_n(weights[r], n, 1.0f);
-      sum[r] = static_cast<float>(n);
-    } else {
-      sum[r] = loop.exp_sum(weights[r], n, max[r]);
-    }
+    const int visible = p.paging.visible(list.b, list.token(first_row + r), p.size.T);
+    seen[r] = list.pages ? tokens.n : std::clamp(visible - chunk * kChunkTokens, 0, tokens.n);
+    weigh(weights[r], seen[r], max[r], sum[r]);
   }
-
   std::fill_n(out, int64_t{rows} * D, 0.0f);
-  column = 0;
-  for (int i = 0; i < num_blocks; ++i) {
-    const int most = std::clamp(visible[rows - 1] - blocks[i].position, 0, step);
-    const Tokens values = load_tokens(p.v_cache, blocks[i].value, most, p, buffer);
-    for_each_run(visible, rows, blocks[i], step, [&](int r, int count, int n) {
-      loop.accumulate(
-          weights[r] + column, kChunkTokens, count, values.data, values.stride, n, D, out + r * D);
-    });
-    column += most;
-  }
+  const int common = seen[0];  // the first row is of the first token
+  loop.accumulate[type](weights[0], kChunkTokens, rows, tokens.values, common, D, out);
+  for (int r = 0; r < rows; ++r)
+    if (seen[r] > common)
+      loop.accumulate[type](
+          weights[r] + common, 0, 1, tokens.values + common, seen[r] - common, D, out + r * D);
 }
 
 static void decode_chunk(const DecodeParams& p, const Partials& partials, int64_t index, int64_t task) {
   const List list = find_list(p, index);
-  Block blocks[kChunkTokens / 8];
-  const int n = list_blocks(p, list, static_cast<int>(task - partials.first_chunk[index]), blocks);
+  const int chunk = static_cast<int>(task - partials.first_chunk[index]);
+  Tokens tokens;
+  find_tokens(p, list, chunk, tokens);
   for (int r = 0; r < list.rows(); r += kRows) {
     const int64_t at = task * partials.rows + r;
     decode_rows(
-        p, list, blocks, n, r, std::min(kRows, list.rows() - r), partials.max.get() + at, partials.sum.get() + at,
-        partials.out.get() + at * p.size.D);
+        p, list, tokens, chunk, r, std::min(kRows, list.rows() - r), partials.max.get() + at,
+        partials.sum.get() + at, partials.out.get() + at * p.size.D);
   }
 }
 
@@ -185,17 +150,21 @@ static void merge_row(const DecodeParams& p, const Partials& partials, int64_t i
   const int64_t rows = partials.rows, end = partials.first_chunk[index + 1] * rows + row;
   const int64_t begin = partials.first_chunk[index] * rows + row;
   float max = -kInf, sum = 0, weights[kBatch], out[kMaxHeadDim] = {};
+  const void* outs[kBatch];
   for (int64_t at = begin; at < end; at += rows) {
     const float x = partials.max[at];
     if (x > max || x != x) max = x;
   }
   for (int64_t at = begin; at < end; at += kBatch * rows) {
     const int n = static_cast<int>(std::min<int64_t>(kBatch, (end - at + rows - 1) / rows));
-    for (int i = 0; i < n; ++i) weights[i] = partials.max[at + i * rows];
+    for (int i = 0; i < n; ++i) {
+      weights[i] = partials.max[at + i * rows];
+      outs[i] = partials.out.get() + (at + i * rows) * D;
+    }
     if (max == -kInf) std::fill_n(weights, n, 1.0f);
     else loop.exp_sum(weights, n, max);
     for (int i = 0; i < n; ++i) sum += weights[i] * partials.sum[at + i * rows];
-    loop.accumulate(weights, 0, 1, partials.out.get() + at * D, rows * D, n, D, out);
+    loop.accumulate[dtype_index(DType::f32)](weights, 0, 1, outs, n, D, out);
   }
   const bool empty = max == -kInf && sum == 0;
   const float factor = empty ? 0 : max == -kInf ? std::numeric_limits<float>::quiet_NaN() : 1 / sum;

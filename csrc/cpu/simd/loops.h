@@ -1,6 +1,6 @@
 // The inner loops of the CPU kernels, over plain pointers. They are built once per instruction set (loops_*.cpp) and
-// reached through a table that is chosen when it is first asked for. Elements become float32 on loading (a page's once
-// for all the rows that read it), so that everything after that is one loop for all dtypes.
+// reached through a table that is chosen when it is first asked for. Elements become float32 as they are loaded, once for
+// up to four rows that read them.
 //
 // Each result depends on its own row only: rows may be grouped at will without changing a bit.
 #pragma once
@@ -16,28 +16,26 @@ enum class DType : int32_t;
 
 namespace quest::cpu {
 
+// An array has one loop for each DType, in its order.
 struct Loops {
   const char* name;
 
-  // float32 from and to each DType. Strides are in elements; dst of load is [rows, D] contiguous.
-  void (*load[3])(const void* src, int64_t stride, int rows, int D, float* dst);
+  void (*load[3])(const void* src, int n, float* dst);  // n a multiple of 16, as D is below
   void (*store[3])(const float* src, int n, void* dst);
 
-  // Elementwise minimum and maximum over n >= 1 rows, by DType; NaN wins.
+  // out[r, j] = scale * (q[r] . keys[j]) for n keys; q [rows, D] contiguous, out [rows, n].
+  void (*dots[3])(
+      const float* q, int rows, const void* const* keys, int n, int D, float scale, float* out, int64_t out_stride);
+
+  // out[r] += sum_j weights[r, j] * values[j] for n values, in their order; weights [rows, n], out [rows, D] contiguous.
+  void (*accumulate[3])(
+      const float* weights, int64_t weights_stride, int rows, const void* const* values, int n, int D, float* out);
+
+  // Elementwise minimum and maximum over n >= 1 keys; NaN wins.
   void (*bounds[3])(const void* keys, int64_t stride, int n, int D, float* lower, float* upper);
 
-  // out[r, j] = scale * (q[r] . keys[j]); q [rows, D] contiguous, keys [n, D], out [rows, n]. D a multiple of 16.
-  void (*dots)(
-      const float* q, int rows, const float* keys, int64_t stride, int n, int D, float scale, float* out,
-      int64_t out_stride);
-
-  // out[r] += sum_j weights[r, j] * values[j]; out [rows, D] contiguous.
-  void (*accumulate)(
-      const float* weights, int64_t weights_stride, int rows, const float* values, int64_t stride, int n, int D,
-      float* out);
-
-  float (*max)(const float* x, int n);                   // -inf where n = 0; NaN wins
-  float (*exp_sum)(float* x, int n, float subtract);     // x = exp(x - subtract), for x <= subtract; their sum
+  float (*max)(const float* x, int n);                // -inf where n = 0; NaN wins
+  float (*exp_sum)(float* x, int n, float subtract);  // x = exp(x - subtract), for x <= subtract; their sum
 };
 
 // QUEST_OPS_CPU_ISA = generic, avx2 or avx512 asks for no more than that instruction set.

@@ -5,7 +5,7 @@
 // alone and in a group, and tiles of accumulators stay in registers.
 #include "loops.h"
 
-#if defined(__F16C__)
+#if QUEST_WIDTH > 4
 #include <immintrin.h>
 #endif
 
@@ -32,10 +32,28 @@ QUEST_INLINE void store_as(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 QUEST_INLINE Vec load(const float* p) { return load_as<Vec>(p); }
+// For a vector that several instructions share: GCC would load it anew in each, and loads are the limit here.
+QUEST_INLINE Vec keep(Vec v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 QUEST_INLINE void store(float* p, Vec v) { store_as(p, v); }
-QUEST_INLINE Vec splat(float x) { return Vec{} + x; }
+QUEST_INLINE Vec splat(float x) { return x - Vec{}; }
 QUEST_INLINE Bits bits(Vec v) { return (Bits)v; }
 QUEST_INLINE Vec floats(Bits b) { return (Vec)b; }
+
+// Compilers make three instructions of the conversion where the processor has one.
+QUEST_INLINE Bits widen(Halves h) {
+#if QUEST_WIDTH == 16
+  return (Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);
+#elif QUEST_WIDTH == 8
+  return (Bits)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, Bits);
+#endif
+}
 
 // ---- Elements. Conversions are exact or round to nearest even, whatever the processor's denormal mode.
 
@@ -48,7 +66,7 @@ struct F32 {
 struct BF16 {
   using Storage = uint16_t;
   QUEST_INLINE Vec load(const uint16_t* p) {
-    return floats(__builtin_convertvector(load_as<Halves>(p), Bits) << 16);
+    return floats(widen(load_as<Halves>(p)) << 16);
   }
   QUEST_INLINE uint16_t from(float x) {
     uint32_t b;
@@ -63,10 +81,10 @@ struct F16 {
   QUEST_INLINE Vec load(const uint16_t* p) {
 #if QUEST_WIDTH == 16
     return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)load_as<Halves>(p));
-#elif defined(__F16C__) && QUEST_WIDTH == 8
+#elif QUEST_WIDTH == 8
     return (Vec)_mm256_cvtph_ps((__m128i)load_as<Halves>(p));
 #else
-    const Bits h = __builtin_convertvector(load_as<Halves>(p), Bits);
+    const Bits h = widen(load_as<Halves>(p));
     const Bits sign = (h & 0x8000) << 16, magnitude = (h & 0x7fff) << 13, exponent = magnitude & 0x0f800000;
     const Bits normal = magnitude + ((127 - 15) << 23);
     const Bits special = normal + ((128 - 16) << 23);
@@ -94,11 +112,8 @@ struct F16 {
 };
 
 template <class E>
-void load_rows(const void* src, int64_t stride, int rows, int D, float* dst) {
-  for (int r = 0; r < rows; ++r) {
-    const auto* row = static_cast<const typename E::Storage*>(src) + r * stride;
-    for (int d = 0; d < D; d += W) store(dst + r * D + d, E::load(row + d));
-  }
+void load_row(const void* src, int n, float* dst) {
+  for (int i = 0; i < n; i += W) store(dst + i, E::load(static_cast<const typename E::Storage*>(src) + i));
 }
 
 template <class E>
@@ -106,7 +121,21 @@ void store_row(const float* src, int n, void* dst) {
   for (int i = 0; i < n; ++i) static_cast<typename E::Storage*>(dst)[i] = E::from(src[i]);
 }
 
-// ---- Dot products: tiles of R rows by 4 keys.
+// ---- Rows of a page list lie anywhere, so that the processor does not foresee them: a block of rows asks for the next
+// one, a few rows at a time, as it is worked on.
+
+constexpr int kBlock = 16;
+
+template <class E>
+QUEST_INLINE void prefetch(const void* const* rows, int first, int last, int D) {
+  for (int i = first; i < last; ++i)
+    for (int d = 0; d < D; d += 64 / int{sizeof(typename E::Storage)})
+      __builtin_prefetch(static_cast<const typename E::Storage*>(rows[i]) + d);
+}
+
+QUEST_INLINE int min(int a, int b) { return a < b ? a : b; }
+
+// ---- Dot products: tiles of R rows by 8 / R keys.
 
 // The sums of the lanes of a, b, c and d.
 QUEST_INLINE Vec4 sum_lanes(Vec a, Vec b, Vec c, Vec d) {
@@ -142,57 +171,68 @@ QUEST_INLINE Vec4 sum_lanes(Vec a, Vec b, Vec c, Vec d) {
 #undef QUEST_HIGH
 }
 
-template <int R>
+template <class E, int R>
 QUEST_INLINE void dots_tile(
-    const float* q, const float* const (&key)[4], int n, int D, float scale, float* out, int64_t out_stride) {
-  Vec sums[R][4] = {};
+    const float* q, const void* const* keys, int n, int D, float scale, float* out, int64_t out_stride) {
+  constexpr int N = 8 / R;
+  const typename E::Storage* key[N];
+  for (int j = 0; j < N; ++j) key[j] = static_cast<const typename E::Storage*>(keys[j < n ? j : 0]);
+  Vec sums[8] = {};
   for (int d = 0; d < D; d += W) {
-    Vec k[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) k[j] = load(key[j] + d);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec x = load(q + r * D + d);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sums[r][j] += x * k[j];
+    Vec x[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) x[r] = keep(load(q + r * D + d));
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) {
+      const Vec k = R > 1 ? keep(E::load(key[j] + d)) : E::load(key[j] + d);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[r * N + j] += x[r] * k;
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    const Vec4 four = sum_lanes(sums[r][0], sums[r][1], sums[r][2], sums[r][3]) * scale;
-    float* row = out + r * out_stride;
-    if (n >= 4) store_as(row, four);
+  float dots[8];
+  store_as(dots, sum_lanes(sums[0], sums[1], sums[2], sums[3]) * scale);
+  store_as(dots + 4, sum_lanes(sums[4], sums[5], sums[6], sums[7]) * scale);
+  for (int r = 0; r < R; ++r)
+    if (n >= N) __builtin_memcpy(out + r * out_stride, dots + r * N, N * sizeof(float));
     else
-      for (int j = 0; j < n; ++j) row[j] = four[j];
-  }
+      for (int j = 0; j < n; ++j) out[r * out_stride + j] = dots[r * N + j];
 }
 
+template <class E>
 void dots(
-    const float* q, int rows, const float* keys, int64_t stride, int n, int D, float scale, float* out,
-    int64_t out_stride) {
-  for (int j = 0; j < n; j += 4) {
-    const float* key[4];
-    for (int i = 0; i < 4; ++i) key[i] = keys + (j + i < n ? j + i : j) * stride;  // a key that is not there is not read
+    const float* q, int rows, const void* const* keys, int n, int D, float scale, float* out, int64_t out_stride) {
+  for (int begin = 0; begin < n; begin += kBlock) {
+    const int end = min(begin + kBlock, n);
     int r = 0;
-    for (; r + 2 <= rows; r += 2) dots_tile<2>(q + r * D, key, n - j, D, scale, out + r * out_stride + j, out_stride);
-    if (r < rows) dots_tile<1>(q + r * D, key, n - j, D, scale, out + r * out_stride + j, out_stride);
+    const auto tiles = [&]<int R>() __attribute__((always_inline)) {
+      constexpr int N = 8 / R;
+      for (int j = begin; j < end; j += N) {
+        if (r == 0) prefetch<E>(keys, min(j + kBlock, n), min(j + kBlock + N, n), D);
+        dots_tile<E, R>(q + r * D, keys + j, end - j, D, scale, out + r * out_stride + j, out_stride);
+      }
+      r += R;
+    };
+    while (r + 4 <= rows) tiles.template operator()<4>();
+    if (r + 2 <= rows) tiles.template operator()<2>();
+    if (r < rows) tiles.template operator()<1>();
   }
 }
 
 // ---- Weighted sums: tiles of R rows by V vectors of the head dimension.
 
-template <int R, int V>
+template <class E, int R, int V>
 QUEST_INLINE void accumulate_tile(
-    const float* weights, int64_t weights_stride, const float* values, int64_t stride, int n, int D, float* out) {
+    const float* weights, int64_t weights_stride, const void* const* values, int n, int d, int D, float* out) {
   Vec sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int i = 0; i < V; ++i) sums[r][i] = load(out + r * D + i * W);
+    for (int i = 0; i < V; ++i) sums[r][i] = load(out + r * D + d + i * W);
   for (int j = 0; j < n; ++j) {
+    const auto* value = static_cast<const typename E::Storage*>(values[j]) + d;
     Vec v[V];
 #pragma GCC unroll 8
-    for (int i = 0; i < V; ++i) v[i] = load(values + j * stride + i * W);
+    for (int i = 0; i < V; ++i) v[i] = R > 1 ? keep(E::load(value + i * W)) : E::load(value + i * W);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec w = splat(weights[r * weights_stride + j]);
@@ -203,27 +243,34 @@ QUEST_INLINE void accumulate_tile(
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int i = 0; i < V; ++i) store(out + r * D + i * W, sums[r][i]);
+    for (int i = 0; i < V; ++i) store(out + r * D + d + i * W, sums[r][i]);
 }
 
-template <int R>
-QUEST_INLINE void accumulate_rows(
-    const float* weights, int64_t weights_stride, const float* values, int64_t stride, int n, int D, float* out) {
-  constexpr int V = 8 / R;
-  int d = 0;
-  for (; d + V * W <= D; d += V * W)
-    accumulate_tile<R, V>(weights, weights_stride, values + d, stride, n, D, out + d);
-  for (; d < D; d += W) accumulate_tile<R, 1>(weights, weights_stride, values + d, stride, n, D, out + d);
-}
-
+template <class E>
 void accumulate(
-    const float* weights, int64_t weights_stride, int rows, const float* values, int64_t stride, int n, int D,
-    float* out) {
-  int r = 0;
-  const auto at = [&](int row) { return weights + row * weights_stride; };
-  for (; r + 4 <= rows; r += 4) accumulate_rows<4>(at(r), weights_stride, values, stride, n, D, out + r * D);
-  for (; r + 2 <= rows; r += 2) accumulate_rows<2>(at(r), weights_stride, values, stride, n, D, out + r * D);
-  if (r < rows) accumulate_rows<1>(at(r), weights_stride, values, stride, n, D, out + r * D);
+    const float* weights, int64_t weights_stride, int rows, const void* const* values, int n, int D, float* out) {
+  for (int begin = 0; begin < n; begin += kBlock) {
+    const int end = min(begin + kBlock, n);
+    int r = 0;
+    const auto tiles = [&]<int R>() __attribute__((always_inline)) {
+      constexpr int V = 8 / R;
+      const float* w = weights + r * weights_stride + begin;
+      int d = 0;
+      for (; d + V * W <= D; d += V * W) {
+        if (r == 0) {  // the share of this tile
+          const int next = min(end + d * kBlock / D, n), last = min(end + (d + V * W) * kBlock / D, n);
+          prefetch<E>(values, next, last, D);
+        }
+        accumulate_tile<E, R, V>(w, weights_stride, values + begin, end - begin, d, D, out + r * D);
+      }
+      for (; d < D; d += W)
+        accumulate_tile<E, R, 1>(w, weights_stride, values + begin, end - begin, d, D, out + r * D);
+      r += R;
+    };
+    while (r + 4 <= rows) tiles.template operator()<4>();
+    if (r + 2 <= rows) tiles.template operator()<2>();
+    if (r < rows) tiles.template operator()<1>();
+  }
 }
 
 // ---- Minima and maxima.
@@ -308,9 +355,12 @@ float exp_sum(float* x, int n, float subtract) {
 
 extern const Loops kLoops = {
     QUEST_STR(QUEST_ISA),
-    {load_rows<F32>, load_rows<F16>, load_rows<BF16>},  // in the order of DType
+    {load_row<F32>, load_row<F16>, load_row<BF16>},  // in the order of DType
     {store_row<F32>, store_row<F16>, store_row<BF16>},
+    {dots<F32>, dots<F16>, dots<BF16>},
+    {accumulate<F32>, accumulate<F16>, accumulate<BF16>},
     {bounds<F32>, bounds<F16>, bounds<BF16>},
-    dots, accumulate, max, exp_sum};
+    max,
+    exp_sum};
 
 }  // namespace quest::cpu::QUEST_ISA
