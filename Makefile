@@ -54,7 +54,7 @@ demo: $(STAMPS)/demo
 
 test: $(STAMPS)/dev
 	$(build)
-	$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 bench: $(STAMPS)/dev
 	$(build)

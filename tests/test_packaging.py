@@ -23,6 +23,8 @@ from quest_ops import _library
 ROOT = Path(__file__).parents[1]
 VERSION = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
 
+pytestmark = pytest.mark.xdist_group("packaging")  # one process builds in the build folder
+
 needs_builder = pytest.mark.skipif(
     importlib.util.find_spec("scikit_build_core") is None or shutil.which("cmake") is None,
     reason="needs scikit-build-core and CMake",
