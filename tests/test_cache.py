@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from quest_ops import CacheFullError, PagedKVCache
 from quest_ops.cache import HEAD_DIMS, PAGE_SIZES
+from quest_ops.pages import PageAccount
 
 S = 8
 
@@ -148,6 +149,32 @@ def test_copy_on_write_leaves_the_source_bits(device: str) -> None:
     for pool, bits in zip((cache.k_cache, cache.v_cache, cache.k_bounds), before, strict=True):
         torch.testing.assert_close(pool[:, pages], bits, rtol=0, atol=0, equal_nan=True)
     history.check()
+
+
+def test_the_source_of_a_fork_copies_on_write_too(device: str) -> None:
+    history = History(make(device))
+    history.step(13, [13, 0, 0])
+    history.fork(0, 1)
+    history.step(2, [2, 0, 0])
+    history.check()
+
+
+def test_reserve_copies_all_of_a_shared_page(device: str) -> None:
+    history = History(make(device))
+    history.step(13, [13, 0, 0])
+    history.fork(0, 1)
+    history.cache.reserve(1, 1)
+    assert history.cache.page_table[0, 1] != history.cache.page_table[1, 1]
+    history.check()
+
+
+def test_an_unsure_length_copies_every_shared_page_it_may_write() -> None:
+    account = PageAccount(sequences=2, num_pages=8, page_size=S, max_tokens=64)
+    account.reserve([20, 0])
+    account.grow([9, 0], [20, 0])  # 9 to 20 tokens, so any of pages 1 and 2 may be the one being written
+    assert account.fork(0, 1) == 3
+    assert [(new.logical, new.copy_of) for new in account.reserve([0, 1])] == [(1, 1), (2, 2)]
+    assert account.reserve([1, 0]) == account.reserve([0, 1]) == []
 
 
 def test_the_last_owner_of_a_page_writes_it_in_place(device: str) -> None:
@@ -425,6 +452,14 @@ class CacheMachine(RuleBasedStateMachine):
     def fork(self, source: int, step: int) -> None:
         self.history.fork(source, (source + step) % 3)
 
+    @rule(source=sequence, step=st.integers(1, 2), forked=st.booleans(), T=st.integers(0, 9))
+    def fork_and_write_one(self, source: int, step: int, forked: bool, T: int) -> None:
+        target = (source + step) % 3
+        self.history.fork(source, target)
+        lens = [T if b == (target if forked else source) else 0 for b in range(3)]
+        if self.expect(lens):
+            self.history.step(T + 1, lens)
+
     @rule(b=sequence)
     def free(self, b: int) -> None:
         self.history.free(b)
@@ -444,4 +479,4 @@ def test_any_order_of_calls(device: str) -> None:
         pass
 
     Machine.device = device
-    run_state_machine_as_test(Machine, settings=settings(max_examples=40, stateful_step_count=30))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=25, stateful_step_count=40))
