@@ -42,7 +42,7 @@ def append_kv(
     Args:
         k, v: [B, T, Hkv, D], any T. Keys are stored as given: apply RoPE first.
         k_cache, v_cache: [N, Hkv, S, D], written.
-        k_bounds: [N, Hkv, 2, D], written: [..., 0, :] the elementwise minimum of a page's keys, [..., 1, :] the maximum.
+        k_bounds: [N, Hkv, 2, D], written: [..., 0, :] the elementwise minimum of a page's keys, [..., 1, :] maximum.
         page_table: [B, P] int32, logical to physical page; only the pages written to are looked up.
         seq_lens: [B] int32, tokens in the cache before the call.
         new_lens: [B] int32, how many of the T tokens of each row are real; all by default.
@@ -120,9 +120,7 @@ def topk_pages(
     if group_reduce not in GROUP_REDUCE:
         raise ValueError(f"group_reduce must be one of {', '.join(GROUP_REDUCE)}, got {group_reduce!r}")
     how = GROUP_REDUCE[group_reduce]
-    pages: Tensor = _ops.topk_pages(
-        scores, seq_lens, page_size, k, num_kv_heads, how, sink_pages, recent_pages, scale
-    )
+    pages: Tensor = _ops.topk_pages(scores, seq_lens, page_size, k, num_kv_heads, how, sink_pages, recent_pages, scale)
     return pages
 
 
