@@ -212,8 +212,8 @@ struct SimtDecode {
   __device__ __forceinline__ void attend(
       const DecodeParams& p, const DecodeTile&, float* out, float* max_out, float* sum_out, Shared& shared) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, D = p.size.D;
-    // In short runs that meet pairwise, which keeps the rounding error of long rows down.
-    float acc[kMmaHeads] = {};
+    // Short runs that meet pairwise, and their sum with its rounding carried along (Kahan): large scores lose nothing.
+    float acc[kMmaHeads] = {}, carry[kMmaHeads] = {};
     if (token.k >= 0) {
       const T* const key = static_cast<const T*>(p.k_cache.data) + token.k;
       for (int first = 0; first < D; first += kSimtBlock) {
@@ -227,7 +227,12 @@ struct SimtDecode {
             for (int h = 0; h < kMmaHeads; ++h) run[h][j % 4] += shared.query[h][first + d + j] * to_float(x.at[j]);
         }
 #pragma unroll
-        for (int h = 0; h < kMmaHeads; ++h) acc[h] += (run[h][0] + run[h][1]) + (run[h][2] + run[h][3]);
+        for (int h = 0; h < kMmaHeads; ++h) {
+          const float next = (run[h][0] + run[h][1]) + (run[h][2] + run[h][3]) - carry[h];
+          const float sum = acc[h] + next;
+          carry[h] = (sum - acc[h]) - next;
+          acc[h] = sum;
+        }
       }
     }
     const Softmax softmax(p.scale);
