@@ -3,6 +3,7 @@
 #include "../namespace.h"
 #include "estimate.cuh"
 #include "launch.h"
+#include "profiler_range.h"
 
 namespace quest::cuda {
 
@@ -29,6 +30,7 @@ void launch_estimate(const EstimateParams& p, cudaStream_t stream) {
 
 Tensor estimate(Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size) {
   EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size);
+  const ProfilerRange range("estimate");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
   check_values_if_requested(p, stream);

@@ -2,6 +2,7 @@
 
 #include "../namespace.h"
 #include "launch.h"
+#include "profiler_range.h"
 #include "sparse_decode.cuh"
 
 namespace quest::cuda {
@@ -40,6 +41,7 @@ std::tuple<Tensor, Tensor> sparse_decode(
     Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, std::optional<Tensor> pages,
     std::optional<double> scale) {
   DecodeParams p = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale);
+  const ProfilerRange range("sparse_decode");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
   check_values_if_requested(p, pages, stream);

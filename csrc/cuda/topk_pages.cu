@@ -2,6 +2,7 @@
 
 #include "../namespace.h"
 #include "launch.h"
+#include "profiler_range.h"
 #include "topk_pages.cuh"
 
 namespace quest::cuda {
@@ -32,6 +33,7 @@ Tensor topk_pages(
     int64_t sink_pages, int64_t recent_pages, double scale) {
   TopkParams p =
       check_topk_pages(scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale);
+  const ProfilerRange range("topk");
   const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
   const cudaStream_t stream = current_stream(scores);
   check_values_if_requested(p, stream);

@@ -2,6 +2,7 @@
 
 #include "../namespace.h"
 #include "launch.h"
+#include "profiler_range.h"
 #include "update_bounds.cuh"
 
 namespace quest::cuda {
@@ -9,6 +10,7 @@ namespace quest::cuda {
 void update_bounds(
     Tensor k_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens, std::optional<Tensor> first_token) {
   const UpdateBoundsParams p = check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token);
+  const ProfilerRange range("update_bounds");
   const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());
   const cudaStream_t stream = current_stream(k_cache);
   check_values_if_requested(p, stream);

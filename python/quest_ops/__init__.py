@@ -1,7 +1,7 @@
 """Quest sparse attention (Tang et al., ICML 2024) as PyTorch operators: the public names."""
 
 from ._library import build_info
-from .attention import QuestConfig, attention_path, quest_attention, select_pages
+from .attention import QuestConfig, attention_path, attention_report, quest_attention, select_pages
 from .cache import PagedKVCache
 from .ops import append_kv, estimate, sparse_decode, topk_pages, update_bounds
 from .pages import CacheFullError
@@ -17,6 +17,7 @@ __all__ = [
     "__version__",
     "append_kv",
     "attention_path",
+    "attention_report",
     "empty_bounds",
     "estimate",
     "page_view_bhld",

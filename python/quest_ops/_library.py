@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 MINIMUM_TORCH = (2, 10)
 OPERATORS = ("append_kv", "update_bounds", "estimate", "topk_pages", "sparse_decode")
@@ -169,15 +170,55 @@ def _sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages=None, scale=
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-def _refuse_backward(name: str) -> Any:
-    def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{NAMESPACE}::{name} has no backward: quest_ops is for decoding. Call it under torch.no_grad() or "
-            f"torch.inference_mode(), or train with dense attention."
-        )
+class _WithoutBackward(torch.autograd.Function):
+    """The first ``count`` tensors, as results of the others whose backward raises."""
 
-    return backward
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.name = name
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise _no_gradient(ctx.name, "backward")
 
 
+def _no_gradient(name: str, kind: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} has no {kind}: quest_ops is for decoding. Call it under torch.no_grad() or torch.inference_mode(), or "
+        f"train with dense attention."
+    )
+
+
+def refuse_backward(name: str, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    """``out``, with a backward that raises where ``inputs`` want a gradient that ``out`` would not give them."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        (out,) = _WithoutBackward.apply(name, 1, out, *inputs)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _autograd_kernel(name: str) -> Any:
+    """Runs the operator below autograd. ``torch.library.register_autograd`` would drop forward-mode tangents unsaid."""
+    op, qualified = getattr(ops, name).default, f"{NAMESPACE}::{name}"
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise _no_gradient(qualified, "forward-mode derivative")
+        differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if differentiated and torch._C._are_functorch_transforms_active():
+            raise _no_gradient(qualified, "backward")  # torch.func would make an internal error of a later one
+        with torch._C._AutoDispatchBelowAutograd():
+            result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        if not differentiated:
+            return result
+        results = result if isinstance(result, tuple) else (result,)
+        refused = _WithoutBackward.apply(qualified, len(results), *results, *tensors)  # type: ignore[no-untyped-call]
+        return refused if isinstance(result, tuple) else refused[0]
+
+    return kernel
+
+
+_autograd = torch.library.Library(NAMESPACE, "IMPL")
 for _name in ("estimate", "sparse_decode"):
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _refuse_backward(_name))
+    _autograd.impl(_name, _autograd_kernel(_name), "Autograd", with_keyset=True)

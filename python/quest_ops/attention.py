@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ._library import refuse_backward
 from .cache import PAGE_SIZES, PagedKVCache
 from .ops import GroupReduce, estimate, sparse_decode, topk_pages
+from .report import LayerPlan, Report
 
 #: The most new tokens a sequence that the decode kernels take; more is a prefill.
 MAX_DECODE_TOKENS = 8
@@ -82,6 +84,29 @@ def attention_path(
     if layer < config.dense_layers or cache.pages_per_sequence <= config.num_pages:
         return "dense"
     return "sparse"
+
+
+def layer_plan(cache: PagedKVCache, layer: int, config: QuestConfig) -> LayerPlan:
+    """How :func:`quest_attention` decodes in this layer, and why."""
+    path = attention_path(cache, layer, config)
+    if path == "sparse":
+        reason = f"at most {config.budget} tokens of {cache.max_tokens}"
+    elif layer < config.dense_layers:
+        reason = f"one of the first {config.dense_layers} layers"
+    else:
+        reason = f"the budget of {config.budget} tokens holds the cache's {cache.max_tokens}"
+    return LayerPlan(layer, path, reason)
+
+
+def attention_report(cache: PagedKVCache, config: QuestConfig) -> Report:
+    """What each layer read since ``cache.start_report()``. Waits for the device; prints as a table.
+
+    Raises:
+        RuntimeError: the cache does not count.
+    """
+    if cache.counts is None:
+        raise RuntimeError("the cache has counted nothing: call cache.start_report() before the steps to report")
+    return cache.counts.read([layer_plan(cache, layer, config) for layer in range(cache.num_layers)])
 
 
 def select_pages(
@@ -165,9 +190,16 @@ def quest_attention(
         return quest_attention(q[:, None], k[:, None], v[:, None], cache, layer, config, scale)[:, 0]
     cache.append(layer, k, v)
     path = attention_path(cache, layer, config, q.shape[1])
-    if path != "prefill":
-        return _decode(q, cache, layer, config if path == "sparse" else None, scale)
-    return _prefill_first(q, k, v, cache, scale) if cache.starts_empty else _prefill_next(q, cache, layer, scale)
+    if path == "prefill" and cache.counts is not None:
+        cache.counts.record_prefill(layer)
+    if path == "prefill" and cache.starts_empty:
+        return _prefill_first(q, k, v, cache, scale)
+    if path == "prefill":
+        out = _prefill_next(q, cache, layer, scale)
+    else:
+        out = _decode(q, cache, layer, config if path == "sparse" else None, scale)
+    # The cache holds values: without this, gradients of the keys and values would be lost in silence.
+    return refuse_backward("quest_attention over a cache", out, q, k, v)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, config: QuestConfig) -> None:
@@ -187,19 +219,22 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, config: QuestCo
         if tensor.dtype != cache.k_cache.dtype or tensor.device != cache.device:
             raise ValueError(
                 f"{name} must be {cache.k_cache.dtype} on {cache.device} like the cache, "
-                f"got {tensor.dtype} on {tensor.device}"
+                f"got {tensor.dtype} on {tensor.device}: convert it, or make the cache of the dtype and device that "
+                f"the model computes in (under torch.autocast, the dtype of autocast)"
             )
 
 
 def _decode(q: Tensor, cache: PagedKVCache, layer: int, config: QuestConfig | None, scale: float | None) -> Tensor:
     k_cache, v_cache, k_bounds = cache.layer(layer)
-    page_table, seq_lens, rows = cache.page_table, cache.seq_lens, q
+    page_table, seq_lens, rows, num_new = cache.page_table, cache.seq_lens, q, q.shape[1]
     if cache.ragged:
         # A row's tokens come first in it, not last: each becomes a sequence of its own that ends with it, or is empty.
         seq_lens = torch.where(_is_real(q, cache), _visible(q, cache), 0).flatten()
         page_table = page_table.repeat_interleave(q.shape[1], 0)
-        rows = q.flatten(0, 1)
+        rows, num_new = q.flatten(0, 1), 1
     pages = None if config is None else select_pages(rows, k_bounds, page_table, seq_lens, config, scale)
+    if cache.counts is not None:
+        cache.counts.record(layer, pages, seq_lens, num_new)
     out, _ = sparse_decode(rows, k_cache, v_cache, page_table, seq_lens, pages, scale)
     return out.view(q.shape)
 

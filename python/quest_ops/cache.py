@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .ops import append_kv, update_bounds
 from .pages import NewPage, PageAccount
+from .report import AttentionCounts
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128)
@@ -50,6 +51,9 @@ class PagedKVCache:
     Raises:
         ValueError: an argument out of its range.
     """
+
+    #: What the attention calls read, counted from ``start_report`` on.
+    counts: AttentionCounts | None = None
 
     def __init__(
         self,
@@ -215,6 +219,15 @@ class PagedKVCache:
         if not 0 <= index < self.num_layers:
             raise ValueError(f"layer must be 0 to {self.num_layers - 1}, got {index}")
         return self.k_cache[index], self.v_cache[index], self.k_bounds[index]
+
+    def start_report(self) -> None:
+        """Count from now on what attention reads in each layer; before compiling or capturing. See :mod:`.report`."""
+        heads = (self.num_layers, self.num_kv_heads, self.head_dim, self.page_size)
+        self.counts = AttentionCounts(*heads, self.k_cache.dtype, self.device)
+
+    def stop_report(self) -> None:
+        """Count no more."""
+        self.counts = None
 
     # Sequences
 
