@@ -58,10 +58,11 @@ static List find_list(const DecodeParams& p, int64_t index) {
   return list;
 }
 
-// What the chunks leave: for chunk c and row r of list l, index (first_chunk[l] + c) * rows + r.
+// What the chunks leave. The tasks of one sequence and token go chunk by chunk and, in a chunk, head by head, for the
+// heads of a page lie together. Row r of a task has index task * rows + r.
 struct Partials {
-  std::vector<int64_t> first_chunk;  // [lists + 1]
-  int64_t rows;                      // the same for every list
+  std::vector<int64_t> first_task;  // [lists / Hs + 1]
+  int64_t rows;                     // of a list, the same for all
   std::unique_ptr<float[]> max, sum, out;
 };
 
@@ -130,9 +131,12 @@ static void decode_rows(
           weights[r] + common, 0, 1, tokens.values + common, seen[r] - common, D, out + r * D);
 }
 
-static void decode_chunk(const DecodeParams& p, const Partials& partials, int64_t index, int64_t task) {
-  const List list = find_list(p, index);
-  const int chunk = static_cast<int>(task - partials.first_chunk[index]);
+static int count_chunks(const DecodeParams& p, const List& list) {
+  const int pages = kChunkTokens >> p.paging.page_shift;
+  return (list.entries + pages - 1) / pages;
+}
+
+static void decode_chunk(const DecodeParams& p, const Partials& partials, const List& list, int chunk, int64_t task) {
   Tokens tokens;
   find_tokens(p, list, chunk, tokens);
   for (int r = 0; r < list.rows(); r += kRows) {
@@ -147,53 +151,59 @@ static void merge_row(const DecodeParams& p, const Partials& partials, int64_t i
   constexpr int kBatch = 64;
   const Loops& loop = loops();
   const int D = p.size.D;
-  const int64_t rows = partials.rows, end = partials.first_chunk[index + 1] * rows + row;
-  const int64_t begin = partials.first_chunk[index] * rows + row;
+  const List list = find_list(p, index);
+  const int64_t step = p.Hs * partials.rows;  // from chunk to chunk
+  const int64_t begin = (partials.first_task[index / p.Hs] + index % p.Hs) * partials.rows + row;
+  const int64_t end = begin + count_chunks(p, list) * step;
   float max = -kInf, sum = 0, weights[kBatch], out[kMaxHeadDim] = {};
   const void* outs[kBatch];
-  for (int64_t at = begin; at < end; at += rows) {
+  for (int64_t at = begin; at < end; at += step) {
     const float x = partials.max[at];
     if (x > max || x != x) max = x;
   }
-  for (int64_t at = begin; at < end; at += kBatch * rows) {
-    const int n = static_cast<int>(std::min<int64_t>(kBatch, (end - at + rows - 1) / rows));
+  for (int64_t at = begin; at < end; at += kBatch * step) {
+    const int n = static_cast<int>(std::min<int64_t>(kBatch, (end - at) / step));
     for (int i = 0; i < n; ++i) {
-      weights[i] = partials.max[at + i * rows];
-      outs[i] = partials.out.get() + (at + i * rows) * D;
+      weights[i] = partials.max[at + i * step];
+      outs[i] = partials.out.get() + (at + i * step) * D;
     }
     if (max == -kInf) std::fill_n(weights, n, 1.0f);
     else loop.exp_sum(weights, n, max);
-    for (int i = 0; i < n; ++i) sum += weights[i] * partials.sum[at + i * rows];
+    for (int i = 0; i < n; ++i) sum += weights[i] * partials.sum[at + i * step];
     loop.accumulate[dtype_index(DType::f32)](weights, 0, 1, outs, n, D, out);
   }
   const bool empty = max == -kInf && sum == 0;
   const float factor = empty ? 0 : max == -kInf ? std::numeric_limits<float>::quiet_NaN() : 1 / sum;
   for (int d = 0; d < D; ++d) out[d] *= factor;
-  const int64_t query = find_list(p, index).query(row, p.size);
+  const int64_t query = list.query(row, p.size);
   loop.store[dtype_index(p.dtype)](out, D, element(p.out, query * D, p.dtype));
   p.lse[query] = std::isinf(max) ? max : max + std::log(sum);
 }
 
 static void decode(const DecodeParams& p) {
-  const int64_t lists = count_lists(p);
+  const int64_t lists = count_lists(p), groups = lists / p.Hs;
   if (lists == 0) return;
   Partials partials;
-  partials.first_chunk.resize(lists + 1);
   partials.rows = find_list(p, 0).rows();
-  const int pages = kChunkTokens >> p.paging.page_shift;
-  for (int64_t i = 0; i < lists; ++i)
-    partials.first_chunk[i + 1] = partials.first_chunk[i] + (find_list(p, i).entries + pages - 1) / pages;
-  const int64_t tasks = partials.first_chunk[lists];
+  partials.first_task.resize(groups + 1);
+  for (int64_t g = 0; g < groups; ++g) {
+    int chunks = 0;
+    for (int h = 0; h < p.Hs; ++h) chunks = std::max(chunks, count_chunks(p, find_list(p, g * p.Hs + h)));
+    partials.first_task[g + 1] = partials.first_task[g] + int64_t{chunks} * p.Hs;
+  }
+  const int64_t tasks = partials.first_task[groups];
   partials.max = std::make_unique_for_overwrite<float[]>(tasks * partials.rows);
   partials.sum = std::make_unique_for_overwrite<float[]>(tasks * partials.rows);
   partials.out = std::make_unique_for_overwrite<float[]>(tasks * partials.rows * p.size.D);
 
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const auto& first = partials.first_chunk;
-    int64_t index = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+    const auto& first = partials.first_task;
+    int64_t g = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t task = begin; task < end; ++task) {
-      while (first[index + 1] <= task) ++index;
-      decode_chunk(p, partials, index, task);
+      while (first[g + 1] <= task) ++g;
+      const List list = find_list(p, g * p.Hs + (task - first[g]) % p.Hs);
+      const int chunk = static_cast<int>((task - first[g]) / p.Hs);
+      if (chunk < count_chunks(p, list)) decode_chunk(p, partials, list, chunk, task);
     }
   });
   const int64_t bytes = (tasks / lists + 1) * p.size.D * 4;
