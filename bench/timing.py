@@ -1,0 +1,64 @@
+"""Timing on a GPU: one CUDA graph over enough distinct inputs that no byte is warm, and the kernel that only reads."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call, over the replays: median and the range that holds the middle half."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.1f} ({self.low:.1f}-{self.high:.1f})"
+
+
+def time_calls(calls: Sequence[Callable[[], object]], replays: int = 15) -> Timing:
+    """Time each call's share of a CUDA graph that makes them all, one after the other."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:  # loads modules, compiles, fills the allocator
+            call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        graph.replay()
+        times = []
+        for _ in range(replays):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    low, median, high = statistics.quantiles(times, n=4)
+    return Timing(median, low, high)
+
+
+@triton.jit
+def _read(source, sink, count, block: tl.constexpr):
+    offset = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    x = tl.load(source + offset, mask=offset < count, other=0)
+    total = tl.sum(x, 0)
+    if total == 123456789:  # never so: the sum is there to keep the load
+        tl.store(sink, total)
+
+
+def read_call(buffer: Tensor, sink: Tensor, nbytes: int, block: int = 4096) -> Callable[[], object]:
+    """A call that reads the first ``nbytes`` of an int32 buffer with one kernel, and does nothing else."""
+    count = nbytes // 4
+    return lambda: _read[(triton.cdiv(count, block),)](buffer, sink, count, block=block, num_warps=8)
