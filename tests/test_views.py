@@ -131,6 +131,7 @@ def test_bounds_take_no_more_memory_than_pages_need(layout: Any) -> None:
     _, _, view, bounds = make(layout, 4, "cpu", torch.bfloat16)
     assert bounds.untyped_storage().nbytes() == 4 * HKV * P * 2 * D * 2
     assert view.k_cache.shape[0] == bounds.shape[0] == (3 * HKV * P + P if layout is bhld else 4 * P)
+    assert make(part_of_longer, 1, "cpu", torch.bfloat16)[2].k_cache.shape[0] == P  # no step from row to row
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -168,7 +168,7 @@ def quest_attention(
     with the dense result bit for bit. More tokens are a prefill and dense: if all sequences start empty, by PyTorch's
     causal attention on q, k, v as they are; otherwise over a contiguous copy of the layer's keys and values, as long as
     the longest sequence by the host's account (as the cache's capacity in compiled and captured code), with a mask of
-    B * min(T, 1024) entries for each of those tokens.
+    B * min(T, 1024) entries for each of those tokens; on CUDA that copy has a head for each query head.
 
     Args:
         q: [B, T, Hq, D], or [B, Hq, D] for one token.
@@ -244,9 +244,7 @@ def _prefill_first(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, scale: 
     if padding is not None:
         # No token looks at padding behind it, but a weight of 0 times a NaN there would still be NaN.
         k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-    gqa = q.shape[2] != k.shape[2]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa).transpose(1, 2)
+    out = _attend(q, k.transpose(1, 2), v.transpose(1, 2), None, scale)
     return out if padding is None else out.masked_fill(padding, 0)
 
 
@@ -259,15 +257,22 @@ def _prefill_next(q: Tensor, cache: PagedKVCache, layer: int, scale: float | Non
         pool[table].transpose(1, 2).flatten(2, 3).masked_fill_(unwritten, 0)  # [B, Hkv, tokens, D]
         for pool in cache.layer(layer)[:2]
     )
-    gqa = q.shape[2] != k.shape[1]
     queries, ends = (torch.split(x, _MASKED_QUERIES, 1) for x in (q, _visible(q, cache)))
-    outs = []
-    for part, until in zip(queries, ends, strict=True):
-        mask = (position < until[:, :, None])[:, None]
-        out = scaled_dot_product_attention(part.transpose(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
-        outs.append(out.transpose(1, 2))
+    masks = ((position < until[:, :, None])[:, None] for until in ends)
+    outs = [_attend(part, k, v, mask, scale) for part, mask in zip(queries, masks, strict=True)]
     out = torch.cat(outs, 1)
     return out.masked_fill(~_is_real(q, cache)[:, :, None, None], 0) if cache.ragged else out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """PyTorch's attention of q [B, T, Hq, D] over k, v [B, Hkv, tokens, D], causal where there is no mask."""
+    group = q.shape[2] // k.shape[1]
+    if group > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # No fused CUDA kernel takes groups with a mask or in float32; the fallback would hold all scores in memory.
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    causal, gqa = mask is None, group > 1
+    out = scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2)
 
 
 def _is_real(q: Tensor, cache: PagedKVCache) -> Tensor:
