@@ -88,6 +88,10 @@ def lens(*size: int) -> Callable[[], Tensor]:
     return lambda: torch.zeros(size, dtype=torch.int32)
 
 
+def never_touched(*size: int) -> Callable[[], Tensor]:
+    return lambda: torch.empty(size[1], dtype=torch.int32).expand(size)
+
+
 def bounds(*size: int) -> tuple[str, Callable[[], Tensor], str]:
     return "k_bounds", zeros(*size), f"k_bounds must have shape [N, Hkv, 2, D] with 2|got {list(size)}"
 
@@ -109,7 +113,7 @@ SIZES: list[tuple[str, str, Any, str]] = [
     ("append_kv", "page_table", lens(3, 4), "page_table must have shape [B, P] with 2 in dimension 0|got [3, 4]"),
     ("append_kv", "seq_lens", lens(3), "seq_lens must have shape [B] with 2|got [3]"),
     ("append_kv", "new_lens", lens(1), "new_lens must have shape [B] with 2|got [1]"),
-    ("append_kv", "page_table", lens(2, 2**27), f"page_table's tokens a sequence|got {2**31}"),
+    ("append_kv", "page_table", never_touched(2, 2**27), f"page_table's tokens a sequence|got {2**31}"),
     # update_bounds
     ("update_bounds", "k_cache", zeros(9, 2, 16, 72), f"k_cache {HEAD_DIM}"),
     ("update_bounds", "k_cache", zeros(9, 2, 12, 64), f"k_cache's page size (dimension 2) {PAGE_SIZE}"),

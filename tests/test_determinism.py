@@ -1,4 +1,4 @@
-"""Same bits: in every rerun, in any batch, with any capacity, on any stream, in a replayed CUDA graph."""
+"""Same bits: in every rerun, in any batch, with any capacity, threads or stream, in a replayed CUDA graph."""
 
 import pytest
 import torch
@@ -67,6 +67,22 @@ def test_long_rows(device: str, dtype: torch.dtype) -> None:
     assert_same(run(x, k=128), together)
     for b in range(4):
         assert_same(run(row(x, b), k=128), together, slice(b, b + 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads(dtype: torch.dtype) -> None:
+    """However many threads share the work on the CPU."""
+    x = Case(Shape(dtype, 64, 16, 2, 4, new_tokens=2, lengths=(5000, 70, 900), seed=5)).on("cpu")
+    before, expected = torch.get_num_threads(), run(x, k=64)
+    try:
+        for threads in (2, 3, 8):
+            torch.set_num_threads(threads)
+            assert_same(run(x, k=64), expected)
+            bounds = torch.full_like(x.k_bounds, torch.nan)
+            ops.update_bounds(x.k_cache, bounds, x.page_table, x.seq_lens)
+            assert_same_bits(bounds, x.k_bounds)
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_cuda
