@@ -3,6 +3,7 @@
 from ._library import build_info
 from .attention import QuestConfig, attention_path, attention_report, quest_attention, select_pages
 from .cache import PagedKVCache
+from .cache_view import CacheView
 from .ops import append_kv, estimate, sparse_decode, topk_pages, update_bounds
 from .pages import CacheFullError
 from .views import PageView, empty_bounds, page_view_bhld, page_view_blhd
@@ -11,6 +12,7 @@ __version__: str = build_info["version"]
 
 __all__ = [
     "CacheFullError",
+    "CacheView",
     "PageView",
     "PagedKVCache",
     "QuestConfig",

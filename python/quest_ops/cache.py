@@ -100,8 +100,7 @@ class PagedKVCache:
         self.seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.start_lens = torch.zeros_like(self.seq_lens)
         self.new_lens = torch.zeros_like(self.seq_lens)
-        if self.device.type == "cuda":
-            self._mark_static()
+        self._mark_static()
 
         self._account = PageAccount(batch_size, self.num_pages, page_size, max_tokens)
         self._stale = False  # an advance in a compiled or captured region moved the lengths unseen
@@ -109,11 +108,17 @@ class PagedKVCache:
         self.ragged = self.starts_empty = False
 
     def _mark_static(self) -> None:
-        import torch._dynamo  # slow to import, and only of use to compiled CUDA graphs: these need not copy the cache
+        import torch._dynamo  # slow to import
 
-        pool = (self.k_cache, self.v_cache, self.k_bounds)
-        for tensor in (*pool, self.page_table, self.seq_lens, self.start_lens, self.new_lens):
-            torch._dynamo.mark_static_address(tensor, guard=False)
+        pools = (self.k_cache, self.v_cache, self.k_bounds)
+        for pool in pools:
+            # Were N symbolic, a layer's offset in the pool would be: Inductor (torch 2.13) takes the symbolic offset of
+            # a view that an operator writes to for 0, and the tokens of all layers would go to the first.
+            torch._dynamo.mark_static(pool)
+        if self.device.type == "cuda":
+            # So that compiled CUDA graphs need not copy the cache.
+            for tensor in (*pools, self.page_table, self.seq_lens, self.start_lens, self.new_lens):
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     # Lengths
 
