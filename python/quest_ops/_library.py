@@ -67,9 +67,10 @@ def _load(path: Path, symbol: str) -> dict[str, Any]:
         torch.ops.load_library(path)
         function = getattr(ctypes.CDLL(str(path)), symbol)
     except (OSError, AttributeError) as error:
+        cause = error.__cause__ or error
         raise ImportError(
-            f"quest_ops could not load {path.name} with torch {torch.__version__} ({error.__cause__ or error}); it was built for "
-            f"another torch, CUDA or processor, or is damaged: {_REBUILD}."
+            f"quest_ops could not load {path.name} with torch {torch.__version__} ({cause}); it was built for another "
+            f"torch, CUDA or processor, or is damaged: {_REBUILD}."
         ) from error
     function.restype = ctypes.c_char_p
     info: dict[str, Any] = json.loads(function().decode())
