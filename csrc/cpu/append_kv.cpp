@@ -1,19 +1,18 @@
 // One task for each page touched, head and sequence: it writes the page's new tokens and then its bounds, so that no
 // two tasks share a page.
+#include <torch/csrc/stable/library.h>
+
 #include <cstring>
 
 #include "../checks.h"
 #include "../namespace.h"
 #include "page_bounds.h"
 
-#include <torch/csrc/stable/library.h>
-
 namespace quest::cpu {
 
-static void write_rows(const NewTokens& from, const Cache& to, const AppendParams& p, int b, int h, int t, int n,
-                       int64_t page, int slot) {
-  const std::byte* src =
-      element(from.data, b * from.stride_b + t * from.stride_t + h * from.stride_h, p.dtype);
+static void write_rows(
+    const NewTokens& from, const Cache& to, const AppendParams& p, int b, int h, int t, int n, int64_t page, int slot) {
+  const std::byte* src = element(from.data, b * from.stride_b + t * from.stride_t + h * from.stride_h, p.dtype);
   std::byte* dst = element(to.data, page * to.stride_n + h * to.stride_h + slot * to.stride_s, p.dtype);
   const int64_t size = element_size(p.dtype);
   for (int i = 0; i < n; ++i)
@@ -24,7 +23,8 @@ static void append_page(const AppendParams& p, int b, int h, int touched) {
   const int32_t length = p.paging.length(b), count = p.new_tokens(b), page_size = p.paging.page_size();
   const int32_t logical = (length >> p.paging.page_shift) + touched;
   const int64_t start = int64_t{logical} << p.paging.page_shift;
-  const int64_t first = std::max<int64_t>(start, length), last = std::min<int64_t>(start + page_size, int64_t{length} + count);
+  const int64_t first = std::max<int64_t>(start, length),
+                last = std::min<int64_t>(start + page_size, int64_t{length} + count);
   const int64_t page = p.paging.physical(b, logical);
   if (first >= last || page < 0) return;
   const int t = static_cast<int>(first - length), n = static_cast<int>(last - first);

@@ -1,5 +1,7 @@
 // q- . lower + q+ . upper for every page: a task takes some pages of a sequence with all heads, as a page's bounds lie
 // together.
+#include <torch/csrc/stable/library.h>
+
 #include <limits>
 #include <memory>
 
@@ -7,8 +9,6 @@
 #include "../namespace.h"
 #include "elements.h"
 #include "simd/loops.h"
-
-#include <torch/csrc/stable/library.h>
 
 namespace quest::cpu {
 

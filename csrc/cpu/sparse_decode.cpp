@@ -3,6 +3,8 @@
 // chunks of each row are merged in their order. So what a row gets depends on its list and length alone.
 //
 // Without pages every page is listed, and the T new tokens of a sequence share the list: each row sees its own prefix.
+#include <torch/csrc/stable/library.h>
+
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -12,8 +14,6 @@
 #include "../namespace.h"
 #include "elements.h"
 #include "simd/loops.h"
-
-#include <torch/csrc/stable/library.h>
 
 namespace quest::cpu {
 
@@ -127,8 +127,7 @@ static void decode_rows(
   loop.accumulate[type](weights[0], kChunkTokens, rows, tokens.values, common, D, out);
   for (int r = 0; r < rows; ++r)
     if (seen[r] > common)
-      loop.accumulate[type](
-          weights[r] + common, 0, 1, tokens.values + common, seen[r] - common, D, out + r * D);
+      loop.accumulate[type](weights[r] + common, 0, 1, tokens.values + common, seen[r] - common, D, out + r * D);
 }
 
 static int count_chunks(const DecodeParams& p, const List& list) {
@@ -142,8 +141,8 @@ static void decode_chunk(const DecodeParams& p, const Partials& partials, const 
   for (int r = 0; r < list.rows(); r += kRows) {
     const int64_t at = task * partials.rows + r;
     decode_rows(
-        p, list, tokens, chunk, r, std::min(kRows, list.rows() - r), partials.max.get() + at,
-        partials.sum.get() + at, partials.out.get() + at * p.size.D);
+        p, list, tokens, chunk, r, std::min(kRows, list.rows() - r), partials.max.get() + at, partials.sum.get() + at,
+        partials.out.get() + at * p.size.D);
   }
 }
 
@@ -167,8 +166,10 @@ static void merge_row(const DecodeParams& p, const Partials& partials, int64_t i
       weights[i] = partials.max[at + i * step];
       outs[i] = partials.out.get() + (at + i * step) * D;
     }
-    if (max == -kInf) std::fill_n(weights, n, 1.0f);
-    else loop.exp_sum(weights, n, max);
+    if (max == -kInf)
+      std::fill_n(weights, n, 1.0f);
+    else
+      loop.exp_sum(weights, n, max);
     for (int i = 0; i < n; ++i) sum += weights[i] * partials.sum[at + i * step];
     loop.accumulate[dtype_index(DType::f32)](weights, 0, 1, outs, n, D, out);
   }

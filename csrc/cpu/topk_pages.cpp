@@ -1,6 +1,8 @@
 // One task a list: the heads' scores become one score a page, each score an integer of the same order, and a radix
 // selection finds the integer of the last page that fits. One pass in page order then writes the pages, so that the
 // list is ascending and ties go to the lower page. Nothing is dropped however the scores cluster.
+#include <torch/csrc/stable/library.h>
+
 #include <bit>
 #include <cmath>
 #include <memory>
@@ -9,8 +11,6 @@
 #include "../namespace.h"
 #include "elements.h"
 #include "simd/loops.h"
-
-#include <torch/csrc/stable/library.h>
 
 namespace quest::cpu {
 
@@ -98,8 +98,8 @@ static void select_list(const TopkParams& p, int64_t list, const Scratch& scratc
 Tensor topk_pages(
     Tensor scores, Tensor seq_lens, int64_t page_size, int64_t k, int64_t num_kv_heads, int64_t group_reduce,
     int64_t sink_pages, int64_t recent_pages, double scale) {
-  TopkParams p = check_topk_pages(
-      scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale);
+  TopkParams p =
+      check_topk_pages(scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale);
   check_values(p);
   const int64_t B = p.size.B, T = p.size.T, Hs = p.Hs, K = p.K;
   Tensor pages = scores.dim() == 4 ? torch::stable::new_empty(scores, {B, T, Hs, K}, ScalarType::Int)

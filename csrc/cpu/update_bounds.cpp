@@ -1,9 +1,9 @@
 // One task for each page and head of each sequence, from the page of first_token on.
+#include <torch/csrc/stable/library.h>
+
 #include "../checks.h"
 #include "../namespace.h"
 #include "page_bounds.h"
-
-#include <torch/csrc/stable/library.h>
 
 namespace quest::cpu {
 

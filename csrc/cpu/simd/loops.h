@@ -1,6 +1,6 @@
 // The inner loops of the CPU kernels, over plain pointers. They are built once per instruction set (loops_*.cpp) and
-// reached through a table that is chosen when it is first asked for. Elements become float32 as they are loaded, once for
-// up to four rows that read them.
+// reached through a table that is chosen when it is first asked for. Elements become float32 as they are loaded, once
+// for up to four rows that read them.
 //
 // Each result depends on its own row only: rows may be grouped at will without changing a bit.
 #pragma once
@@ -27,7 +27,8 @@ struct Loops {
   void (*dots[3])(
       const float* q, int rows, const void* const* keys, int n, int D, float scale, float* out, int64_t out_stride);
 
-  // out[r] += sum_j weights[r, j] * values[j] for n values, in their order; weights [rows, n], out [rows, D] contiguous.
+  // out[r] += sum_j weights[r, j] * values[j] for n values, in their order; weights [rows, n], out [rows, D]
+  // contiguous.
   void (*accumulate[3])(
       const float* weights, int64_t weights_stride, int rows, const void* const* values, int n, int D, float* out);
 

@@ -65,9 +65,7 @@ struct F32 {
 
 struct BF16 {
   using Storage = uint16_t;
-  QUEST_INLINE Vec load(const uint16_t* p) {
-    return floats(widen(load_as<Halves>(p)) << 16);
-  }
+  QUEST_INLINE Vec load(const uint16_t* p) { return floats(widen(load_as<Halves>(p)) << 16); }
   QUEST_INLINE uint16_t from(float x) {
     uint32_t b;
     __builtin_memcpy(&b, &x, 4);
@@ -193,7 +191,8 @@ QUEST_INLINE void dots_tile(
   store_as(dots, sum_lanes(sums[0], sums[1], sums[2], sums[3]) * scale);
   store_as(dots + 4, sum_lanes(sums[4], sums[5], sums[6], sums[7]) * scale);
   for (int r = 0; r < R; ++r)
-    if (n >= N) __builtin_memcpy(out + r * out_stride, dots + r * N, N * sizeof(float));
+    if (n >= N)
+      __builtin_memcpy(out + r * out_stride, dots + r * N, N * sizeof(float));
     else
       for (int j = 0; j < n; ++j) out[r * out_stride + j] = dots[r * N + j];
 }
@@ -263,8 +262,7 @@ void accumulate(
         }
         accumulate_tile<E, R, V>(w, weights_stride, values + begin, end - begin, d, D, out + r * D);
       }
-      for (; d < D; d += W)
-        accumulate_tile<E, R, 1>(w, weights_stride, values + begin, end - begin, d, D, out + r * D);
+      for (; d < D; d += W) accumulate_tile<E, R, 1>(w, weights_stride, values + begin, end - begin, d, D, out + r * D);
       r += R;
     };
     while (r + 4 <= rows) tiles.template operator()<4>();
