@@ -43,8 +43,8 @@ class CacheView(PagedKVCache):
     def _tracing(self) -> bool:
         return True  # as in compiled code, the host knows no lengths
 
-    def _require_known_lengths(self) -> NoReturn:
-        return self._account
+    def _require_known_lengths(self) -> None:
+        _ = self._account
 
     @property
     def _account(self) -> NoReturn:  # type: ignore[override]
