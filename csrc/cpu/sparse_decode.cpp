@@ -174,8 +174,8 @@ static void merge_row(const DecodeParams& p, const Partials& partials, int64_t i
     loop.accumulate[dtype_index(DType::f32)](weights, 0, 1, outs, n, D, out);
   }
   const bool empty = max == -kInf && sum == 0;
-  const float factor = empty ? 0 : max == -kInf ? std::numeric_limits<float>::quiet_NaN() : 1 / sum;
-  for (int d = 0; d < D; ++d) out[d] *= factor;
+  const float total = max == -kInf ? std::numeric_limits<float>::quiet_NaN() : sum;
+  for (int d = 0; d < D; ++d) out[d] = empty ? 0 : out[d] / total;
   const int64_t query = list.query(row, p.size);
   loop.store[dtype_index(p.dtype)](out, D, element(p.out, query * D, p.dtype));
   p.lse[query] = std::isinf(max) ? max : max + std::log(sum);

@@ -23,7 +23,6 @@ constexpr int kChunkTokens = kDecodeWarps * kWarpTokens;
 constexpr int kSpanChunks = 8;
 constexpr int kMaxHeadDim = 256;
 constexpr int kSimtBlock = 16;  // divides every head_dim
-constexpr float kLog2e = 1.4426950408889634f;
 
 // The block's place: one list of pages, a tile of the query heads that share it, one part (chunk or span) of the list.
 struct DecodeTile {
@@ -76,7 +75,7 @@ struct Softmax {
   __device__ explicit Softmax(float s) : sign(s < 0.f ? -1.f : 1.f), scale(fabsf(s)) {}
   // -inf is no token, whatever the largest score is and even where the scale is 0.
   __device__ __forceinline__ float weight(float score, float top) const {
-    return score == -INFINITY ? 0.f : exp2f((score - top) * (scale * kLog2e));
+    return score == -INFINITY ? 0.f : expf((score - top) * scale);
   }
 };
 
@@ -253,11 +252,17 @@ struct SimtDecode {
     for (int first = 0; first < D; first += kWarpSize) {
       const int d = first + lane;
       float sums[kMmaHeads] = {};
-      for (int i = 0; i < kWarpTokens; ++i) {
-        const int64_t at = __shfl_sync(kFullMask, token.v, i);
-        const float x = at >= 0 && d < D ? to_float(values[at + d]) : 0.f;
+      for (int run = 0; run < kWarpTokens; run += 8) {  // runs, as in the scores
+        float part[kMmaHeads] = {};
 #pragma unroll
-        for (int h = 0; h < kMmaHeads; ++h) sums[h] += shared.weight[warp][h][i] * x;
+        for (int i = run; i < run + 8; ++i) {
+          const int64_t at = __shfl_sync(kFullMask, token.v, i);
+          const float x = at >= 0 && d < D ? to_float(values[at + d]) : 0.f;
+#pragma unroll
+          for (int h = 0; h < kMmaHeads; ++h) part[h] += shared.weight[warp][h][i] * x;
+        }
+#pragma unroll
+        for (int h = 0; h < kMmaHeads; ++h) sums[h] += part[h];
       }
       if (d < D)
 #pragma unroll
