@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from quest_ops.reference import num_pages, visible_tokens
 from torch import Tensor
 
+RUNS = 4
 
-def estimate(q: Tensor, k_bounds: Tensor, page_table: Tensor, seq_lens: Tensor, page_size: int) -> Tensor:
+
+def in_several_orders(compute: Callable[..., Any], q: Tensor, k: Tensor, *arguments: Any) -> list[Tensor]:
+    """Each result of ``compute`` with the head dimension summed in several orders, stacked.
+
+    In float32 the largest error is a matter of luck, for the kernel and for PyTorch: one run is too short a measure.
+    """
+    random = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(q.shape[-1], generator=random) for _ in range(RUNS)]
+    runs = [compute(q[..., order], k[..., order], *arguments) for order in orders]
+    return [torch.stack(run) for run in zip(*runs, strict=True)]
+
+
+def estimate(q: Tensor, k_bounds: Tensor, page_table: Tensor, seq_lens: Tensor, page_size: int) -> tuple[Tensor]:
     if q.dim() == 3:
-        return estimate(q[:, None], k_bounds, page_table, seq_lens, page_size)[:, 0]
+        (scores,) = estimate(q[:, None], k_bounds, page_table, seq_lens, page_size)
+        return (scores[:, 0],)
     B, T, Hq, _ = q.shape
     scores = torch.full((B, T, Hq, page_table.shape[1]), -math.inf, dtype=q.dtype)
     for b, length in enumerate(seq_lens.tolist()):
@@ -22,7 +38,7 @@ def estimate(q: Tensor, k_bounds: Tensor, page_table: Tensor, seq_lens: Tensor, 
             query = q[b, t, :, None]
             n = num_pages(visible_tokens(length, t, T), page_size)
             scores[b, t, :, :n] = torch.maximum(query * lower, query * upper).sum(-1)[:, :n]
-    return scores
+    return (scores,)
 
 
 def sparse_decode(

@@ -39,7 +39,8 @@ def check(case: Case, device: str, pages: Tensor | None = None, scale: float | N
     assert out.is_contiguous()
     assert lse.is_contiguous()
     arguments = (*case.attention, pages, scale)
-    results = (out, lse), reference.sparse_decode(*arguments), naive.sparse_decode(*arguments)
+    likes = naive.in_several_orders(naive.sparse_decode, *arguments)
+    results = (out, lse), reference.sparse_decode(*arguments), likes
     for actual, exact, like in zip(*results, strict=True):
         assert_accurate(actual, exact, like, case.shape.dtype)
 
