@@ -99,6 +99,13 @@ def test_a_first_prefill_is_torchs_attention_and_has_its_gradients(device: str) 
     torch.testing.assert_close(gradients, expected)
 
 
+def test_a_cache_stores_values_alone(device: str) -> None:
+    x = Case(Shape()).on(device)
+    k = torch.randn(2, 1, 2, 64, device=device, requires_grad=True)
+    ops.append_kv(k, k, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.seq_lens - 1)
+    assert not (x.k_cache.requires_grad or x.v_cache.requires_grad or x.k_bounds.requires_grad)
+
+
 def test_vmap_loops_over_what_it_can(device: str) -> None:
     x = Case(Shape()).on(device)
     q = torch.stack([x.q, -x.q, x.q * 2])
