@@ -1,0 +1,28 @@
+"""Quest inside Hugging Face models (transformers 5): dense prefill, sparse decoding, unmodified modelling code.
+
+::
+
+    cache = enable_quest(model, QuestConfig(budget=1024), max_tokens=32768)
+    model.generate(input_ids, past_key_values=cache, max_new_tokens=100)
+
+Importing this package registers the attention implementation ``"quest"`` with its mask function.
+"""
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise ImportError(
+        f"quest_ops.transformers needs transformers 5 or newer ({error}): run `pip install 'quest_ops[transformers]'`."
+    ) from error
+
+from .attention import quest_attention_forward
+from .cache import IMPLEMENTATION, LayerPlan, QuestCache, enable_quest
+from .continuous import paged_quest_forward
+from .masks import quest_mask
+from .paged import Observer
+
+AttentionInterface.register(IMPLEMENTATION, quest_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, quest_mask)
+AttentionInterface.register(f"paged|{IMPLEMENTATION}", paged_quest_forward)
+
+__all__ = ["IMPLEMENTATION", "LayerPlan", "Observer", "QuestCache", "enable_quest"]

@@ -1,0 +1,163 @@
+"""QuestCache, the cache that the attention "quest" reads sparsely, and ``enable_quest``, which sets both up."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from ..attention import QuestConfig
+from ..cache import HEAD_DIMS
+from ._say import say_once
+from .layer import QuestCacheLayer, Settings
+from .paged import Observer, PagedLayer
+from .sliding import SlidingLayer
+
+#: The name under which transformers knows this attention.
+IMPLEMENTATION = "quest"
+
+
+class LayerPlan(NamedTuple):
+    """How one layer decodes."""
+
+    layer: int
+    path: str  # "sparse" or "dense"
+    reason: str
+
+
+class QuestCache(Cache):  # type: ignore[misc]
+    """A static cache whose pages know the bounds of their keys; pass it as ``past_key_values``.
+
+    Only the attention "quest" can read it (``model.set_attn_implementation("quest")``, or :func:`enable_quest`). Rows
+    of a batch may be padded on the left: padding is not stored, so that it never shifts pages, but counts in
+    ``max_tokens`` like any other column of the input.
+
+    A full-attention layer costs its keys and values of ``max_tokens`` tokens, and ``1 / page_size`` of that for bounds.
+    A sliding layer costs those of its window and 129 tokens more.
+
+    Args:
+        model_config: the model's ``config``.
+        quest_config: budget, page size and the rest of the selection.
+        max_tokens: prompt and answer together; rounded up to whole pages.
+        batch_size, dtype, device: allocate now, for as many sequences (1) of that kind; else at the first step, from
+            what comes. Compiled prefill needs it.
+
+    Raises:
+        ValueError: for a model or a number that is not supported, naming it.
+    """
+
+    def __init__(
+        self,
+        model_config: Any,
+        quest_config: QuestConfig | None = None,
+        *,
+        max_tokens: int,
+        batch_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        quest_config = quest_config or QuestConfig()
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        capacity = -(-max_tokens // quest_config.page_size) * quest_config.page_size
+        text_config = model_config.get_text_config(decoder=True)
+        self._settings = Settings(quest_config)
+        head_dim = getattr(text_config, "head_dim", None) or (
+            text_config.hidden_size // text_config.num_attention_heads
+        )
+        super().__init__(layers=_make_layers(text_config, head_dim, capacity, self._settings))
+        self._say_plan()
+        if not (batch_size is None and dtype is None and device is None):
+            self.early_initialization(
+                batch_size or 1,
+                text_config.num_key_value_heads,
+                head_dim,
+                dtype or torch.get_default_dtype(),
+                torch.device(device or "cpu"),
+            )
+
+    def plan(self) -> list[LayerPlan]:
+        """How each layer decodes, sparse or dense, and why: as configured, and once a step has run, as the model is."""
+        return [LayerPlan(i, *layer.decision()) for i, layer in enumerate(self.layers)]
+
+    @property
+    def quest_config(self) -> QuestConfig:
+        """The configuration in use; may be replaced between steps by one of the same page size."""
+        return self._settings.config
+
+    @quest_config.setter
+    def quest_config(self, config: QuestConfig) -> None:
+        if config.page_size != self.quest_config.page_size:
+            raise ValueError(
+                f"page_size of a cache cannot change: it was made with {self.quest_config.page_size}, "
+                f"got {config.page_size}"
+            )
+        self._settings.config = config
+
+    @property
+    def observer(self) -> Observer | None:
+        """A function that is told of each layer's reading in each decoding step of eager mode; None costs nothing."""
+        return self._settings.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self._settings.observer = observer
+
+    def _say_plan(self) -> None:
+        plan = self.plan()
+        windows = {layer.window for layer in self.layers if isinstance(layer, SlidingLayer)}
+        for window in sorted(windows):
+            reason = f"sliding window of {window} tokens"
+            layers = [entry.layer for entry in plan if entry.reason == reason]
+            say_once(f"attention 'quest' runs dense in {len(layers)} of {len(plan)} layers, which have a {reason}")
+        if not any(entry.path == "sparse" for entry in plan):
+            reasons = "; ".join(dict.fromkeys(entry.reason for entry in plan))
+            say_once(f"attention 'quest' reads no layer of this model sparsely: {reasons}")
+
+
+def enable_quest(
+    model: Any, quest_config: QuestConfig | None = None, *, max_tokens: int, batch_size: int | None = None
+) -> QuestCache:
+    """Switch ``model`` to the attention "quest" and make a cache for it, in one call.
+
+    Args:
+        model: a transformers model.
+        quest_config: budget, page size and the rest of the selection.
+        max_tokens: prompt and answer together.
+        batch_size: allocate the cache now, for as many sequences; else at the first step.
+
+    Returns:
+        An empty cache, to be passed as ``past_key_values``; ``reset()`` makes it ready for another prompt.
+
+    Raises:
+        ValueError: for a model or a number that is not supported, naming it.
+    """
+    kind = {} if batch_size is None else {"dtype": model.dtype, "device": model.device}
+    cache = QuestCache(model.config, quest_config, max_tokens=max_tokens, batch_size=batch_size, **kind)
+    model.set_attn_implementation(IMPLEMENTATION)
+    if model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
+        raise ValueError(f"{type(model).__name__} does not let its attention implementation be set")
+    return cache
+
+
+def _make_layers(text_config: Any, head_dim: int, max_tokens: int, settings: Settings) -> list[QuestCacheLayer]:
+    kinds, arguments = get_layer_types_and_kwargs(text_config)
+    layers: list[QuestCacheLayer] = []
+    for index, kind in enumerate(kinds):
+        if kind == "full_attention":
+            layers.append(PagedLayer(index, max_tokens, settings))
+        elif kind == "sliding_attention":
+            # One for all layers, or, in later versions of transformers, one for each.
+            window = (arguments if isinstance(arguments, dict) else arguments[index])["sliding_window"]
+            layers.append(SlidingLayer(index, max_tokens, settings, window))
+        else:
+            raise ValueError(
+                f"QuestCache supports layers of full_attention and sliding_attention, got {kind} in layer {index}"
+            )
+    if head_dim not in HEAD_DIMS and any(isinstance(layer, PagedLayer) for layer in layers):
+        raise ValueError(f"the model's head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}")
+    return layers

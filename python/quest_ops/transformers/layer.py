@@ -1,0 +1,197 @@
+"""What the layers of a QuestCache have in common: lengths, checks, and the way from ``update()`` to the attention.
+
+transformers calls a cache's ``update()`` with a layer's new keys and values, and hands what it returns, and nothing
+else of the cache, to the attention function. So ``update()`` returns the new keys and values alone, with the layer tied
+to the keys, and the attention function gives both back to the layer, which then writes and reads at once. The mask,
+which only the attention function sees, says which of them are padding: that is never written.
+
+Nothing but a layer's own attention ever reads its storage, so it is laid out as suits that. On the device each row has
+a length of its own; the host counts columns, padding included, as transformers does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+from ..attention import QuestConfig
+from .dense import Features
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Settings:
+    """What the layers of one cache share and its owner may change between steps."""
+
+    config: QuestConfig
+    observer: Callable[[int, Tensor | None, int], None] | None = None
+
+
+class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
+    """A layer of a QuestCache. Subclasses store and attend.
+
+    Attributes:
+        keys, values: the storage.
+        seq_lens: int32 [B], on the device: tokens of each row, without padding.
+        cumulative_length: int64 [], on the device: columns, padding included.
+    """
+
+    is_compileable = True
+    is_croppable = True
+
+    def __init__(self, index: int, max_tokens: int, settings: Settings) -> None:
+        super().__init__(max_cache_len=max_tokens)
+        self.index, self.settings = index, settings
+        self._columns = 0  # as the host knows them
+        self._unseen = 0  # of compiled steps that the host has seen asked for, at most
+        self._stale = False  # a compiled step moved the lengths without the host
+        self._expected = False  # keys are on their way to the attention
+
+    # What subclasses do
+
+    def allocate(self, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """Make the storage; returns the buffers whose addresses stay."""
+        raise NotImplementedError
+
+    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
+        """Store the step's keys and values and attend: q [B, Hq, T, D], k, v [B, Hkv, T, D] -> [B, T, Hq, D].
+
+        real: int32 [B], how many of a row's tokens are not padding, its last ones; None: all.
+        """
+        raise NotImplementedError
+
+    def decision(self) -> tuple[str, str]:
+        """How decoding steps run, "sparse" or "dense", and why."""
+        raise NotImplementedError
+
+    def _forget_cropped(self) -> None:
+        """Undo what storing tokens changed besides lengths, which are already what they shall be."""
+
+    # What transformers calls
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="allocate the QuestCache first: QuestCache(..., batch_size=, dtype=, device=)"
+    )
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if key_states.dtype not in DTYPES:
+            raise ValueError(f"keys must be float32, float16 or bfloat16, got {key_states.dtype}")
+        batch, heads, _, head_dim = key_states.shape
+        if value_states.shape[-1] != head_dim:
+            raise ValueError(f"keys and values must share a head_dim, got {head_dim} and {value_states.shape[-1]}")
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads, self.k_head_dim, self.v_head_dim = batch, heads, head_dim, head_dim
+        # Normal tensors even where the first step runs under inference_mode: a later step may not.
+        with torch.inference_mode(False):
+            self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
+            self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=self.device)
+            buffers = self.allocate(batch, heads, head_dim, self.dtype, self.device)
+        # The mask function compares a mask with the lengths, and sees nothing of the cache but this number.
+        self.cumulative_length._quest_lengths = self.seq_lens  # type: ignore[attr-defined]
+        for buffer in (*buffers, self.cumulative_length, self.seq_lens):
+            torch._dynamo.mark_static_address(buffer)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values [B, Hkv, T, D], on their way to this layer's ``attend``."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self._expected:
+            raise RuntimeError(
+                f"the keys of layer {self.index} never reached the attention 'quest', which alone can read a "
+                "QuestCache: call model.set_attn_implementation('quest'), then cache.reset()"
+            )
+        self._check(key_states, value_states)
+        self._expected = True
+        keys = key_states.view_as(key_states)
+        keys._quest_layer = self  # type: ignore[attr-defined]
+        return keys, value_states
+
+    def arrived(self) -> None:
+        """The keys of the last ``update`` are in the attention function."""
+        self._expected = False
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # As many as update() returns. It is also the one call that comes before each step, compiled or not.
+        if self.is_initialized and not torch.compiler.is_compiling():
+            self._reserve(query_length)
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens of each row (negative, as everywhere in transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be negative or 0, got {tokens_to_remove}")
+        if not self.is_initialized or tokens_to_remove == 0:
+            return
+        columns = self.columns
+        if -tokens_to_remove > columns:
+            raise ValueError(f"cannot remove {-tokens_to_remove} tokens from a cache of {columns}")
+        self._columns += tokens_to_remove
+        self.cumulative_length.add_(tokens_to_remove)
+        self.seq_lens.add_(tokens_to_remove).clamp_(min=0)
+        self._forget_cropped()
+
+    def reset(self) -> None:
+        """Forget everything; the storage stays."""
+        self._columns = self._unseen = 0
+        self._stale = self._expected = False
+        if self.is_initialized:
+            self.cumulative_length.zero_()
+            self.seq_lens.zero_()
+
+    # Lengths
+
+    @property
+    def columns(self) -> int:
+        """Columns in the cache, padding included. Reads the device if compiled steps have run since."""
+        if self._stale:
+            self._columns, self._unseen, self._stale = int(self.cumulative_length), 0, False
+        return self._columns
+
+    def advance(self, tokens: int, real: Tensor | None) -> None:
+        self.cumulative_length.add_(tokens)
+        self.seq_lens.add_(tokens if real is None else real)
+        if torch.compiler.is_compiling():
+            self._stale = True
+        else:
+            self._columns += tokens
+
+    def _reserve(self, tokens: int) -> None:
+        """Raise if a step of ``tokens`` does not fit."""
+        if self._stale:
+            self._unseen += tokens
+            if self._columns + self._unseen <= self.max_cache_len:
+                return
+        taken = self.columns
+        if taken + tokens > self.max_cache_len:
+            raise ValueError(
+                f"this QuestCache holds {self.max_cache_len} tokens, {taken} of them taken, and was given {tokens} "
+                "more: make max_tokens larger"
+            )
+
+    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, tokens, head_dim = key_states.shape
+        if batch != self.batch_size:
+            raise ValueError(f"this QuestCache was made for a batch of {self.batch_size}, got {batch} sequences")
+        if heads != self.num_heads or head_dim != self.k_head_dim or value_states.shape != key_states.shape:
+            raise ValueError(
+                f"layer {self.index} of this QuestCache has {self.num_heads} KV heads of {self.k_head_dim}, got keys "
+                f"{list(key_states.shape)} and values {list(value_states.shape)}"
+            )
+        if key_states.dtype != self.dtype or key_states.device != self.device:
+            raise ValueError(
+                f"layer {self.index} of this QuestCache holds {self.dtype} on {self.device}, got {key_states.dtype} on "
+                f"{key_states.device}"
+            )
+        if not torch.compiler.is_compiling():
+            self._reserve(tokens)

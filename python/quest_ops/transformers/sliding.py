@@ -1,0 +1,97 @@
+"""A layer of sliding-window attention: it keeps the window, and is read densely."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import MAX_DECODE_TOKENS
+from .dense import Features, Past, attend, prefill
+from .layer import QuestCacheLayer, Settings
+
+#: Tokens kept besides the window, so that as many can be cropped.
+SLACK = 128
+
+
+class SlidingLayer(QuestCacheLayer):
+    """Keys and values [B, Hkv, C + 1, D]: a ring of the last C tokens of each row, and a place for padding.
+
+    Token p of a row lies at p modulo C. With C larger than the window, what a few new tokens overwrite is out of sight,
+    and so is what they leave behind when they are cropped.
+    """
+
+    is_sliding = True
+
+    def __init__(self, index: int, max_tokens: int, settings: Settings, window: int) -> None:
+        super().__init__(index, max_tokens, settings)
+        self.window = window
+        self.ring = min(max_tokens, window + SLACK)
+
+    def allocate(self, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        self.keys = torch.zeros(batch, heads, self.ring + 1, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        return [self.keys, self.values]
+
+    def decision(self) -> tuple[str, str]:
+        return "dense", f"sliding window of {self.window} tokens"
+
+    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
+        features = features._replace(window=self.window)
+        if q.shape[2] > MAX_DECODE_TOKENS:
+            past = self._past() if torch.compiler.is_compiling() or self.columns else None
+            out = prefill(module, q, k, v, real, features, past)
+            self._append(k, v, real)
+            return out
+        self._append(k, v, real)
+        return self._decode(module, q, features)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row b be what row ``beam_idx[b]`` was, in place."""
+        if not self.is_initialized:
+            return
+        rows = beam_idx.to(self.device)
+        for buffer in (self.keys, self.values, self.seq_lens):
+            buffer.copy_(buffer.index_select(0, rows))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        columns = self.columns if self.is_initialized else 0
+        # The ring has lost what the removed tokens, and the next few, take the place of.
+        most = self.ring - self.window - MAX_DECODE_TOKENS
+        if columns > self.ring and -tokens_to_remove > most:
+            raise ValueError(
+                f"a QuestCache with sliding layers can crop {most} tokens at most, got {-tokens_to_remove}"
+            )
+        super().crop(tokens_to_remove)
+
+    def _position(self) -> Tensor:
+        """[B, C]: which token of its row lies where, -1 where none does."""
+        last = self.seq_lens[:, None].long() - 1
+        place = torch.arange(self.ring, device=self.seq_lens.device)
+        return (last - torch.remainder(last - place, self.ring)).clamp(min=-1)
+
+    def _past(self) -> Past:
+        ring = slice(0, self.ring)
+        return Past(self.keys[:, :, ring], self.values[:, :, ring], self._position(), self.seq_lens.clone())
+
+    def _append(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
+        tokens = k.shape[2]
+        kept = min(tokens, self.ring)
+        place = torch.arange(tokens - kept, tokens, device=k.device)
+        padding = None if real is None else (tokens - real)[:, None]
+        slot = self.seq_lens[:, None] + place - (0 if padding is None else padding)
+        slot = torch.remainder(slot.long(), self.ring)
+        if padding is not None:
+            slot = torch.where(place < padding, self.ring, slot)
+        row = torch.arange(self.batch_size, device=k.device)[:, None]
+        for store, new in ((self.keys, k), (self.values, v)):
+            store.transpose(1, 2).index_put_((row, slot), new[:, :, tokens - kept :].transpose(1, 2))
+        self.advance(tokens, real)
+
+    def _decode(self, module: Any, q: Tensor, features: Features) -> Tensor:
+        past, tokens = self._past(), q.shape[2]
+        now = self.seq_lens[:, None] - torch.arange(tokens, 0, -1, device=q.device)  # [B, T], each query's position
+        position, now = past.position[:, None], now[..., None].clamp(min=0)
+        visible = (position >= 0) & (position <= now) & (position > now - self.window)
+        return attend(module, q, past.k, past.v, visible[:, None], features)
