@@ -111,7 +111,8 @@ def test_reduce_overhead() -> None:
 def test_reduce_overhead_is_compiled_once_and_records_once() -> None:
     model = make("cuda", CONFIG)
     step = torch.compile(model.step, fullgraph=True, mode="reduce-overhead")
-    cache, token = prefilled(model)
+    cache = model.new_cache(2, 32768)
+    token = decoder.prefill(model, prompts("cuda", 2, PROMPT), cache)
     decoder.decode(step, token, cache, 5)  # compiles, warms up, records
     with torch.compiler.set_stance("fail_on_recompile"):
         torch.cuda.synchronize()

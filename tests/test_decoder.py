@@ -125,6 +125,17 @@ def test_one_compilation_serves_every_length_and_one_more_every_batch(device: st
     assert not counters["graph_break"]
 
 
+def test_with_all_sizes_symbolic_each_layer_still_has_its_place(device: str) -> None:
+    """Were the number of pages symbolic too, Inductor would let every layer write into the first."""
+    torch._dynamo.reset()
+    model = make(device)
+    step = torch.compile(model.step, fullgraph=True, dynamic=True)
+    caches = [filled(model, 3) for _ in range(2)]
+    outs = [decoder.decode(s, *caches[i][::-1], 5) for i, s in enumerate((model.step, step))]
+    assert torch.equal(*outs)
+    assert_same_cache(caches[1][0], caches[0][0])
+
+
 def test_batches_over_one_pool_share_a_compilation(device: str) -> None:
     """Where the pool stays as large as it is, all batch sizes from the second on run the same code."""
     torch._dynamo.reset()
@@ -157,7 +168,7 @@ def test_the_compiled_step_copies_no_cache(device: str) -> None:
     sizes = [eval(size) for size in re.findall(r"empty_strided\w*\((\([\d, ]*\))", code)]
     assert sizes
     assert max(math.prod(size) for size in sizes) < cache.k_bounds[0].numel() / 4
-    assert not re.search(r"aten\.clone|copy_\(arg", code.replace("seq_lens.copy_", ""))
+    assert "ops.aten.clone" not in code
 
 
 @pytest.mark.gpu
