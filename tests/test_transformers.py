@@ -1,4 +1,4 @@
-"""The Hugging Face hook-up: a full budget equals dense generate, less equals the reference, in every way to generate."""
+"""The Hugging Face hook-up: a full budget equals dense generate, less equals the reference, in all ways to generate."""
 
 import copy
 import logging

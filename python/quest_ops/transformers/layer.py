@@ -51,7 +51,7 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         super().__init__(max_cache_len=max_tokens)
         self.index, self.settings = index, settings
         self._columns = 0  # as the host knows them
-        self._unseen = 0  # of compiled steps that the host has seen asked for, at most
+        self._unseen = 0  # asked for since, at least as many as compiled steps have added
         self._stale = False  # a compiled step moved the lengths without the host
         self._expected = False  # keys are on their way to the attention
 
@@ -122,6 +122,7 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         # As many as update() returns. It is also the one call that comes before each step, compiled or not.
         if self.is_initialized and not torch.compiler.is_compiling():
             self._reserve(query_length)
+            self._unseen += query_length
         return query_length, 0
 
     def get_max_length(self) -> int:
@@ -159,19 +160,17 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         return self._columns
 
     def advance(self, tokens: int, real: Tensor | None) -> None:
-        self.cumulative_length.add_(tokens)
-        self.seq_lens.add_(tokens if real is None else real)
         if torch.compiler.is_compiling():
             self._stale = True
         else:
-            self._columns += tokens
+            self._columns, self._unseen = self.columns + tokens, 0
+        self.cumulative_length.add_(tokens)
+        self.seq_lens.add_(tokens if real is None else real)
 
     def _reserve(self, tokens: int) -> None:
         """Raise if a step of ``tokens`` does not fit."""
-        if self._stale:
-            self._unseen += tokens
-            if self._columns + self._unseen <= self.max_cache_len:
-                return
+        if self._stale and self._columns + self._unseen + tokens <= self.max_cache_len:
+            return
         taken = self.columns
         if taken + tokens > self.max_cache_len:
             raise ValueError(

@@ -1,9 +1,9 @@
 """Masks as the attention "quest" takes them: how many of a step's tokens are real in each row, and nothing more.
 
 A left-padded row is stored without its padding, so past steps need no mask: the cache knows how long each row is. Of
-the step's own tokens the first are padding and the rest real. Causality, and a layer's sliding window, are the attention's
-own business. So [B, 1, 1, 1] numbers say what transformers says in [B, 1, T, L] booleans. Four dimensions, because
-transformers hands masks of four dimensions on as they are.
+the step's own tokens the first are padding and the rest real. Causality, and a layer's sliding window, are the
+attention's own business. So [B, 1, 1, 1] numbers say what transformers says in [B, 1, T, L] booleans. Four dimensions,
+because transformers hands masks of four dimensions on as they are.
 """
 
 from __future__ import annotations
