@@ -59,23 +59,24 @@ class Model(History):
     def expected(self, config: QuestConfig, layer: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
         """The last step's output of a layer [B, T, Hq, D] from the history alone; padding gives 0.
 
-        Once in float64, and once in the cache's dtype as plain PyTorch has it.
+        Once in float64, and in the cache's dtype as plain PyTorch has it, in several orders of summation.
         """
         path = attention_path(self.cache, layer, config, self.q.shape[2])
         scale = D**-0.5 if scale is None else scale
-        exact, plain = torch.zeros_like(self.q[layer], dtype=torch.float64), torch.zeros_like(self.q[layer])
+        exact = torch.zeros_like(self.q[layer], dtype=torch.float64)
+        plain = torch.zeros((naive.RUNS, *exact.shape), dtype=self.q.dtype)
         for b, n in enumerate(self.lens):
             if n == 0:
                 continue
-            tensors = self.q[layer, b, :n], self.k[b][layer], self.v[b][layer]
+            q, k, v = self.q[layer, b, :n], self.k[b][layer], self.v[b][layer]
             if path == "sparse":
-                exact[b, :n], plain[b, :n] = quest(*tensors, config, scale)
+                exact[b, :n], plain[:, b, :n] = quest(q, k, v, config, scale)
                 continue
-            exact[b, :n] = dense(*(x.double() for x in tensors), scale)
-            if path == "dense":
-                plain[b, :n] = dense(*tensors, scale)
-            else:
-                plain[b, :n] = torch_attention(*(x.to(self.cache.device) for x in tensors), scale).cpu()
+            exact[b, :n] = dense(*(x.double() for x in (q, k, v)), scale)
+            attend = dense if path == "dense" else torch_attention
+            device = "cpu" if path == "dense" else self.cache.device
+            (runs,) = naive.in_several_orders(lambda *x: (attend(*x),), *(x.to(device) for x in (q, k, v)), scale)  # noqa: B023
+            plain[:, b, :n] = runs.cpu()
         return exact, plain
 
     def assert_right(self, out: Tensor, config: QuestConfig, scale: float | None = None) -> None:
@@ -104,7 +105,7 @@ def causal(new: int, tokens: int) -> Tensor:
 
 
 def quest(q: Tensor, k: Tensor, v: Tensor, config: QuestConfig, scale: float) -> tuple[Tensor, Tensor]:
-    """The reference's selection, then attention by the reference and by plain PyTorch."""
+    """The reference's selection, then attention by the reference and by plain PyTorch in several orders."""
     pages = -(-len(k) // S)
     table, length = torch.arange(pages, dtype=torch.int32)[None], torch.tensor([len(k)], dtype=torch.int32)
     padded = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pages * S - len(x))) for x in (k, v))
@@ -113,8 +114,8 @@ def quest(q: Tensor, k: Tensor, v: Tensor, config: QuestConfig, scale: float) ->
     scores = reference.estimate(q[None], bounds, table, length, S)
     how = (config.group_reduce, config.sink_pages, config.recent_pages, scale)
     chosen = reference.topk_pages(scores, length, S, config.num_pages, HKV, *how)
-    exact, plain = (m.sparse_decode(q[None], k, v, table, length, chosen, scale)[0][0] for m in (reference, naive))
-    return exact, plain
+    arguments = (q[None], k, v, table, length, chosen, scale)
+    return reference.sparse_decode(*arguments)[0][0], naive.in_several_orders(naive.sparse_decode, *arguments)[0][:, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
