@@ -218,8 +218,8 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="also compiled")
     parser.add_argument("--graph", action="store_true", help="also as a CUDA graph")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--prompt", type=int, default=1000, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--prompt", type=int, default=500, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens to generate")
     parser.add_argument("--budget", type=int, default=256, help="tokens that a head reads")
     args = parser.parse_args()
     if args.graph and not args.device.startswith("cuda"):
