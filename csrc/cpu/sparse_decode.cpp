@@ -123,7 +123,8 @@ static void decode_rows(
     weigh(weights[r], seen[r], max[r], sum[r]);
   }
   std::fill_n(out, int64_t{rows} * D, 0.0f);
-  const int common = seen[0];  // the first row is of the first token
+  // The first row sees the fewest tokens; what the others see beyond starts with a block, as for a row alone.
+  const int common = seen[0] == seen[rows - 1] ? seen[0] : seen[0] / kBlock * kBlock;
   loop.accumulate[type](weights[0], kChunkTokens, rows, tokens.values, common, D, out);
   for (int r = 0; r < rows; ++r)
     if (seen[r] > common)

@@ -16,6 +16,9 @@ enum class DType : int32_t;
 
 namespace quest::cpu {
 
+// Values are summed by blocks of so many, and then the blocks.
+inline constexpr int kBlock = 16;
+
 // An array has one loop for each DType, in its order.
 struct Loops {
   const char* name;

@@ -122,8 +122,6 @@ void store_row(const float* src, int n, void* dst) {
 // ---- Rows of a page list lie anywhere, so that the processor does not foresee them: a block of rows asks for the next
 // one, a few rows at a time, as it is worked on.
 
-constexpr int kBlock = 16;
-
 template <class E>
 QUEST_INLINE void prefetch(const void* const* rows, int first, int last, int D) {
   for (int i = first; i < last; ++i)
@@ -222,11 +220,7 @@ void dots(
 template <class E, int R, int V>
 QUEST_INLINE void accumulate_tile(
     const float* weights, int64_t weights_stride, const void* const* values, int n, int d, int D, float* out) {
-  Vec sums[R][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int i = 0; i < V; ++i) sums[r][i] = load(out + r * D + d + i * W);
+  Vec sums[R][V] = {};
   for (int j = 0; j < n; ++j) {
     const auto* value = static_cast<const typename E::Storage*>(values[j]) + d;
     Vec v[V];
@@ -242,7 +236,10 @@ QUEST_INLINE void accumulate_tile(
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int i = 0; i < V; ++i) store(out + r * D + d + i * W, sums[r][i]);
+    for (int i = 0; i < V; ++i) {
+      float* const sum = out + r * D + d + i * W;
+      store(sum, load(sum) + sums[r][i]);
+    }
 }
 
 template <class E>
@@ -273,23 +270,36 @@ void accumulate(
 
 // ---- Minima and maxima.
 
-QUEST_INLINE Vec nan_min(Vec a, Vec b) { return ((b < a) | (b != b)) ? b : a; }
-QUEST_INLINE Vec nan_max(Vec a, Vec b) { return ((b > a) | (b != b)) ? b : a; }
+template <class E, int V>
+QUEST_INLINE void bounds_tile(const typename E::Storage* keys, int64_t stride, int n, float* lower, float* upper) {
+  Vec least[V], most[V];
+  Bits nan[V] = {};  // a comparison with NaN is false, so that the minimum passes over it
+#pragma GCC unroll 4
+  for (int i = 0; i < V; ++i) least[i] = most[i] = E::load(keys + i * W);
+  for (int j = 0; j < n; ++j)
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+      const Vec k = keep(E::load(keys + j * stride + i * W));
+      least[i] = k < least[i] ? k : least[i];
+      most[i] = k > most[i] ? k : most[i];
+      nan[i] |= (Bits)(k != k);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < V; ++i) {
+    store(lower + i * W, floats(bits(least[i]) | nan[i]));
+    store(upper + i * W, floats(bits(most[i]) | nan[i]));
+  }
+}
 
 template <class E>
 void bounds(const void* keys, int64_t stride, int n, int D, float* lower, float* upper) {
-  for (int d = 0; d < D; d += W) {
-    const auto* key = static_cast<const typename E::Storage*>(keys) + d;
-    Vec least = E::load(key), most = least;
-    for (int j = 1; j < n; ++j) {
-      const Vec k = E::load(key + j * stride);
-      least = nan_min(least, k);
-      most = nan_max(most, k);
-    }
-    store(lower + d, least);
-    store(upper + d, most);
-  }
+  const auto* key = static_cast<const typename E::Storage*>(keys);
+  int d = 0;
+  for (; d + 4 * W <= D; d += 4 * W) bounds_tile<E, 4>(key + d, stride, n, lower + d, upper + d);
+  for (; d < D; d += W) bounds_tile<E, 1>(key + d, stride, n, lower + d, upper + d);
 }
+
+QUEST_INLINE Vec nan_max(Vec a, Vec b) { return ((b > a) | (b != b)) ? b : a; }
 
 constexpr float kInf = __builtin_inff();
 
