@@ -14,6 +14,8 @@
 
 namespace quest::cpu {
 
+static constexpr int kPasses = 8;  // over the scores of a list, about: what its work is worth
+
 static float nan_max(float a, float b) { return b > a || b != b ? b : a; }
 
 // One score a page for the `heads` heads from `head` on; `row` is scratch for as many floats.
@@ -107,7 +109,7 @@ Tensor topk_pages(
   p.pages = static_cast<int32_t*>(pages.mutable_data_ptr());
   // A worker owns a scratch and takes every workers-th list.
   const int64_t lists = B * T * Hs, workers = std::min<int64_t>(lists, torch::stable::get_num_threads());
-  const int64_t P = p.paging.P, bytes = workers ? lists / workers * P * 4 : 0;
+  const int64_t P = p.paging.P, bytes = workers ? lists / workers * P * kPasses * 4 : 0;
   const auto keys = std::make_unique_for_overwrite<uint32_t[]>(workers * P);
   const auto floats = std::make_unique_for_overwrite<float[]>(workers * 2 * P);
   torch::stable::parallel_for(0, workers, grain(bytes), [&](int64_t begin, int64_t end) {

@@ -23,7 +23,8 @@ inline constexpr int kBlock = 16;
 struct Loops {
   const char* name;
 
-  void (*load[3])(const void* src, int n, float* dst);  // n a multiple of 16, as D is below
+  // n a multiple of 16, as D is below.
+  void (*load[3])(const void* src, int n, float* dst);
   void (*store[3])(const float* src, int n, void* dst);
 
   // out[r, j] = scale * (q[r] . keys[j]) for n keys; q [rows, D] contiguous, out [rows, n].

@@ -60,17 +60,15 @@ QUEST_INLINE Bits widen(Halves h) {
 struct F32 {
   using Storage = float;
   QUEST_INLINE Vec load(const float* p) { return load_as<Vec>(p); }
-  QUEST_INLINE float from(float x) { return x; }
+  QUEST_INLINE void store(float* p, Vec v) { store_as(p, v); }
 };
 
 struct BF16 {
   using Storage = uint16_t;
   QUEST_INLINE Vec load(const uint16_t* p) { return floats(widen(load_as<Halves>(p)) << 16); }
-  QUEST_INLINE uint16_t from(float x) {
-    uint32_t b;
-    __builtin_memcpy(&b, &x, 4);
-    if (x != x) return static_cast<uint16_t>(b >> 16 | 0x40);
-    return static_cast<uint16_t>((b + 0x7fff + (b >> 16 & 1)) >> 16);
+  QUEST_INLINE void store(uint16_t* p, Vec v) {
+    const Bits b = bits(v), rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    store_as(p, __builtin_convertvector(v != v ? (b >> 16) | 0x40 : rounded, Halves));
   }
 };
 
@@ -91,21 +89,21 @@ struct F16 {
     return floats((exponent == 0x0f800000 ? special : exponent == 0 ? denormal : normal) | sign);
 #endif
   }
-  QUEST_INLINE uint16_t from(float x) {
-    uint32_t b;
-    __builtin_memcpy(&b, &x, 4);
-    const uint32_t sign = b >> 16 & 0x8000;
-    b &= 0x7fffffff;
-    if (b > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | (b >> 13 & 0x3ff));
-    if (b >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
-    if (b < 0x38800000) {  // below the least normal half: adding 0.5 leaves the rounded bits at the bottom
-      float f;
-      __builtin_memcpy(&f, &b, 4);
-      f += 0.5f;
-      __builtin_memcpy(&b, &f, 4);
-      return static_cast<uint16_t>(sign | (b - 0x3f000000));
-    }
-    return static_cast<uint16_t>(sign | ((b - (112u << 23) + 0xfff + (b >> 13 & 1)) >> 13));
+  QUEST_INLINE void store(uint16_t* p, Vec v) {
+#if QUEST_WIDTH == 16
+    store_as(p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif QUEST_WIDTH == 8
+    store_as(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    const Bits sign = (bits(v) >> 16) & 0x8000, magnitude = bits(v) & 0x7fffffff;
+    const Bits nan = ((magnitude >> 13) & 0x3ff) | 0x7e00, infinite = Bits{} + 0x7c00;
+    const Bits normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // Adding 0.5 leaves the rounded fraction of a denormal half in the last bits.
+    const Bits denormal = bits(floats(magnitude) + 0.5f) - 0x3f000000;
+    const Bits finite = magnitude < 0x38800000 ? denormal : normal;
+    const Bits half = magnitude > 0x7f800000 ? nan : magnitude >= 0x47800000 ? infinite : finite;
+    store_as(p, __builtin_convertvector(half | sign, Halves));
+#endif
   }
 };
 
@@ -116,7 +114,7 @@ void load_row(const void* src, int n, float* dst) {
 
 template <class E>
 void store_row(const float* src, int n, void* dst) {
-  for (int i = 0; i < n; ++i) static_cast<typename E::Storage*>(dst)[i] = E::from(src[i]);
+  for (int i = 0; i < n; i += W) E::store(static_cast<typename E::Storage*>(dst) + i, load(src + i));
 }
 
 // ---- Rows of a page list lie anywhere, so that the processor does not foresee them: a block of rows asks for the next
