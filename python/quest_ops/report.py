@@ -81,9 +81,17 @@ class AttentionCounts:
         # Of each layer: prefills; decoding steps; pages read and held, over the lists; pages held, over the KV heads;
         # pages whose bounds were read.
         self._counts = torch.zeros((num_layers, 6), dtype=torch.int64, device=device)
+        if self._counts.is_cuda:  # compiled CUDA graphs write it in place
+            from torch._dynamo import mark_static_address  # slow to import
+
+            mark_static_address(self._counts, guard=False)
 
     def record_prefill(self, layer: int) -> None:
         self._counts[layer, 0].add_(1)
+
+    def record_step(self, layer: int) -> None:
+        """Count a decoding call of a layer that keeps no pages."""
+        self._counts[layer, 1].add_(1)
 
     def record(self, layer: int, pages: Tensor | None, seq_lens: Tensor, num_new: int) -> None:
         """Count one decoding call.

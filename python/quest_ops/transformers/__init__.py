@@ -16,7 +16,7 @@ except ImportError as error:
     ) from error
 
 from .attention import quest_attention_forward
-from .cache import IMPLEMENTATION, LayerPlan, QuestCache, enable_quest
+from .cache import IMPLEMENTATION, QuestCache, enable_quest
 from .continuous import paged_quest_forward
 from .masks import quest_mask
 from .paged import Observer
@@ -25,4 +25,4 @@ AttentionInterface.register(IMPLEMENTATION, quest_attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, quest_mask)
 AttentionInterface.register(f"paged|{IMPLEMENTATION}", paged_quest_forward)
 
-__all__ = ["IMPLEMENTATION", "LayerPlan", "Observer", "QuestCache", "enable_quest"]
+__all__ = ["IMPLEMENTATION", "Observer", "QuestCache", "enable_quest"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -10,6 +10,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..attention import QuestConfig
 from ..cache import HEAD_DIMS
+from ..report import LayerPlan, Report
 from ._say import say_once
 from .layer import QuestCacheLayer, Settings
 from .paged import Observer, PagedLayer
@@ -17,14 +18,6 @@ from .sliding import SlidingLayer
 
 #: The name under which transformers knows this attention.
 IMPLEMENTATION = "quest"
-
-
-class LayerPlan(NamedTuple):
-    """How one layer decodes."""
-
-    layer: int
-    path: str  # "sparse" or "dense"
-    reason: str
 
 
 class QuestCache(Cache):  # type: ignore[misc]
@@ -70,6 +63,7 @@ class QuestCache(Cache):  # type: ignore[misc]
             text_config.hidden_size // text_config.num_attention_heads
         )
         super().__init__(layers=_make_layers(text_config, head_dim, capacity, self._settings))
+        self._settings.num_layers = len(self.layers)
         self._say_plan()
         if not (batch_size is None and dtype is None and device is None):
             self.early_initialization(
@@ -83,6 +77,29 @@ class QuestCache(Cache):  # type: ignore[misc]
     def plan(self) -> list[LayerPlan]:
         """How each layer decodes, sparse or dense, and why: as configured, and once a step has run, as the model is."""
         return [LayerPlan(i, *layer.decision()) for i, layer in enumerate(self.layers)]
+
+    def start_report(self) -> None:
+        """Count from now on what each layer reads, on the device; before compiling. See :mod:`quest_ops.report`."""
+        self._settings.counting, self._settings.counts = True, None
+        for layer in self.layers:
+            if layer.is_initialized:
+                self._settings.begin_counting(layer.num_heads, layer.k_head_dim, layer.dtype, layer.device)
+
+    def stop_report(self) -> None:
+        """Count no more."""
+        self._settings.counting, self._settings.counts = False, None
+
+    def report(self) -> Report:
+        """What each layer read since ``start_report()``. Waits for the device; prints as a table.
+
+        Layers without pages (sliding windows) have steps alone. Padding columns of decoding steps are not read.
+
+        Raises:
+            RuntimeError: nothing was counted.
+        """
+        if self._settings.counts is None:
+            raise RuntimeError("the cache has counted nothing: call cache.start_report() before the steps to report")
+        return self._settings.counts.read(self.plan())
 
     @property
     def quest_config(self) -> QuestConfig:

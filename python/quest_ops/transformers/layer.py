@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from ..attention import QuestConfig
+from ..report import AttentionCounts
 from .dense import Features
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ class Settings:
 
     config: QuestConfig
     observer: Callable[[int, Tensor | None, int], None] | None = None
+    num_layers: int = 0
+    counting: bool = False  # asked for; begins where heads and device are known
+    counts: AttentionCounts | None = None
+
+    def begin_counting(self, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        if self.counting and self.counts is None:
+            self.counts = AttentionCounts(self.num_layers, heads, head_dim, self.config.page_size, dtype, device)
 
 
 class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
@@ -97,6 +105,7 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         self.cumulative_length._quest_lengths = self.seq_lens  # type: ignore[attr-defined]
         for buffer in (*buffers, self.cumulative_length, self.seq_lens):
             torch._dynamo.mark_static_address(buffer)
+        self.settings.begin_counting(heads, head_dim, self.dtype, self.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,8 @@ class PagedLayer(QuestCacheLayer):
             features = features._replace(window=None)
         self._note(features)
         if q.shape[2] > MAX_DECODE_TOKENS:
+            if self.settings.counts is not None:
+                self.settings.counts.record_prefill(self.index)
             return self._prefill(module, q, k, v, real, features)
         self._append(k, v, real)
         return self._decode(module, q, features)
@@ -117,6 +119,7 @@ class PagedLayer(QuestCacheLayer):
         if self.decision()[0] == "sparse":
             selected = select_pages(queries, self.bounds, self.page_table, self.seq_lens, config, features.scale)
         self._observe(selected)
+        self._count(selected, q.shape[2])
         out, lse = sparse_decode(
             queries, self.keys, self.values, self.page_table, self.seq_lens, selected, features.scale
         )
@@ -129,6 +132,7 @@ class PagedLayer(QuestCacheLayer):
         compiling, tokens = torch.compiler.is_compiling(), q.shape[2]
         if not compiling:
             self._observe(None)
+        self._count(None, tokens)
         past = self._past(self.pages_per_row if compiling else self._used_pages(self.columns))
         ends = self.seq_lens[:, None] - torch.arange(tokens - 1, -1, -1, device=q.device)  # [B, T], tokens visible
         visible = past.position[:, None] < ends[..., None].clamp(min=1)
@@ -140,6 +144,10 @@ class PagedLayer(QuestCacheLayer):
     def _observe(self, selected: Tensor | None) -> None:
         if self.settings.observer is not None:
             self.settings.observer(self.index, selected, self.columns)
+
+    def _count(self, selected: Tensor | None, tokens: int) -> None:
+        if self.settings.counts is not None:
+            self.settings.counts.record(self.index, selected, self.seq_lens, tokens)
 
     def _note(self, features: Features) -> None:
         """Remember, and say once, what makes this layer dense whatever the configuration says."""

@@ -38,7 +38,10 @@ class SlidingLayer(QuestCacheLayer):
         return "dense", f"sliding window of {self.window} tokens"
 
     def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
-        features = features._replace(window=self.window)
+        features, counts = features._replace(window=self.window), self.settings.counts
+        if counts is not None:
+            count = counts.record_prefill if q.shape[2] > MAX_DECODE_TOKENS else counts.record_step
+            count(self.index)
         if q.shape[2] > MAX_DECODE_TOKENS:
             past = self._past() if torch.compiler.is_compiling() or self.columns else None
             out = prefill(module, q, k, v, real, features, past)
