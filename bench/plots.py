@@ -17,33 +17,29 @@ COLOURS = ("#999999", "#56B4E9", "#E69F00", "#0072B2")  # told apart by colour-b
 
 
 def draw(result: dict[str, Any], json_path: Path) -> None:
-    """Latency by stage against dense attention and the limit, a bar group a workload."""
+    """The stages and the pipeline as shares of the fastest dense attention, a bar group a workload."""
     rows = result["rows"]
-    figure, axes = plt.subplots(figsize=(11, 1.2 + 0.62 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 1.6 + 0.62 * len(rows)), layout="constrained")
     for y, row in enumerate(rows):
         times = {name: t["median"] for name, t in row["microseconds"].items()}
-        left = 0.0
+        dense, left, first = times[row["fastest_dense"]], 0.0, y == 0
         for stage, colour in zip(STAGES, COLOURS, strict=True):
-            axes.barh(y, times[stage], 0.36, left, color=colour, label=stage if y == 0 else None)
-            left += times[stage]
-        pipeline, limit = times["pipeline"], times["limit"]
-        axes.barh(y + 0.26, pipeline, 0.12, color="black", label="pipeline, one graph" if y == 0 else None)
-        axes.barh(
-            y + 0.4, times[row["fastest_dense"]], 0.12, color="#D55E00", label="fastest dense" if y == 0 else None
-        )
-        axes.plot(
-            [limit, limit], [y - 0.2, y + 0.33], color="#009E73", lw=2, label="limit: reading" if y == 0 else None
-        )
-        axes.annotate(
-            f"{row['speedup']:.1f}x", (times[row["fastest_dense"]], y + 0.4), (4, -3), textcoords="offset points"
-        )
+            share = times[stage] / dense
+            axes.barh(y, share, 0.4, left, color=colour, label=f"{stage} alone" if first else None)
+            left += share
+        pipeline, limit = times["pipeline"] / dense, times["limit"] / dense
+        axes.barh(y + 0.3, pipeline, 0.16, color="black", label="pipeline, in one graph" if first else None)
+        axes.plot([limit] * 2, [y - 0.24, y + 0.4], color="#009E73", lw=2, label="reading alone" if first else None)
+        text = f"{times['pipeline']:.0f} of {dense:.0f} us ({row['fastest_dense']}): {row['speedup']:.1f}x"
+        axes.annotate(text, (max(left, pipeline), y), (6, -6), textcoords="offset points")
+    axes.axvline(1, color="#D55E00", label="fastest dense")
     axes.set_yticks(range(len(rows)), [row["workload"]["name"] for row in rows])
     axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("microseconds a layer and step (log scale)")
+    axes.set_xlim(0, 1.3)
+    axes.set_xlabel("time of a layer and step, fastest dense attention = 1")
     machine = result["machine"]
     axes.set_title(f"Decode attention on {machine['gpu']}, torch {machine['torch']}: query/KV heads, context, budget")
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=7, fontsize=8)
     figure.savefig(json_path.with_suffix(".png"), dpi=120)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,25 @@ def test_an_exported_step_survives_a_file(device: str, tmp_path: Path) -> None:
     assert_same_steps(model, torch.export.load(tmp_path / "step.pt2").module(), 3, prompt=10, tokens=30)
 
 
+_PACKAGE_OF_TORCH_ALONE = """
+import sys, torch
+program = torch.export.export(torch.nn.ReLU(), (torch.randn(3),))
+torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def aotinductor(tmp_path: Path) -> None:
+    """Seen with torch 2.11: loading any package crashes in std::regex, where the system's libstdc++ is another one than
+    torch's and not preloaded (LD_PRELOAD). That would take the test process along."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+        command = [sys.executable, "-c", _PACKAGE_OF_TORCH_ALONE, str(tmp_path / "relu.pt2")]
+        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("AOTInductor of this torch cannot load a package without quest_ops either")
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("aotinductor")
 def test_an_aotinductor_package(device: str, tmp_path: Path) -> None:
     """Compiled ahead, written to a file, loaded and run from Python: all it needs besides is quest_ops imported."""
     model = make(device)

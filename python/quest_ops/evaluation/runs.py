@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..attention import QuestConfig
 from ..transformers import enable_quest
 from .needles import KEY_DIGITS, Fact
 from .policies import Policy, dense
@@ -54,7 +55,8 @@ class Reader:
         self._head_dim: int = config.head_dim
         self.text_tokens = 0
         self._dense = dense(self.num_layers, page_size)
-        self.cache = enable_quest(model, self._dense.config, max_tokens=max_text_tokens + _QUESTION_TOKENS)
+        any_config = QuestConfig(budget=page_size, page_size=page_size)  # each reading brings its own
+        self.cache = enable_quest(model, any_config, max_tokens=max_text_tokens + _QUESTION_TOKENS)
 
     @property
     def kv_bytes(self) -> int:
