@@ -16,7 +16,8 @@ pytest.importorskip("matplotlib")
 Console = pytest.importorskip("rich.console").Console
 
 from quest_ops import QuestConfig
-from quest_ops.evaluation import demo, needles, policies, retrieval_model
+from quest_ops.evaluation import demo, needles, retrieval_model
+from quest_ops.evaluation import demo_policies as policies
 from quest_ops.evaluation.runs import Reader
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import _library
-from . import needles, policies, retrieval_model
+from . import demo_policies as policies
+from . import needles, retrieval_model
 from .runs import Answer, Reader
 
 if TYPE_CHECKING:

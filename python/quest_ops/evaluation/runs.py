@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..attention import QuestConfig
 from ..transformers import enable_quest
+from .demo_policies import Policy, dense
 from .needles import KEY_DIGITS, Fact
-from .policies import Policy, dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The ways to read the cache that are compared: all of it, Quest's pages, or a recent window."""
+"""The ways to read the cache that the demo compares: all of it, Quest's pages, or a recent window."""
 
 from __future__ import annotations
 

@@ -1,0 +1,74 @@
+"""The ways to decode from a long context that are compared: Quest with its variants, its rivals, and oracles.
+
+Every policy runs through the same model path (:mod:`quest_ops.evaluation.session`): the context is read densely, the
+first layers are dense, and what follows is decoded token by token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import KVShape, LayerKV, LayerReader, Length, Policy
+from .dense import Dense
+from .quest import Quest
+from .streaming import SINKS, Streaming
+from .summaries import has_int8
+
+#: Names on the command line, and what they mean.
+NAMES: dict[str, str] = {
+    "dense": "the whole cache",
+    "quest": "Quest, a list for each KV head: the maximum of its query heads' scores",
+    "quest-head": "Quest, a list for each query head, as in the paper",
+    "quest-sum": "Quest, a list for each KV head: the sum of its query heads' scores",
+    "quest-soft": "Quest, a list for each KV head: the sum of its query heads' scores softmaxed over the pages",
+    "quest-shared": "Quest, one list for all heads, as in SGLang",
+    "quest-meanstd": "quest, with the mean and standard deviation of a page's keys in place of minimum and maximum",
+    "quest-int8": "quest, with bounds of 8 bits",
+    "quest-nodense": "quest, in the first layers as well",
+    "streaming": "StreamingLLM: 4 first tokens and the latest, positions numbered anew",
+}
+_QUEST: dict[str, dict[str, Any]] = {
+    "quest": {},
+    "quest-head": {"group_reduce": "none"},
+    "quest-sum": {"group_reduce": "sum"},
+    "quest-soft": {"group_reduce": "soft"},
+    "quest-shared": {"shared": True},
+    "quest-meanstd": {"bounds": "meanstd"},
+    "quest-int8": {"bounds": "int8"},
+    "quest-nodense": {"dense_layers": 0},
+}
+#: The smallest budget of those that read tokens.
+_LEAST = {"streaming": SINKS + 1}
+
+
+def make(name: str, budget: int | None, *, page_size: int = 16, dense_layers: int = 2) -> Policy:
+    """The policy of that name.
+
+    Args:
+        name: one of :data:`NAMES`.
+        budget: tokens a head may attend to, the one being decoded included. "dense" has none: it may be None.
+        page_size: S of the policies that read pages.
+        dense_layers: first layers that read everything; 0 for "quest-nodense" whatever is given.
+
+    Raises:
+        ValueError: a name, budget or page size that cannot be.
+    """
+    if name not in NAMES:
+        raise ValueError(f"policy must be one of {', '.join(NAMES)}, got {name!r}")
+    if dense_layers < 0:
+        raise ValueError(f"dense_layers must be at least 0, got {dense_layers}")
+    if name == "dense":
+        return Dense(name, None, page_size, dense_layers)
+    if budget is None:
+        raise ValueError(f"policy {name} needs a budget, a number of tokens")
+    if name == "quest-int8" and not has_int8():
+        raise ValueError("policy quest-int8 needs operators with 8-bit bounds, which this build of quest_ops lacks")
+    if name in _QUEST:
+        options = dict(_QUEST[name])
+        return Quest(name, budget, page_size, options.pop("dense_layers", dense_layers), **options)
+    if budget < _LEAST[name]:
+        raise ValueError(f"the budget of {name} must be at least {_LEAST[name]} tokens, got {budget}")
+    return Streaming(name, budget, page_size, dense_layers)
+
+
+__all__ = ["NAMES", "KVShape", "LayerKV", "LayerReader", "Length", "Policy", "make"]

@@ -1,0 +1,57 @@
+"""StreamingLLM: the first tokens and the latest (Xiao et al., "Efficient Streaming Language Models with Attention
+Sinks", ICLR 2024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import tokens
+from .base import KVShape, LayerKV, LayerReader, Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: First tokens that are kept, as in the paper.
+SINKS = 4
+
+
+class StreamingReader(LayerReader):
+    """Positions are those within what is kept, as in the paper, which caches keys before RoPE.
+
+    Scores depend on distances alone. Within the window these are what they were, so only the sinks are turned: as many
+    tokens later as lie between them and the window.
+    """
+
+    def __init__(self, kv: LayerKV, budget: int) -> None:
+        super().__init__(kv)
+        if kv.rotate is None:
+            raise ValueError("policy streaming numbers rotary positions anew, and this model has no rotary_emb")
+        self._rotate = kv.rotate
+        self._budget = budget
+
+    def attend(self, q: Tensor) -> Tensor:
+        kv, length = self.kv, self.kv.length.tokens
+        skipped = max(0, length - self._budget)
+        sinks, recent = slice(0, min(SINKS, length)), slice(skipped + min(SINKS, length), length)
+        self.tokens = torch.arange(length - skipped, device=q.device)
+        self.tokens = torch.where(self.tokens < SINKS, self.tokens, self.tokens + skipped).expand(len(q), 1, -1)
+        k = torch.cat([self._rotate(kv.k[:, :, sinks].float(), skipped), kv.k[:, :, recent].float()], 2)
+        v = torch.cat([kv.v[:, :, sinks], kv.v[:, :, recent]], 2)
+        return tokens.attend(q, k, v, kv.scale)[0]
+
+
+@dataclass(frozen=True)
+class Streaming(Policy):
+    def label(self) -> str:
+        return "StreamingLLM"
+
+    def start(self, kv: LayerKV) -> StreamingReader:
+        assert self.budget is not None
+        return StreamingReader(kv, self.budget)
+
+    def bytes_held(self, shape: KVShape, context: int, length: int) -> int:
+        return self.bytes_read(shape, context, length)

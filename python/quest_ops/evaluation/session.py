@@ -1,0 +1,293 @@
+"""A model and long contexts: read densely once, then continued under any policy as often as one likes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..cache import PAGE_SIZES
+from ..transformers.dense import Features, Past, prefill
+from . import attention_path
+from .policies import KVShape, LayerKV, LayerReader, Length, Policy
+from .policies.dense import DenseReader
+from .policies.h2o import add_column_sums
+from .policies.recall import attention_mass
+from .usage import Usage, measure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+#: Queries at the context's end that are kept for policies that choose by them (SnapKV's window).
+LAST_QUERIES = 64
+# Tokens decoded between two looks at whether all answers have ended, each of which waits for the device.
+_STEPS_PER_LOOK = 16
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a layer did in one step, for an observer. Its tensors are the session's own: do not keep or change them."""
+
+    policy: Policy
+    #: Tokens in each sequence, the one being decoded included.
+    length: int
+    #: [B, Hq, D].
+    q: Tensor
+    kv: LayerKV
+    #: Logical pages int32 [B, Hs, K], -1 padded, or tokens int64 [B, Hs, n], Hs = 1 (one list for all heads), Hkv or
+    #: Hq; both None where everything was read.
+    pages: Tensor | None
+    tokens: Tensor | None
+
+    def recall(self) -> Tensor:
+        """float32 [B, Hq]: the part of dense attention's weights that falls on what was read. Reads all keys."""
+        k = self.kv.k[:, :, : self.length]
+        return attention_mass(self.q, k, self.kv.scale, self.pages, self.tokens, self.policy.page_size)
+
+
+class Session:
+    """A model and a batch of equally long contexts, read densely once, then continued under any policy.
+
+    Question and answer are decoded token by token under the policy, as in the Quest paper; the first
+    ``policy.dense_layers`` layers are dense. Each call starts anew behind the context. Keys and values are stored once,
+    whatever the policy: what one would have evicted it does not read any more.
+
+    While a session is in use the model cannot be used by itself; ``model.set_attn_implementation("sdpa")`` gives it
+    back.
+
+    Args:
+        model: a transformers causal language model with full attention in all layers.
+        max_tokens: context, question and answer together.
+        batch_size: the most contexts at a time.
+        page_size: S of the dense layers, which they read all of.
+
+    Raises:
+        ValueError: a model or number that is not supported.
+    """
+
+    #: Called in each layer and step with the layer's number and a :class:`StepInfo`; None costs nothing.
+    observer: Callable[[int, StepInfo], None] | None = None
+
+    def __init__(self, model: Any, *, max_tokens: int, batch_size: int = 1, page_size: int = 16) -> None:
+        if max_tokens < 1 or batch_size < 1:
+            raise ValueError(f"max_tokens and batch_size must be at least 1, got {max_tokens} and {batch_size}")
+        if page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size must be one of {', '.join(map(str, PAGE_SIZES))}, got {page_size}")
+        config = attention_path.install(model)
+        self.model, self.max_tokens, self.batch_size, self.page_size = model, max_tokens, batch_size, page_size
+        self.num_layers: int = config.num_hidden_layers
+        D = attention_path.head_dim(config)
+        self.shape = KVShape(config.num_attention_heads, config.num_key_value_heads, D, model.dtype.itemsize)
+        capacity = -(-max_tokens // max(PAGE_SIZES)) * max(PAGE_SIZES)
+        size = (self.num_layers, 2, batch_size, self.shape.kv_heads, capacity, D)
+        self._storage = torch.empty(size, dtype=model.dtype, device=model.device)
+        self._rotate = attention_path.rotation(model)
+        self._layers: list[LayerKV] = []
+        self._noted: frozenset[int] = frozenset()  # layers whose column sums were asked for
+        self._usage: dict[Policy, Usage] = {}
+
+    # Reading
+
+    @torch.inference_mode()
+    def read(
+        self,
+        ids: Tensor,
+        *,
+        policies: Sequence[Policy],
+        chunk: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Prefill contexts densely, one after the other, and forget those before.
+
+        Args:
+            ids: int64 [B, L], B at most ``batch_size``.
+            policies: what will be run on them; decides what is noted of the attention.
+            chunk: tokens of a context at a time; all of it by default, which is fastest.
+            progress: told how many tokens have been read since it was last called, B * L in all.
+
+        Raises:
+            ValueError: more than fits, or a policy that cannot run on this model.
+        """
+        B, L = ids.shape
+        if not 1 <= B <= self.batch_size or not 1 <= L < self.max_tokens:
+            raise ValueError(
+                f"ids must have at most {self.batch_size} rows and {self.max_tokens - 1} columns, the room left in "
+                f"max_tokens for what follows, and at least 1 of each, got {list(ids.shape)}"
+            )
+        for policy in policies:
+            policy.check(self.shape.query_heads, self.shape.kv_heads)
+        first = min((policy.dense_layers for policy in policies if policy.needs_column_sums), default=self.num_layers)
+        self._noted = frozenset(range(first, self.num_layers))
+        ids = ids.to(self.model.device)
+        length = Length(B, L, ids.device)
+        self._usage.clear()
+        self._layers = [self._new_layer(index, length) for index in range(self.num_layers)]
+        self._last_logits = torch.stack([self._read_row(row, ids[row], chunk or L, progress) for row in range(B)])
+
+    def _new_layer(self, index: int, length: Length) -> LayerKV:
+        B, L, heads = len(length.seq_lens), length.tokens, self.shape
+        k, v = self._storage[index, :, :B]
+        last_queries = k.new_empty((B, heads.query_heads, min(L, LAST_QUERIES), heads.head_dim))
+        sums = k.new_zeros((B, heads.kv_heads, L), dtype=torch.float32) if index in self._noted else None
+        return LayerKV(k, v, length, L, heads.head_dim**-0.5, last_queries, sums, self._rotate)
+
+    def _read_row(self, row: int, ids: Tensor, chunk: int, progress: Callable[[int], None] | None) -> Tensor:
+        for start in range(0, len(ids), chunk):
+            piece = ids[None, start : start + chunk]
+            logits = attention_path.forward(self.model, _Prefill(self._layers, row, start), piece, start)
+            if progress is not None:
+                progress(piece.shape[1])
+        return logits[0]
+
+    # Continuing
+
+    @torch.inference_mode()
+    def generate(self, policy: Policy, ids: Tensor, max_new_tokens: int, eos: int | None = None) -> Tensor:
+        """Greedy answers to questions, both decoded under the policy.
+
+        Args:
+            policy: one of those that the contexts were read for.
+            ids: int64 [B, T] the questions, T at least 1.
+            max_new_tokens: tokens of each answer.
+            eos: ends an answer, and fills it up.
+
+        Returns:
+            int64 [B, max_new_tokens].
+
+        Raises:
+            ValueError: a policy that was not read for, or more tokens than there is room for.
+        """
+        ids = self._check(ids, max_new_tokens - 1)
+        step = self._start(policy)
+        for t in range(ids.shape[1]):
+            logits = step(ids[:, t])
+        answer = ids.new_full((len(ids), max_new_tokens), 0 if eos is None else eos)
+        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for t in range(max_new_tokens):
+            best = logits.argmax(-1)
+            if eos is not None:
+                best = best.masked_fill(done, eos)
+                done |= best == eos
+            answer[:, t] = best
+            if t == max_new_tokens - 1 or (eos is not None and t % _STEPS_PER_LOOK == 0 and bool(done.all())):
+                break
+            logits = step(best)
+        self._finish(policy)
+        return answer
+
+    @torch.inference_mode()
+    def score(self, policy: Policy, ids: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
+        """Natural-log probabilities of a continuation, each token read under the policy.
+
+        Args:
+            policy: one of those that the contexts were read for.
+            ids: int64 [B, T].
+            progress: told 1 after each token.
+
+        Returns:
+            float32 [B, T]: log p(ids[:, t] | the context, ids[:, :t]). The first follows from the context alone.
+
+        Raises:
+            ValueError: as :meth:`generate`.
+        """
+        ids = self._check(ids, 0)
+        step, logits = self._start(policy), self._last_logits
+        scores = torch.empty(ids.shape, device=ids.device)
+        for t in range(ids.shape[1]):
+            scores[:, t] = logits.float().log_softmax(-1).gather(1, ids[:, t : t + 1])[:, 0]
+            if t < ids.shape[1] - 1:
+                logits = step(ids[:, t])
+            if progress is not None:
+                progress(1)
+        self._finish(policy)
+        return scores
+
+    def usage(self, policy: Policy) -> Usage:
+        """What the last :meth:`generate` or :meth:`score` under this policy read and held.
+
+        Raises:
+            ValueError: there was none since the contexts were read.
+        """
+        if policy not in self._usage:
+            raise ValueError(f"policy {policy.name} with budget {policy.budget} has not run on these contexts")
+        return self._usage[policy]
+
+    def _check(self, ids: Tensor, more: int) -> Tensor:
+        if not self._layers:
+            raise ValueError("the session has read nothing: call read(ids, policies=...) first")
+        B, context = len(self._layers[0].k), self._layers[0].context
+        if ids.dim() != 2 or ids.shape[0] != B or ids.shape[1] < 1 or more < 0:
+            raise ValueError(f"ids must be [{B}, T], T and the new tokens at least 1, got {list(ids.shape)}")
+        if context + ids.shape[1] + more > self.max_tokens:
+            raise ValueError(
+                f"max_tokens must be at least {context + ids.shape[1] + more}, for {context} tokens of context and "
+                f"{ids.shape[1] + more} behind it, got {self.max_tokens}"
+            )
+        return ids.to(self.model.device)
+
+    def _start(self, policy: Policy) -> Callable[[Tensor], Tensor]:
+        """A function that takes the next tokens [B] and gives the logits behind them, [B, V]."""
+        length = self._layers[0].length
+        length.set(self._layers[0].context)
+        readers = [
+            DenseReader(kv, self.page_size) if index < policy.dense_layers else policy.start(kv)
+            for index, kv in enumerate(self._layers)
+        ]
+        path = _Decode(readers, policy, self)
+
+        def step(tokens: Tensor) -> Tensor:
+            length.set(length.tokens + 1)
+            return attention_path.forward(self.model, path, tokens[:, None], length.tokens - 1)
+
+        return step
+
+    def _finish(self, policy: Policy) -> None:
+        kv = self._layers[0]
+        self._usage[policy] = measure(policy, self.shape, self.num_layers, kv.context, kv.length.tokens)
+
+
+class _Prefill:
+    """The attention of a piece of one context."""
+
+    def __init__(self, layers: Sequence[LayerKV], row: int, start: int) -> None:
+        self._layers, self._row, self._start = layers, slice(row, row + 1), start
+
+    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        kv, row, start = self._layers[module.layer_idx], self._row, self._start
+        end = start + q.shape[2]
+        past = None
+        if start:
+            position = torch.arange(start, device=q.device)[None]
+            past = Past(kv.k[row, :, :start], kv.v[row, :, :start], position, kv.length.seq_lens[row])
+        out = prefill(module, q, k, v, None, Features(scale), past)
+        kv.scale = scale
+        kv.k[row, :, start:end] = k
+        kv.v[row, :, start:end] = v
+        first = kv.context - kv.last_queries.shape[2]
+        if end > first:
+            begin = max(first, start)
+            kv.last_queries[row, :, begin - first : end - first] = q[:, :, begin - start :]
+        if kv.column_sums is not None:
+            add_column_sums(kv.column_sums[row], q, kv.k[row, :, :end], scale)
+        return out
+
+
+class _Decode:
+    """The attention of one new token of each sequence."""
+
+    def __init__(self, readers: Sequence[LayerReader], policy: Policy, session: Session) -> None:
+        self._readers, self._policy, self._session = readers, policy, session
+
+    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:  # noqa: ARG002
+        reader = self._readers[module.layer_idx]
+        kv, length = reader.kv, reader.kv.length.tokens
+        kv.k[:, :, length - 1] = k[:, :, 0]
+        kv.v[:, :, length - 1] = v[:, :, 0]
+        query = q[:, :, 0]
+        out = reader.attend(query)
+        if self._session.observer is not None:
+            info = StepInfo(self._policy, length, query, kv, reader.pages, reader.tokens)
+            self._session.observer(module.layer_idx, info)
+        return out[:, None]
