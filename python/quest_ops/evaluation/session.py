@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..cache import PAGE_SIZES
-from ..transformers.dense import Features, Past, prefill
 from . import attention_path
-from .policies import KVShape, LayerKV, LayerReader, Length, Policy
+from .policies import KVShape, LayerKV, Length, Policy
 from .policies.dense import DenseReader
-from .policies.h2o import add_column_sums
-from .policies.recall import attention_mass
+from .steps import Decode, Observer, Prefill
 from .usage import Usage, measure
 
 if TYPE_CHECKING:
@@ -24,27 +21,6 @@ if TYPE_CHECKING:
 LAST_QUERIES = 64
 # Tokens decoded between two looks at whether all answers have ended, each of which waits for the device.
 _STEPS_PER_LOOK = 16
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What a layer did in one step, for an observer. Its tensors are the session's own: do not keep or change them."""
-
-    policy: Policy
-    #: Tokens in each sequence, the one being decoded included.
-    length: int
-    #: [B, Hq, D].
-    q: Tensor
-    kv: LayerKV
-    #: Logical pages int32 [B, Hs, K], -1 padded, or tokens int64 [B, Hs, n], Hs = 1 (one list for all heads), Hkv or
-    #: Hq; both None where everything was read.
-    pages: Tensor | None
-    tokens: Tensor | None
-
-    def recall(self) -> Tensor:
-        """float32 [B, Hq]: the part of dense attention's weights that falls on what was read. Reads all keys."""
-        k = self.kv.k[:, :, : self.length]
-        return attention_mass(self.q, k, self.kv.scale, self.pages, self.tokens, self.policy.page_size)
 
 
 class Session:
@@ -67,8 +43,8 @@ class Session:
         ValueError: a model or number that is not supported.
     """
 
-    #: Called in each layer and step with the layer's number and a :class:`StepInfo`; None costs nothing.
-    observer: Callable[[int, StepInfo], None] | None = None
+    #: Called in each layer and decoding step of the next call; None costs nothing.
+    observer: Observer | None = None
 
     def __init__(self, model: Any, *, max_tokens: int, batch_size: int = 1, page_size: int = 16) -> None:
         if max_tokens < 1 or batch_size < 1:
@@ -136,7 +112,7 @@ class Session:
     def _read_row(self, row: int, ids: Tensor, chunk: int, progress: Callable[[int], None] | None) -> Tensor:
         for start in range(0, len(ids), chunk):
             piece = ids[None, start : start + chunk]
-            logits = attention_path.forward(self.model, _Prefill(self._layers, row, start), piece, start)
+            logits = attention_path.forward(self.model, Prefill(self._layers, row, start), piece, start)
             if progress is not None:
                 progress(piece.shape[1])
         return logits[0]
@@ -235,7 +211,7 @@ class Session:
             DenseReader(kv, self.page_size) if index < policy.dense_layers else policy.start(kv)
             for index, kv in enumerate(self._layers)
         ]
-        path = _Decode(readers, policy, self)
+        path = Decode(readers, policy, self.observer)
 
         def step(tokens: Tensor) -> Tensor:
             length.set(length.tokens + 1)
@@ -246,48 +222,3 @@ class Session:
     def _finish(self, policy: Policy) -> None:
         kv = self._layers[0]
         self._usage[policy] = measure(policy, self.shape, self.num_layers, kv.context, kv.length.tokens)
-
-
-class _Prefill:
-    """The attention of a piece of one context."""
-
-    def __init__(self, layers: Sequence[LayerKV], row: int, start: int) -> None:
-        self._layers, self._row, self._start = layers, slice(row, row + 1), start
-
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        kv, row, start = self._layers[module.layer_idx], self._row, self._start
-        end = start + q.shape[2]
-        past = None
-        if start:
-            position = torch.arange(start, device=q.device)[None]
-            past = Past(kv.k[row, :, :start], kv.v[row, :, :start], position, kv.length.seq_lens[row])
-        out = prefill(module, q, k, v, None, Features(scale), past)
-        kv.scale = scale
-        kv.k[row, :, start:end] = k
-        kv.v[row, :, start:end] = v
-        first = kv.context - kv.last_queries.shape[2]
-        if end > first:
-            begin = max(first, start)
-            kv.last_queries[row, :, begin - first : end - first] = q[:, :, begin - start :]
-        if kv.column_sums is not None:
-            add_column_sums(kv.column_sums[row], q, kv.k[row, :, :end], scale)
-        return out
-
-
-class _Decode:
-    """The attention of one new token of each sequence."""
-
-    def __init__(self, readers: Sequence[LayerReader], policy: Policy, session: Session) -> None:
-        self._readers, self._policy, self._session = readers, policy, session
-
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:  # noqa: ARG002
-        reader = self._readers[module.layer_idx]
-        kv, length = reader.kv, reader.kv.length.tokens
-        kv.k[:, :, length - 1] = k[:, :, 0]
-        kv.v[:, :, length - 1] = v[:, :, 0]
-        query = q[:, :, 0]
-        out = reader.attend(query)
-        if self._session.observer is not None:
-            info = StepInfo(self._policy, length, query, kv, reader.pages, reader.tokens)
-            self._session.observer(module.layer_idx, info)
-        return out[:, None]

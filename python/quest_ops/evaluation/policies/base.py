@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from ...views import PageView, page_view_bhld
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from torch import Tensor
 
 
@@ -34,8 +35,6 @@ class Length:
     """How many tokens each sequence holds, for the host and for the device, which never wait for each other."""
 
     def __init__(self, batch: int, tokens: int, device: torch.device) -> None:
-        import torch
-
         self.tokens = tokens
         #: int32 [B].
         self.seq_lens = torch.full((batch,), tokens, dtype=torch.int32, device=device)

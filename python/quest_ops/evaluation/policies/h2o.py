@@ -1,33 +1,65 @@
-"""H2O."""
+"""H2O: the tokens that have received most attention, and the latest (Zhang et al., "H2O: Heavy-Hitter Oracle for
+Efficient Generative Inference of Large Language Models", NeurIPS 2023).
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-# Scores made at a time: 256 MiB in float32, several times that with what is made of them.
-_ELEMENTS = 2**26
+from .eviction import Evicting, EvictingReader, best, with_recent, without
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .base import LayerKV
 
 
-def add_column_sums(sums: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
-    """Add to ``sums`` what each token receives of the causal attention of some queries, summed over a group's heads.
+class H2OReader(EvictingReader):
+    """Scores are the attention received of all queries since the context's first; an evicted token's are lost."""
 
-    Made for a block of queries at a time, so that nothing has the size of the prompt squared.
+    def __init__(self, kv: LayerKV, policy: H2O) -> None:
+        if kv.column_sums is None:
+            raise ValueError("policy h2o needs what the prefill notes for it: give it to Session.read as well")
+        # Between steps, the place of the next token is free: it is the latest.
+        self._recent = policy.recent - 1
+        heavy = min(policy.heavy, max(0, kv.context - self._recent))
+        first_recent = max(0, kv.context - self._recent)
+        kept = with_recent(best(kv.column_sums[:, :, :first_recent], heavy), first_recent, kv.context)
+        super().__init__(kv, kept, policy.budget)
+        self._scores = kv.column_sums.gather(-1, kept)
 
-    Args:
-        sums: float32 [B, Hkv, L or more].
-        q: [B, Hq, T, D], the last T of the tokens of k.
-        k: [B, Hkv, L, D].
-        scale: of the scores before the softmax.
+    def judge(self, weights: Tensor) -> Tensor:
+        received = weights.unflatten(1, (self._scores.shape[1], -1)).sum(2)
+        received[..., :-1] += self._scores
+        dropped = received[..., : received.shape[-1] - self._recent].argmin(-1, keepdim=True)
+        full = received.shape[-1] == self._budget
+        self._scores = without(received, dropped) if full else received
+        return dropped
+
+
+@dataclass(frozen=True)
+class H2O(Evicting):
+    """Half of the budget for heavy hitters, half for the latest tokens, as in the authors' experiments.
+
+    Each KV head keeps tokens of its own. Where query heads share one, their attention is added up, since memory is
+    freed only by what all of them forget; with a KV head for each query head that is the authors' definition.
     """
-    B, Hq, T, _ = q.shape
-    Hkv, L = k.shape[1:3]
-    block = max(1, min(T, _ELEMENTS // (B * Hq * L)))
-    for first in range(0, T, block):
-        last = min(first + block, T)
-        end = L - T + last
-        queries = q[:, :, first:last].unflatten(1, (Hkv, -1))  # [B, Hkv, G, block, D]
-        scores = (queries @ k[:, :, None, :end].transpose(-1, -2)).float() * scale
-        place = torch.arange(end, device=q.device)
-        scores.masked_fill_(place > place[end - (last - first) :, None], -torch.inf)
-        sums[:, :, :end] += scores.softmax(-1).sum((2, 3))
+
+    needs_column_sums: ClassVar[bool] = True
+
+    @property
+    def heavy(self) -> int:
+        assert self.budget is not None
+        return self.budget // 2
+
+    @property
+    def recent(self) -> int:
+        assert self.budget is not None
+        return self.budget - self.heavy
+
+    def label(self) -> str:
+        return "H2O"
+
+    def start(self, kv: LayerKV) -> H2OReader:
+        return H2OReader(kv, self)
