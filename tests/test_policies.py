@@ -74,9 +74,7 @@ def test_h2o_needs_its_notes(device):
 
 def test_tova_drops_what_the_newest_attends_to_least_be_it_itself(device):
     # The context's last query attends by weight in head 0 and evenly in head 1; the means are 3/16, 1/4, 3/8, 3/16.
-    kv = layer(
-        weighted([1, 2, 4, 1, 1, 9]), context=4, device=device, last_queries=torch.tensor([[[[1.0]], [[0.0]]]])
-    )
+    kv = layer(weighted([1, 2, 4, 1, 1, 9]), context=4, device=device, last_queries=torch.tensor([[[[1.0]], [[0.0]]]]))
     reader = make("tova", 3).start(kv)
     attended, out = step(reader, 1.0, 0.0)
     assert attended == [[1, 2, 4]]

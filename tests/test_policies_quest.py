@@ -1,0 +1,169 @@
+"""Quest's variants and its emulation against the reference, and the parts that policies share."""
+
+import math
+
+import pytest
+import torch
+from quest_ops import reference
+from quest_ops.bounds import update_mean_std_bounds
+from quest_ops.evaluation import emulation
+from quest_ops.evaluation.policies import NAMES, LayerKV, Length, column_sums, make
+from quest_ops.evaluation.policies.recall import attention_mass
+from quest_ops.evaluation.policies.summaries import has_int8
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+B, HQ, HKV, D, CONTEXT, S = 2, 6, 2, 64, 150, 16
+SCALE = D**-0.5
+
+
+def make_layer(device, seed=0, dtype=torch.float32):
+    """A layer with random keys, of which some dimensions are off centre, as in real models."""
+    random = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(B, HKV, 256, D, generator=random).to(device, dtype) for _ in range(2))
+    k += 2 * torch.randn(1, HKV, 1, D, generator=random).to(device, dtype)
+    last = torch.randn(B, HQ, 64, D, generator=random).to(device, dtype)
+    sums = torch.rand(B, HKV, CONTEXT, generator=random).to(device)
+    length = Length(B, CONTEXT, torch.device(device))
+    return LayerKV(k, v, length, CONTEXT, SCALE, last, sums, lambda keys, positions: keys)
+
+
+def query(device, seed=1):
+    return torch.randn(B, HQ, D, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def paged(kv):
+    """The cache as the reference takes it, on the CPU: k, v, page table, lengths."""
+    count = kv.k.shape[2] // S
+    k, v = (x.cpu().unflatten(2, (count, S)).transpose(1, 2).flatten(0, 1) for x in (kv.k, kv.v))
+    return k, v, torch.arange(B * count, dtype=torch.int32).view(B, count), kv.length.seq_lens.cpu()
+
+
+def reference_step(kv, q, name, num_pages):
+    k, v, table, lens = paged(kv)
+    q, bounds = q.cpu(), torch.zeros(len(k), HKV, 2, D, dtype=torch.float64)
+    if name == "quest-meanstd":
+        bounds = bounds.float()
+        update_mean_std_bounds(k, bounds, table, lens)  # test_policies_bounds.py holds it to float64
+    else:
+        bounds = reference.update_bounds(k.double(), bounds, table, lens)
+    if name == "quest-shared":
+        scores = reference.estimate(q.double().unflatten(1, (HKV, -1)).mean(2), bounds, table, lens, S)
+        pages = reference.topk_pages(scores, lens, S, num_pages, 1, "sum").expand(-1, HKV, -1)
+    else:
+        how = {"quest-head": "none", "quest-sum": "sum", "quest-soft": "soft"}.get(name, "max")
+        scores = reference.estimate(q, bounds, table, lens, S)
+        pages = reference.topk_pages(scores, lens, S, num_pages, HKV, how, scale=SCALE)
+    return pages, reference.sparse_decode(q, k, v, table, lens, pages, SCALE)[0]
+
+
+VARIANTS = [name for name in NAMES if name.startswith("quest") and name != "quest-int8"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_what_the_reference_makes_of_them(device, name):
+    kv = make_layer(device)
+    reader = make(name, 4 * S).start(kv)
+    for step in range(12):  # over the edge of a page, at 160
+        kv.length.set(CONTEXT + 1 + step)
+        q = query(device, step)
+        out = reader.attend(q)
+        pages, wanted = reference_step(kv, q, name, 4)
+        assert torch.equal(reader.pages.cpu(), pages)
+        torch.testing.assert_close(out.cpu().double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_variants_choose_differently():
+    chosen = set()
+    for name in ("quest-head", "quest", "quest-sum", "quest-soft", "quest-shared", "quest-meanstd"):
+        kv = make_layer("cpu")
+        reader = make(name, 4 * S).start(kv)
+        kv.length.set(CONTEXT + 1)
+        reader.attend(query("cpu"))
+        rows = reader.pages.repeat_interleave(HQ // reader.pages.shape[1], 1)
+        chosen.add(tuple(rows.flatten().tolist()))
+    assert len(chosen) == 6
+
+
+@pytest.mark.skipif(not has_int8(), reason="the operators have no 8-bit bounds")
+def test_int8_bounds_choose_nearly_the_same(device):
+    kv = make_layer(device)
+    lists = []
+    for name in ("quest", "quest-int8"):
+        reader = make(name, 4 * S).start(kv)
+        kv.length.set(CONTEXT + 1)
+        reader.attend(query(device))
+        lists.append(reader.pages.flatten(0, 1).tolist())
+        kv.length.set(CONTEXT)
+    shared = [len(set(a) & set(b)) for a, b in zip(*lists, strict=True)]
+    assert sum(shared) >= 0.75 * 4 * len(shared)
+
+
+# The emulation
+
+
+@pytest.mark.parametrize("how", ["none", "max", "sum", "soft"])
+def test_the_emulation_is_the_reference(device, how):
+    kv = make_layer(device)
+    policy = emulation.QuestEmulation("emulation", 4 * S, group_reduce=how)
+    reader = policy.start(kv)
+    name = {"none": "quest-head", "max": "quest"}.get(how, f"quest-{how}")
+    for step in range(12):
+        kv.length.set(CONTEXT + 1 + step)
+        q = query(device, step)
+        out = reader.attend(q)
+        pages, wanted = reference_step(kv, q, name, 4)
+        assert torch.equal(reader.pages.cpu(), pages.long())
+        torch.testing.assert_close(out.cpu().double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_ties_go_to_the_lower_page():
+    scores = torch.tensor([[[1.0, 3.0, 3.0, 3.0, 0.0]]])
+    assert emulation.select(scores, 3).tolist() == [[[1, 2, 4]]]
+    assert emulation.select(scores, 9).tolist() == [[[0, 1, 2, 3, 4]]]
+
+
+# What policies share
+
+
+@pytest.mark.parametrize("elements", [1, 5000, 2**26])
+@pytest.mark.parametrize("queries", [1, 40, 100])
+def test_column_sums_are_those_of_whole_attention(device, elements, queries, monkeypatch):
+    monkeypatch.setattr(column_sums, "_ELEMENTS", elements)
+    random = torch.Generator().manual_seed(0)
+    q, k = torch.randn(B, HQ, queries, D, generator=random), torch.randn(B, HKV, 100, D, generator=random)
+    sums = torch.ones(B, HKV, 120, device=device)
+    column_sums.add_column_sums(sums, q.to(device), k.to(device), SCALE)
+    scores = q.double() @ k.double().repeat_interleave(HQ // HKV, 1).transpose(-1, -2) * SCALE
+    visible = torch.ones(queries, 100, dtype=torch.bool).tril(100 - queries)
+    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    wanted = torch.nn.functional.pad(weights.sum(2).unflatten(1, (HKV, -1)).sum(2), (0, 20)) + 1
+    torch.testing.assert_close(sums.cpu().double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_recall_is_the_attention_on_what_was_selected(device):
+    kv = make_layer(device)
+    length, q = 155, query(device)
+    k = kv.k[:, :, :length]
+    scores = q.cpu().double()[:, :, None] @ k.cpu().double().repeat_interleave(HQ // HKV, 1).transpose(-1, -2) * SCALE
+    weights = scores[:, :, 0].softmax(-1)
+    pages = torch.tensor([[3, 9, -1], [0, 1, 2]], dtype=torch.int32).expand(B, HKV, 3).clone()
+    pages[:, 1] = pages[:, 0]
+    pages[1, 1] = torch.tensor([0, 1, 2])
+    mass = attention_mass(q, k, SCALE, pages.to(device), None, S).cpu().double()
+    torch.testing.assert_close(mass[0, 0], weights[0, 0, 48:64].sum() + weights[0, 0, 144:155].sum())
+    torch.testing.assert_close(mass[1, HQ - 1], weights[1, HQ - 1, :48].sum())
+    tokens = torch.tensor([0, 7, 154]).expand(B, 1, 3)
+    mass = attention_mass(q, k, SCALE, None, tokens.to(device), S).cpu().double()
+    torch.testing.assert_close(mass, weights[:, :, [0, 7, 154]].sum(-1))
+    assert attention_mass(q, k, SCALE, None, None, S).cpu() == pytest.approx(torch.ones(B, HQ))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "quest-int8" or has_int8()])
+def test_a_step_waits_for_nothing(name):
+    """Tensors without data: whatever read a number of theirs on the host would raise."""
+    with FakeTensorMode():
+        kv = make_layer("cpu")
+        reader = make(name, 4 * S).start(kv)
+        for step in range(3):
+            kv.length.set(CONTEXT + 1 + step)
+            assert reader.attend(query("cpu")).shape == (B, HQ, D)
