@@ -24,7 +24,7 @@ def make_layer(device, seed=0, dtype=torch.float32):
     last = torch.randn(B, HQ, 64, D, generator=random).to(device, dtype)
     sums = torch.rand(B, HKV, CONTEXT, generator=random).to(device)
     length = Length(B, CONTEXT, torch.device(device))
-    return LayerKV(k, v, length, CONTEXT, SCALE, last, sums, lambda keys, positions: keys)
+    return LayerKV(k, v, length, CONTEXT, SCALE, last, sums, lambda keys, _: keys)
 
 
 def query(device, seed=1):

@@ -77,6 +77,9 @@ class QuestEmulation(Policy):
 
 
 class EmulationReader(LayerReader):
+    #: [B, Hs, P]: what the last step's pages were chosen by.
+    scores: Tensor
+
     def __init__(self, kv: LayerKV, policy: QuestEmulation) -> None:
         super().__init__(kv)
         self._policy = policy
@@ -86,6 +89,6 @@ class EmulationReader(LayerReader):
         assert policy.budget is not None
         query, k, v = q.double(), *(x[:, :, : kv.length.tokens].double() for x in (kv.k, kv.v))
         scores = estimate(query, *page_bounds(k, policy.page_size))
-        scores = reduce_group(scores, k.shape[1], policy.group_reduce, kv.scale)
-        self.pages = select(scores, policy.budget // policy.page_size)
+        self.scores = reduce_group(scores, k.shape[1], policy.group_reduce, kv.scale)
+        self.pages = select(self.scores, policy.budget // policy.page_size)
         return attend(query, k, v, self.pages, policy.page_size, kv.scale).to(q.dtype)

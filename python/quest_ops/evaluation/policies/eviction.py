@@ -34,15 +34,15 @@ class EvictingReader(LayerReader):
         self.tokens = torch.cat([self._kept, newest], -1)
         k, v = (tokens.gather(x, self.tokens) for x in (kv.k, kv.v))
         out, weights = tokens.attend(q, k, v, kv.scale)
-        dropped = self.judge(weights)
-        full = self.tokens.shape[-1] == self._budget
-        self._kept = without(self.tokens, dropped) if full and dropped is not None else self.tokens
+        dropped = self.judge(weights, full=self.tokens.shape[-1] == self._budget)
+        self._kept = self.tokens if dropped is None else without(self.tokens, dropped)
         return out
 
-    def judge(self, weights: Tensor) -> Tensor | None:  # noqa: ARG002
-        """Take note of the step's attention, [B, Hq, n] over ``self.tokens``; returns which of them is worth least.
+    def judge(self, weights: Tensor, full: bool) -> Tensor | None:  # noqa: ARG002
+        """Take note of the step's attention, [B, Hq, n] over ``self.tokens``, and say what to drop.
 
-        int64 [B, Hs, 1], an index into ``self.tokens``.
+        Returns:
+            int64 [B, Hs, 1], an index into ``self.tokens``; None unless the budget is ``full``.
         """
         return None
 

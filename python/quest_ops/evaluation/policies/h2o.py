@@ -29,12 +29,14 @@ class H2OReader(EvictingReader):
         super().__init__(kv, kept, policy.budget)
         self._scores = kv.column_sums.gather(-1, kept)
 
-    def judge(self, weights: Tensor) -> Tensor:
+    def judge(self, weights: Tensor, full: bool) -> Tensor | None:
         received = weights.unflatten(1, (self._scores.shape[1], -1)).sum(2)
         received[..., :-1] += self._scores
+        if not full:
+            self._scores = received
+            return None
         dropped = received[..., : received.shape[-1] - self._recent].argmin(-1, keepdim=True)
-        full = received.shape[-1] == self._budget
-        self._scores = without(received, dropped) if full else received
+        self._scores = without(received, dropped)
         return dropped
 
 

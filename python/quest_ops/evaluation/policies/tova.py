@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class TOVAReader(EvictingReader):
-    def judge(self, weights: Tensor) -> Tensor:
-        return weights.mean(1, keepdim=True).argmin(-1, keepdim=True)
+    def judge(self, weights: Tensor, full: bool) -> Tensor | None:
+        return weights.mean(1, keepdim=True).argmin(-1, keepdim=True) if full else None
 
 
 @dataclass(frozen=True)
