@@ -123,11 +123,6 @@ def test_streaming_numbers_positions_anew(device):
     assert out == pytest.approx([float(weights @ torch.tensor([0.0, 1, 2, 3, 8, 9]))])
 
 
-def test_streaming_without_rope_is_an_error(device):
-    with pytest.raises(ValueError, match="this model has no rotary_emb"):
-        make("streaming", 6).start(layer(weighted([1] * 8), context=6, device=device))
-
-
 def test_sparq_mixes_in_the_mean_value(device):
     # The query's largest component, -4 of (-4, 1, 0, 3), covers half of it: approximate scores are divided by
     # sqrt(4 * 1/2). Keys are made so that approximate weights are those of `few`, and exact ones those of `whole`.
@@ -195,6 +190,8 @@ PAGES = 3 * 16 + 8
         ("quest-meanstd", PAGES, (PAGES + 63) * TOKEN, 1063 * TOKEN),
         ("quest-shared", PAGES, (PAGES + 63) * TOKEN, 1063 * TOKEN),
         ("quest-nodense", PAGES, (PAGES + 63) * TOKEN, 1063 * TOKEN),
+        # 2 bounds of 64 bytes and a scale of 4 for each KV head and page.
+        ("quest-int8", PAGES, PAGES * TOKEN + 63 * 2 * 132, 1000 * TOKEN + 63 * 2 * 132),
         ("quest-head", PAGES, (4 * PAGES + 63) * TOKEN, 1063 * TOKEN),
         ("h2o", 64, 64 * TOKEN, 64 * TOKEN),
         ("tova", 64, 64 * TOKEN, 64 * TOKEN),
@@ -208,7 +205,8 @@ PAGES = 3 * 16 + 8
         ("page-oracle", PAGES, 500 * TOKEN + 4 * PAGES // 2 * TOKEN, 1000 * TOKEN),
     ],
 )
-def test_bytes_and_tokens_are_counted(name, attended, read, held):
+def test_bytes_and_tokens_are_counted(name, attended, read, held, monkeypatch):
+    monkeypatch.setattr("quest_ops.evaluation.policies.has_int8", lambda: True)
     policy = make(name, 64)
     assert policy.tokens_attended(990, 1000) == attended
     assert policy.bytes_read(SHAPE, 990, 1000) == read

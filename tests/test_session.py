@@ -296,6 +296,11 @@ def test_bad_input_is_an_error(device):
         session.generate(quest, ids[:, CONTEXT : CONTEXT + 3], 3)
     with pytest.raises(ValueError, match=r"ids must be \[2, T\], .* got \[1, 3\]"):
         session.score(quest, ids[:1, :3])
+    session._rotate = None
+    with pytest.raises(
+        ValueError, match="policy streaming numbers rotary positions anew, and Qwen3ForCausalLM has none"
+    ):
+        session.read(ids[:, :CONTEXT], policies=[make("streaming", 32)])
     with pytest.raises(ValueError, match="policy h2o needs what the prefill notes for it"):
         session.score(make("h2o", 32), ids[:, CONTEXT : CONTEXT + 3])
 

@@ -11,14 +11,13 @@ from ..cache import PAGE_SIZES
 from . import attention_path
 from .policies import KVShape, LayerKV, Length, Policy
 from .policies.dense import DenseReader
+from .policies.snapkv import WINDOW
 from .steps import Decode, Observer, Prefill
 from .usage import Usage, measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-#: Queries at the context's end that are kept for policies that choose by them (SnapKV's window).
-LAST_QUERIES = 64
 # Tokens decoded between two looks at whether all answers have ended, each of which waits for the device.
 _STEPS_PER_LOOK = 16
 
@@ -80,7 +79,8 @@ class Session:
         Args:
             ids: int64 [B, L], B at most ``batch_size``.
             policies: what will be run on them; decides what is noted of the attention.
-            chunk: tokens of a context at a time; all of it by default, which is fastest.
+            chunk: tokens of a context at a time; all of it by default, which is fastest. In float32 on a GPU a few
+                thousand: PyTorch's attention with grouped heads holds all scores of a piece there.
             progress: told how many tokens have been read since it was last called, B * L in all.
 
         Raises:
@@ -93,7 +93,10 @@ class Session:
                 f"max_tokens for what follows, and at least 1 of each, got {list(ids.shape)}"
             )
         for policy in policies:
-            policy.check(self.shape.query_heads, self.shape.kv_heads)
+            if policy.needs_rotation and self._rotate is None:
+                raise ValueError(
+                    f"policy {policy.name} numbers rotary positions anew, and {type(self.model).__name__} has none"
+                )
         first = min((policy.dense_layers for policy in policies if policy.needs_column_sums), default=self.num_layers)
         self._noted = frozenset(range(first, self.num_layers))
         ids = ids.to(self.model.device)
@@ -105,7 +108,8 @@ class Session:
     def _new_layer(self, index: int, length: Length) -> LayerKV:
         B, L, heads = len(length.seq_lens), length.tokens, self.shape
         k, v = self._storage[index, :, :B]
-        last_queries = k.new_empty((B, heads.query_heads, min(L, LAST_QUERIES), heads.head_dim))
+        # SnapKV chooses by this many, TOVA by one.
+        last_queries = k.new_empty((B, heads.query_heads, min(L, WINDOW), heads.head_dim))
         sums = k.new_zeros((B, heads.kv_heads, L), dtype=torch.float32) if index in self._noted else None
         return LayerKV(k, v, length, L, heads.head_dim**-0.5, last_queries, sums, self._rotate)
 

@@ -100,6 +100,8 @@ class Policy(ABC):
 
     #: Whether the prefill has to note the column sums of the attention.
     needs_column_sums: ClassVar[bool] = False
+    #: Whether keys must be moved to other positions, which takes a model with RoPE.
+    needs_rotation: ClassVar[bool] = False
 
     name: str
     budget: int | None
@@ -113,9 +115,6 @@ class Policy(ABC):
     @abstractmethod
     def start(self, kv: LayerKV) -> LayerReader:
         """Begin behind the context of ``kv``, which is not changed by it."""
-
-    def check(self, query_heads: int, kv_heads: int) -> None:  # noqa: B027 (most policies take any model)
-        """Raise ValueError where the policy cannot run on such a model."""
 
     def tokens_attended(self, context: int, length: int) -> int:  # noqa: ARG002 (others depend on it)
         """Tokens that a head attends to in the step that makes a sequence ``length`` tokens long."""

@@ -5,7 +5,7 @@ Sinks", ICLR 2024).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -28,8 +28,7 @@ class StreamingReader(LayerReader):
 
     def __init__(self, kv: LayerKV, budget: int) -> None:
         super().__init__(kv)
-        if kv.rotate is None:
-            raise ValueError("policy streaming numbers rotary positions anew, and this model has no rotary_emb")
+        assert kv.rotate is not None
         self._rotate = kv.rotate
         self._budget = budget
 
@@ -46,6 +45,8 @@ class StreamingReader(LayerReader):
 
 @dataclass(frozen=True)
 class Streaming(Policy):
+    needs_rotation: ClassVar[bool] = True
+
     def label(self) -> str:
         return "StreamingLLM"
 
