@@ -10,7 +10,6 @@ from quest_ops.evaluation import emulation
 from quest_ops.evaluation.policies import NAMES, LayerKV, Length, column_sums, make
 from quest_ops.evaluation.policies.recall import attention_mass
 from quest_ops.evaluation.policies.summaries import has_int8
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 B, HQ, HKV, D, CONTEXT, S = 2, 6, 2, 64, 150, 16
 SCALE = D**-0.5
@@ -156,14 +155,3 @@ def test_recall_is_the_attention_on_what_was_selected(device):
     mass = attention_mass(q, k, SCALE, None, tokens.to(device), S).cpu().double()
     torch.testing.assert_close(mass, weights[:, :, [0, 7, 154]].sum(-1))
     assert attention_mass(q, k, SCALE, None, None, S).cpu() == pytest.approx(torch.ones(B, HQ))
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "quest-int8" or has_int8()])
-def test_a_step_waits_for_nothing(name):
-    """Tensors without data: whatever read a number of theirs on the host would raise."""
-    with FakeTensorMode():
-        kv = make_layer("cpu")
-        reader = make(name, 4 * S).start(kv)
-        for step in range(3):
-            kv.length.set(CONTEXT + 1 + step)
-            assert reader.attend(query("cpu")).shape == (B, HQ, D)

@@ -11,6 +11,7 @@ from quest_ops.evaluation.emulation import QuestEmulation
 from quest_ops.evaluation.policies import NAMES, make
 from quest_ops.evaluation.policies.summaries import has_int8
 from quest_ops.evaluation.session import Session
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
@@ -161,6 +162,17 @@ def test_halves_of_precision_run(device):
         scores = session.score(policy, ids[:, 290:])
         assert scores.dtype == torch.float32
         assert scores.isfinite().all(), policy
+
+
+@pytest.mark.parametrize("name", NAMES_HERE)
+def test_decoding_waits_for_nothing(name):
+    """A model without data: whatever read a number of a tensor on the host, transformers included, would raise."""
+    with FakeTensorMode():
+        model = Qwen3ForCausalLM(Qwen3Config(hidden_size=64, head_dim=64, num_hidden_layers=3, vocab_size=96)).eval()
+        ids, policy = torch.zeros(2, CONTEXT + QUESTION, dtype=torch.long), make(name, 32)
+        session = read(model, ids[:, :CONTEXT], [policy])
+        assert session.score(policy, ids[:, CONTEXT:]).shape == (2, QUESTION)
+        assert session.generate(policy, ids[:, CONTEXT:], 4).shape == (2, 4)
 
 
 # What is told
