@@ -1,4 +1,4 @@
-"""The command line: ``python -m quest_ops demo`` and ``python -m quest_ops info``."""
+"""The command line: ``python -m quest_ops`` with ``demo``, ``eval``, ``advise`` or ``info``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cache import PAGE_SIZES
+from .evaluation.command_line import add_commands
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,12 +40,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="for picture and JSON (results/demo)",
     )
+    add_commands(commands)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    return _info() if options.command == "info" else _demo(options)
+    if options.command == "info":
+        return _info()
+    return _demo(options) if options.command == "demo" else _evaluate(options)
 
 
 def _info() -> int:
@@ -84,6 +88,26 @@ def _demo(options: argparse.Namespace) -> int:
             console,
         )
     except (demo.DemoError, ImportError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    try:
+        import matplotlib as mpl  # noqa: F401
+        import transformers  # noqa: F401
+        from rich.console import Console
+    except ImportError as error:
+        return _fail(f"the evaluation needs a package that is missing ({error}): run `pip install 'quest_ops[eval]'`")
+    from .evaluation import command_line
+    from .evaluation.errors import InputError
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 110)
+    try:
+        command_line.run(options, console)
+    except (InputError, ImportError) as error:
         return _fail(str(error))
     return 0
 

@@ -13,8 +13,11 @@ from .. import _library
 from . import models, plots, policies, results, runner, tasks
 from .errors import InputError
 from .journal import Journal
+from .plots import maps
+from .session import Session
 from .tables import tables
 from .tasks.text import read_text
+from .watch import PagesOverTime, Recall
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,8 +83,39 @@ def run(options: Options, console: Console) -> list[results.Cell]:
     for table in tables(found):
         console.print(table)
     pictures = plots.draw(found, options.out)
+    watched = [way for way in ways if way.name.startswith("quest")]
+    if watched:
+        pictures += _watch(model, files.tokenizer, cells[-1], watched[len(watched) // 2], options.out)
     console.print(f"Written to {options.out}: results.json, results.csv, {', '.join(pictures)}", highlight=False)
     return found
+
+
+def _watch(
+    model: Any, tokenizer: models.Tokenizer, cell: tuple[tasks.Task, int, list[tasks.Sample]],
+    policy: policies.Policy, folder: Path,
+) -> list[str]:  # fmt: skip
+    """Pictures of what a policy reads for the first sample: attention mass by layer and head, and pages over time."""
+    task, length, samples = cell
+    ids = torch.tensor([samples[0].ids])
+    context, tail = ids[:, : -samples[0].tail], ids[:, -samples[0].tail :]
+    session = Session(model, max_tokens=length + 1, page_size=policy.page_size)
+    session.read(context, policies=[policy])
+    title = f"{policy.label()}, budget {policy.budget}: {task.name}, {length:,} tokens"
+    recall, pages = Recall(), PagesOverTime()
+    for observer in (recall, pages):
+        session.observer = observer
+        if task.answer_tokens:
+            session.generate(policy, tail, task.answer_tokens, tokenizer.eos)
+        else:
+            session.score(policy, tail)
+    kept = recall.by_head()
+    heads = [f"{head}" for head in range(kept.shape[1])]
+    maps.grid(kept, "layer", "query head", heads, f"Attention mass kept. {title}", folder / "recall.png")
+    found = pages.by_layer(-(-length // policy.page_size))
+    if not found:
+        return ["recall.png"]
+    maps.pages_over_time(found, policy.page_size, f"Pages read. {title}", folder / "pages.png")
+    return ["recall.png", "pages.png"]
 
 
 def make_policies(
