@@ -71,7 +71,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         session.read(ids[:, : -sample.tail], policies=[dense, *ways])
     tail = ids[:, -sample.tail :]
     dense_loss = -float(session.score(dense, tail).mean())
-    rows = []
+    rows: list[dict[str, Any]] = []
     for policy in ways:
         session.observer = recall = Recall()
         with console.status(f"decoding {sample.tail} tokens with a budget of {policy.budget}"):
@@ -87,7 +87,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             }
         )
     enough = [row["budget"] for row in rows if row["weakest_layer"] >= options.target]
-    advice = {
+    advice: dict[str, Any] = {
         "model": options.model,
         "text": text.name,
         "length": options.length,

@@ -11,10 +11,10 @@ from ..cache import PAGE_SIZES
 if TYPE_CHECKING:
     from rich.console import Console
 
-_TASKS = (
-    "passkey needles variable-tracking common-words perplexity pg19 "
-    "qasper narrativeqa hotpotqa multifieldqa_en gov_report triviaqa"
-).split()
+_TASKS = [
+    *("passkey", "needles", "variable-tracking", "common-words", "perplexity", "pg19"),
+    *("qasper", "narrativeqa", "hotpotqa", "multifieldqa_en", "gov_report", "triviaqa"),
+]
 
 
 def add_commands(commands: Any) -> None:

@@ -122,6 +122,11 @@ def make_policies(
     names: Sequence[str], budgets: Sequence[int], page_size: int, dense_layers: int
 ) -> list[policies.Policy]:
     """Each policy at each budget, those without one once."""
+    for budget in budgets:
+        if budget < 2 * page_size or budget % page_size:
+            raise InputError(
+                f"--budgets must be multiples of the page size, {page_size}, from {2 * page_size} on, got {budget}"
+            )
     try:
         made = [
             policies.make(name, budget, page_size=page_size, dense_layers=dense_layers)

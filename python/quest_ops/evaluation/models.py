@@ -125,7 +125,11 @@ def find(name: str) -> ModelFiles:
     except ValueError as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise InputError(f"--model {name} cannot be evaluated ({reason}): choose another model") from error
-    max_tokens = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    text_config = config.get_text_config(decoder=True)
+    for feature in ("sliding_window", "attn_logit_softcapping"):
+        if getattr(text_config, feature, None) is not None:
+            raise InputError(f"--model {name} cannot be evaluated (it has {feature}): choose one with plain attention")
+    max_tokens = getattr(text_config, "max_position_embeddings", None)
     return ModelFiles(name, TextTokenizer(tokenizer, name), max_tokens)
 
 

@@ -51,7 +51,7 @@ def grid(values: Tensor, rows: str, columns: str, names: list[str], title: str, 
     figure, axes = pyplot().subplots(
         figsize=(2.5 + 0.62 * values.shape[1], 1.6 + 0.36 * values.shape[0]), layout="constrained"
     )
-    image = axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    image = axes.imshow(values.tolist(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for y, line in enumerate(values.tolist()):
         for x, value in enumerate(line):
             axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=7, color="w" if value > 0.6 else "k")
@@ -71,7 +71,9 @@ def pages_over_time(pages: dict[int, Tensor], page_size: int, title: str, path: 
     )
     for (layer, counts), axes in zip(pages.items(), panels[:, 0], strict=True):
         extent: Any = (0, counts.shape[1] * page_size, counts.shape[0], 0)
-        axes.imshow(counts, cmap="Blues", aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=extent)
+        axes.imshow(
+            counts.tolist(), cmap="Blues", aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=extent
+        )
         axes.set_ylabel(f"layer {layer}\ndecoded token", fontsize=8)
     panels[0, 0].set_title(title, loc="left", fontsize=10)
     panels[-1, 0].set_xlabel("position in tokens")
