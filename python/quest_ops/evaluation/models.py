@@ -129,6 +129,10 @@ def find(name: str) -> ModelFiles:
     for feature in ("sliding_window", "attn_logit_softcapping"):
         if getattr(text_config, feature, None) is not None:
             raise InputError(f"--model {name} cannot be evaluated (it has {feature}): choose one with plain attention")
+    if getattr(text_config, "num_key_value_heads", None) is None:
+        raise InputError(
+            f"--model {name} cannot be evaluated (its configuration names no KV heads): choose another model"
+        )
     max_tokens = getattr(text_config, "max_position_embeddings", None)
     return ModelFiles(name, TextTokenizer(tokenizer, name), max_tokens)
 

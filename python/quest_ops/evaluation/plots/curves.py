@@ -59,6 +59,7 @@ def against_position(cells: list[Cell], path: Path) -> None:
                 style = line(cell["policy"], names) | {"marker": ""}
                 axes.plot(*zip(*cell["curve"], strict=True), label=cell["label"], **style)
         axes.set_title(f"{length:,} tokens, budget {budget}", loc="left")
+        axes.set_yscale("log")  # a single surprising token would flatten everything else
         axes.set_ylabel("perplexity")
         axes.grid(alpha=0.3)
     panels[-1, 0].set_xlabel("position in tokens")
