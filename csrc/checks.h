@@ -117,7 +117,8 @@ inline int32_t check_groups(int64_t Hq, int64_t Hkv, const char* heads, const ch
 
 // 16-byte vector accesses need the base and every stride but the last to be multiples of 16 bytes.
 inline bool is_aligned(const Tensor& t) {
-  const int64_t bytes = t.scalar_type() == ScalarType::Float ? 4 : 2;
+  const ScalarType type = t.scalar_type();
+  const int64_t bytes = type == ScalarType::Float ? 4 : type == ScalarType::Char ? 1 : 2;
   if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16) return false;
   for (int64_t i = 0; i + 1 < t.dim(); ++i)
     if (t.size(i) > 1 && t.stride(i) * bytes % 16) return false;
@@ -171,13 +172,40 @@ inline void check_same_pages(const Tensor& t, const char* name, const Tensor& li
       t.size(0));
 }
 
-inline Bounds check_bounds(const Tensor& t, const Tensor& like, const char* like_name, int64_t Hkv, int64_t D) {
+// Bounds are of the keys' dtype, or int8 where they come with scales.
+inline Bounds check_bounds(
+    const Tensor& t, const std::optional<Tensor>& scales, const Tensor& like, const char* like_name, int64_t Hkv,
+    int64_t D) {
   check_dim(t, "k_bounds", 4, "[N, Hkv, 2, D]");
-  check_like(t, "k_bounds", like, like_name);
+  if (scales) {
+    STD_TORCH_CHECK(
+        t.scalar_type() == ScalarType::Char, "k_bounds must be int8 where k_scales is given, got ",
+        torch::headeronly::toString(t.scalar_type()));
+    check_same_device(t, "k_bounds", like, like_name);
+    check_last_stride(t, "k_bounds");
+  } else {
+    STD_TORCH_CHECK(t.scalar_type() != ScalarType::Char, "k_bounds of int8 needs k_scales, got none");
+    check_like(t, "k_bounds", like, like_name);
+  }
   check_size(t, "k_bounds", 1, Hkv, "[N, Hkv, 2, D]", "the number of KV heads");
   check_size(t, "k_bounds", 2, 2, "[N, Hkv, 2, D]", "lower and upper");
   check_size(t, "k_bounds", 3, D, "[N, Hkv, 2, D]", "head_dim");
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), is_aligned(t)};
+  Bounds bounds{
+      const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), is_aligned(t), nullptr, 0, 0};
+  if (!scales) return bounds;
+  STD_TORCH_CHECK(
+      scales->scalar_type() == ScalarType::Float, "k_scales must be float32, got ",
+      torch::headeronly::toString(scales->scalar_type()));
+  check_same_device(*scales, "k_scales", like, like_name);
+  check_dim(*scales, "k_scales", 2, "[N, Hkv]");
+  check_size(*scales, "k_scales", 0, t.size(0), "[N, Hkv]", "the pages of k_bounds");
+  check_size(*scales, "k_scales", 1, Hkv, "[N, Hkv]", "the number of KV heads");
+  bounds.scales = const_cast<float*>(static_cast<const float*>(scales->const_data_ptr()));
+  bounds.scales_stride_n = scales->stride(0), bounds.scales_stride_h = scales->stride(1);
+  // An empty tensor has no address, but null means 16-bit bounds: any address will do, as nothing is read from it.
+  static float nothing;
+  if (!bounds.scales) bounds.scales = &nothing;
+  return bounds;
 }
 
 inline NewTokens check_new_tokens(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
@@ -198,7 +226,8 @@ inline const int32_t* check_optional_lens(
 
 inline AppendParams check_append_kv(
     const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_bounds,
-    const Tensor& page_table, const Tensor& seq_lens, const std::optional<Tensor>& new_lens) {
+    const Tensor& page_table, const Tensor& seq_lens, const std::optional<Tensor>& new_lens,
+    const std::optional<Tensor>& k_scales) {
   AppendParams p{};
   p.dtype = check_dtype(k, "k");
   check_dim(k, "k", 4, "[B, T, Hkv, D]");
@@ -208,7 +237,7 @@ inline AppendParams check_append_kv(
   p.v = check_new_tokens(v, "v", k, "k");
   p.k_cache = check_cache(k_cache, "k_cache", k, "k", Hkv, D);
   p.v_cache = check_cache(v_cache, "v_cache", k, "k", Hkv, D);
-  p.k_bounds = check_bounds(k_bounds, k, "k", Hkv, D);
+  p.k_bounds = check_bounds(k_bounds, k_scales, k, "k", Hkv, D);
   check_same_pages(v_cache, "v_cache", k_cache, "k_cache");
   check_same_pages(k_bounds, "k_bounds", k_cache, "k_cache");
   check_size(v_cache, "v_cache", 2, k_cache.size(2), "[N, Hkv, S, D]", "the page size of k_cache");
@@ -223,14 +252,14 @@ inline AppendParams check_append_kv(
 
 inline UpdateBoundsParams check_update_bounds(
     const Tensor& k_cache, const Tensor& k_bounds, const Tensor& page_table, const Tensor& seq_lens,
-    const std::optional<Tensor>& first_token) {
+    const std::optional<Tensor>& first_token, const std::optional<Tensor>& k_scales) {
   UpdateBoundsParams p{};
   p.dtype = check_dtype(k_cache, "k_cache");
   check_dim(k_cache, "k_cache", 4, "[N, Hkv, S, D]");
   const int64_t Hkv = k_cache.size(1);
   const int32_t D = check_head_dim(k_cache, "k_cache");
   p.k_cache = check_cache(k_cache, "k_cache", k_cache, "k_cache", Hkv, D);
-  p.k_bounds = check_bounds(k_bounds, k_cache, "k_cache", Hkv, D);
+  p.k_bounds = check_bounds(k_bounds, k_scales, k_cache, "k_cache", Hkv, D);
   check_same_pages(k_bounds, "k_bounds", k_cache, "k_cache");
   const int32_t shift = check_page_size(k_cache.size(2), "k_cache's page size (dimension 2)");
   check_dim(page_table, "page_table", 2, "[B, P]");
@@ -243,7 +272,8 @@ inline UpdateBoundsParams check_update_bounds(
 }
 
 inline EstimateParams check_estimate(
-    const Tensor& q, const Tensor& k_bounds, const Tensor& page_table, const Tensor& seq_lens, int64_t page_size) {
+    const Tensor& q, const Tensor& k_bounds, const Tensor& page_table, const Tensor& seq_lens, int64_t page_size,
+    const std::optional<Tensor>& k_scales) {
   EstimateParams p{};
   p.dtype = check_dtype(q, "q");
   const Rows r = check_rows(q, "q", "[B, Hq, D] or [B, T, Hq, D]");
@@ -252,13 +282,28 @@ inline EstimateParams check_estimate(
   check_dim(k_bounds, "k_bounds", 4, "[N, Hkv, 2, D]");
   const int64_t Hkv = k_bounds.size(1);
   check_groups(r.H, Hkv, "q's heads", "k_bounds' heads");
-  p.k_bounds = check_bounds(k_bounds, q, "q", Hkv, D);
+  p.k_bounds = check_bounds(k_bounds, k_scales, q, "q", Hkv, D);
   const int32_t shift = check_page_size(page_size, "page_size");
   p.paging = check_paging(page_table, seq_lens, r.B, k_bounds.size(0), shift, q, "q");
   p.size = {
       static_cast<int32_t>(r.B), static_cast<int32_t>(r.T), static_cast<int32_t>(r.H), static_cast<int32_t>(Hkv), D};
   p.q = {q.const_data_ptr(), r.stride_b, r.stride_t, r.stride_h, is_aligned(q)};
   return p;
+}
+
+inline void check_selection(
+    int64_t k, const char* name, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages) {
+  STD_TORCH_CHECK(
+      group_reduce >= 0 && group_reduce <= 3, "group_reduce must be 0 (none), 1 (max), 2 (sum) or 3 (soft), got ",
+      group_reduce);
+  check_int32_range(k, name);
+  STD_TORCH_CHECK(k >= 1, name, " must be at least 1, got ", k);
+  STD_TORCH_CHECK(sink_pages >= 0, "sink_pages must be at least 0, got ", sink_pages);
+  STD_TORCH_CHECK(recent_pages >= 0, "recent_pages must be at least 0, got ", recent_pages);
+  STD_TORCH_CHECK(
+      sink_pages <= k && recent_pages <= k - sink_pages, name,
+      " must hold the forced pages: sink_pages + recent_pages is ", sink_pages, " + ", recent_pages, ", got ", name,
+      " = ", k);
 }
 
 inline TopkParams check_topk_pages(
@@ -271,16 +316,7 @@ inline TopkParams check_topk_pages(
   const Rows r = check_rows(scores, "scores", "[B, Hq, P] or [B, T, Hq, P]");
   check_last_stride(scores, "scores");
   check_groups(r.H, num_kv_heads, "scores' heads", "num_kv_heads");
-  STD_TORCH_CHECK(
-      group_reduce >= 0 && group_reduce <= 3, "group_reduce must be 0 (none), 1 (max), 2 (sum) or 3 (soft), got ",
-      group_reduce);
-  check_int32_range(k, "k");
-  STD_TORCH_CHECK(k >= 1, "k must be at least 1, got ", k);
-  STD_TORCH_CHECK(sink_pages >= 0, "sink_pages must be at least 0, got ", sink_pages);
-  STD_TORCH_CHECK(recent_pages >= 0, "recent_pages must be at least 0, got ", recent_pages);
-  STD_TORCH_CHECK(
-      sink_pages <= k && recent_pages <= k - sink_pages, "k must hold the forced pages: sink_pages + recent_pages is ",
-      sink_pages, " + ", recent_pages, ", got k = ", k);
+  check_selection(k, "k", group_reduce, sink_pages, recent_pages);
   const int32_t shift = check_page_size(page_size, "page_size");
   check_int32(seq_lens, "seq_lens", scores, "scores");
   check_dim(seq_lens, "seq_lens", 1, "[B]");
@@ -344,6 +380,27 @@ inline DecodeParams check_sparse_decode(
   return p;
 }
 
+inline DecodeStepParams check_decode_step(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+    const Tensor& k_bounds, const Tensor& page_table, const Tensor& start_lens, const Tensor& seq_lens,
+    int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, std::optional<double> scale,
+    const std::optional<Tensor>& k_scales) {
+  const DecodeParams d = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, std::nullopt, scale);
+  check_like(k, "k", q, "q");
+  check_dim(k, "k", 4, "[B, T, Hkv, D]");
+  check_size(k, "k", 0, d.size.B, "[B, T, Hkv, D]", "the number of sequences");
+  check_size(k, "k", 1, d.size.T, "[B, T, Hkv, D]", "the new tokens of q");
+  DecodeStepParams p{};
+  p.append = check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, std::nullopt, k_scales);
+  check_selection(num_pages, "num_pages", group_reduce, sink_pages, recent_pages);
+  p.size = d.size, p.paging = d.paging, p.q = d.q, p.scale = d.scale;
+  p.reduce = static_cast<GroupReduce>(group_reduce);
+  p.Hs = p.reduce == GroupReduce::none ? p.size.Hq : p.size.Hkv;
+  p.K = static_cast<int32_t>(num_pages);
+  p.sink_pages = static_cast<int32_t>(sink_pages), p.recent_pages = static_cast<int32_t>(recent_pages);
+  return p;
+}
+
 // Values. On the CPU they are always checked; on the GPU only where QUEST_OPS_CHECK=1 asks for the copy and the sync.
 
 inline bool value_checks_requested() {
@@ -377,6 +434,17 @@ inline void check_values(const AppendParams& p) {
         n <= p.paging.capacity() - length, "page_table must have room for seq_lens + new tokens, ", length, " + ", n,
         " for sequence ", b, ", got ", p.paging.P, " pages of ", p.paging.page_size());
     if (n) check_page_table(p.paging, b, length >> p.paging.page_shift, p.paging.pages_of(length + n));
+  }
+}
+
+inline void check_values(const DecodeStepParams& p) {
+  check_seq_lens(p.paging, p.size.B);
+  check_values(p.append);
+  for (int32_t b = 0; b < p.size.B; ++b) {
+    check_page_table(p.paging, b, 0, p.paging.pages_of(p.paging.seq_lens[b]));
+    STD_TORCH_CHECK(
+        p.paging.seq_lens[b] == p.append.paging.seq_lens[b] + p.size.T, "seq_lens must be start_lens + T, ",
+        p.append.paging.seq_lens[b], " + ", p.size.T, " for sequence ", b, ", got ", p.paging.seq_lens[b]);
   }
 }
 

@@ -64,10 +64,12 @@ struct Cache {  // [N, Hkv, S, D], keys or values
   bool aligned;
 };
 
-struct Bounds {  // [N, Hkv, 2, D]: lower, upper
+struct Bounds {  // [N, Hkv, 2, D]: lower, upper; signed bytes where there are scales, else like the cache
   void* data;
   int64_t stride_n, stride_h, stride_c;
   bool aligned;
+  float* scales;  // [N, Hkv] or null: what a byte's unit is worth
+  int64_t scales_stride_n, scales_stride_h;
 };
 
 struct NewTokens {  // [B, T, Hkv, D], keys or values
@@ -120,6 +122,17 @@ struct TopkParams {
   GroupReduce reduce;
   float scale;     // of the scores, for GroupReduce::soft
   int32_t* pages;  // [B, T, Hs, K] contiguous
+};
+
+// One step of decoding: append, estimate, topk_pages and sparse_decode.
+struct DecodeStepParams {
+  AppendParams append;  // paging.seq_lens: tokens before the step
+  Sizes size;
+  Paging paging;  // seq_lens: tokens with the new ones
+  Query q;
+  int32_t Hs, K, sink_pages, recent_pages;
+  GroupReduce reduce;
+  float scale;
 };
 
 struct DecodeParams {

@@ -39,15 +39,20 @@ static std::unique_ptr<float[]> split_queries(const EstimateParams& p) {
 
 static void estimate_pages(const EstimateParams& p, const float* queries, int b, int first) {
   const auto [B, T, Hq, Hkv, D] = p.size;
-  const auto dots = loops().dots[dtype_index(p.dtype)];
+  const Bounds& bounds = p.k_bounds;
+  const auto dots = loops().dots[bounds.scales ? kBytes : dtype_index(p.dtype)];
+  const int64_t size = bounds.scales ? 1 : element_size(p.dtype);
   const int group = p.size.group(), width = std::min(kTaskPages, p.paging.P - first);
   const int pages = std::clamp(p.paging.pages_of(p.paging.length(b)) - first, 0, width);
   const void *lower[kTaskPages], *upper[kTaskPages];
+  float scale[kTaskPages];
   for (int h = 0; h < Hkv; ++h) {
     for (int i = 0; i < pages; ++i) {
-      const int64_t offset = p.paging.physical(b, first + i) * p.k_bounds.stride_n + h * p.k_bounds.stride_h;
-      lower[i] = element(p.k_bounds.data, offset, p.dtype);
-      upper[i] = element(p.k_bounds.data, offset + p.k_bounds.stride_c, p.dtype);
+      const int64_t page = p.paging.physical(b, first + i);
+      const std::byte* const row =
+          static_cast<const std::byte*>(bounds.data) + (page * bounds.stride_n + h * bounds.stride_h) * size;
+      lower[i] = row, upper[i] = row + bounds.stride_c * size;
+      scale[i] = bounds.scales ? bounds.scales[page * bounds.scales_stride_n + h * bounds.scales_stride_h] : 1.f;
     }
     for (int t = 0; t < T; ++t) {
       const float* q = queries + ((int64_t{b} * Hkv + h) * T + t) * 2 * group * D;
@@ -63,14 +68,18 @@ static void estimate_pages(const EstimateParams& p, const float* queries, int b,
         dots(q + g * D, rows, lower, seen, D, 1.0f, scores, p.paging.P);
         dots(q + (group + g) * D, rows, upper, seen, D, 1.0f, uppers[0], kTaskPages);
         for (int r = 0; r < rows; ++r)
-          for (int i = 0; i < seen; ++i) scores[r * int64_t{p.paging.P} + i] += uppers[r][i];
+          for (int i = 0; i < seen; ++i) {
+            float& score = scores[r * int64_t{p.paging.P} + i];
+            score = (score + uppers[r][i]) * scale[i];
+          }
       }
     }
   }
 }
 
-Tensor estimate(Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size) {
-  EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size);
+Tensor estimate(
+    Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size, std::optional<Tensor> k_scales) {
+  EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales);
   check_values(p);
   const auto [B, T, Hq, Hkv, D] = p.size;
   const int64_t P = p.paging.P;

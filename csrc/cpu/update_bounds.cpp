@@ -16,8 +16,8 @@ static void update_page(const UpdateBoundsParams& p, int b, int h, int logical) 
 }
 
 void update_bounds(
-    Tensor k_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens, std::optional<Tensor> first_token) {
-  const UpdateBoundsParams p = check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token);
+    Tensor k_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens, std::optional<Tensor> first_token, std::optional<Tensor> k_scales) {
+  const UpdateBoundsParams p = check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales);
   check_values(p);
   const int64_t heads = p.size.Hkv, pages = p.paging.P, tasks = p.size.B * pages * heads;
   const int64_t bytes = int64_t{p.paging.page_size()} * p.size.D * element_size(p.dtype);

@@ -7,22 +7,16 @@
 
 namespace quest::cuda {
 
-template <class T>
-__global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendParams p) {
-  wait_for_previous_kernel();
-  const int touched = blockIdx.x % p.max_touched;
-  const int head = blockIdx.x / p.max_touched % p.size.Hkv;
-  const int b = blockIdx.x / p.max_touched / p.size.Hkv;
+// The new tokens [start, end) of sequence b that fall into a page, written by one block with the bounds of the page.
+template <class T, int kThreads>
+__device__ __forceinline__ void append_to_page(
+    const AppendParams& p, int b, int head, int page, int start, int end,
+    typename PageBounds<T, kThreads>::Shared& shared) {
   const Paging& g = p.paging;
-  const int start = g.length(b);
-  const int end = min(start + p.new_tokens(b), g.capacity());
-  const int page = (start >> g.page_shift) + touched;
   const int first = page << g.page_shift;
-  if (first >= end || start == end) return;
   const int64_t physical = g.physical(b, page);
   if (physical < 0) return;
-
-  PageBounds<T> bounds(p.size.D);
+  PageBounds<T, kThreads> bounds(p.size.D);
   if (bounds.active) {
     const auto cached = [&](const Cache& c) {
       return static_cast<T*>(c.data) + physical * c.stride_n + head * c.stride_h + bounds.offset();
@@ -46,7 +40,21 @@ __global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendP
       bounds.add(key);
     }
   }
-  bounds.store(p.k_bounds, physical, head);
+  bounds.store(p.k_bounds, physical, head, shared);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendParams p) {
+  __shared__ typename PageBounds<T, kBoundsThreads>::Shared shared;
+  wait_for_previous_kernel();
+  const int touched = blockIdx.x % p.max_touched;
+  const int head = blockIdx.x / p.max_touched % p.size.Hkv;
+  const int b = blockIdx.x / p.max_touched / p.size.Hkv;
+  const int start = p.paging.length(b);
+  const int end = min(start + p.new_tokens(b), p.paging.capacity());
+  const int page = (start >> p.paging.page_shift) + touched;
+  if (page << p.paging.page_shift >= end || start == end) return;
+  append_to_page<T, kBoundsThreads>(p, b, head, page, start, end, shared);
   start_next_kernel();
 }
 

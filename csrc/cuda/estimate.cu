@@ -9,7 +9,7 @@ namespace quest::cuda {
 
 namespace {
 
-template <class T>
+template <class T, class Bound>
 void launch_estimate(const EstimateParams& p, cudaStream_t stream) {
   const auto blocks = [&](int pages_a_tile) {
     const int64_t tiles = (p.paging.P + pages_a_tile - 1) / pages_a_tile;
@@ -18,18 +18,19 @@ void launch_estimate(const EstimateParams& p, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
     if (p.q.aligned && p.k_bounds.aligned) {
       const auto launch = [&]<int D>(std::integral_constant<int, D>) {
-        launch_in_order(estimate_mma_kernel<T, D>, blocks(kMmaEstimatePages), kEstimateThreads, 0, stream, p);
+        launch_in_order(estimate_mma_kernel<T, Bound, D>, blocks(kMmaEstimatePages), kEstimateThreads, 0, stream, p);
       };
       return dispatch_head_dim(p.size.D, launch);
     }
   }
-  launch_in_order(estimate_simt_kernel<T>, blocks(kEstimateThreads), kEstimateThreads, 0, stream, p);
+  launch_in_order(estimate_simt_kernel<T, Bound>, blocks(kEstimateThreads), kEstimateThreads, 0, stream, p);
 }
 
 }  // namespace
 
-Tensor estimate(Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size) {
-  EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size);
+Tensor estimate(
+    Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size, std::optional<Tensor> k_scales) {
+  EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales);
   const ProfilerRange range("estimate");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
@@ -39,7 +40,10 @@ Tensor estimate(Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, i
   Tensor scores = torch::stable::empty(shape, ScalarType::Float, std::nullopt, q.device());
   if (scores.numel() == 0) return scores;
   p.scores = static_cast<float*>(scores.mutable_data_ptr());
-  dispatch_dtype(p.dtype, [&](auto element) { launch_estimate<decltype(element)>(p, stream); });
+  dispatch_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    p.k_bounds.scales ? launch_estimate<T, int8_t>(p, stream) : launch_estimate<T, T>(p, stream);
+  });
   return scores;
 }
 

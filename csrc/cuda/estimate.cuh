@@ -4,8 +4,8 @@
 // the head; the grid covers the capacity P, and blocks past the last page only write -inf.
 #pragma once
 
+#include "bounds_tile.cuh"
 #include "launch_order.cuh"
-#include "row_mma.cuh"
 
 namespace quest::cuda {
 
@@ -37,20 +37,18 @@ __device__ __forceinline__ void write_score(const EstimateParams& p, int b, int 
   p.scores[((int64_t{b} * p.size.T + t) * p.size.Hq + h) * p.paging.P + page] = seen ? score : -INFINITY;
 }
 
-// The bounds of a page, or null where the page does not exist. Where the table is wrong the scores become NaN.
-template <class T>
-__device__ __forceinline__ const T* bounds_row(
+// The physical page, or -1 where there is none. Where the table is wrong the scores become NaN.
+__device__ __forceinline__ int64_t bounds_page(
     const EstimateParams& p, const EstimateTile& tile, int page, bool& broken) {
   // Looked up before the length is asked about: the two loads then wait together.
   const int64_t physical = p.paging.physical(tile.b, page);
   broken = physical < 0 && page < tile.pages;
-  if (physical < 0 || page >= tile.pages) return nullptr;
-  return static_cast<const T*>(p.k_bounds.data) + physical * p.k_bounds.stride_n + tile.head * p.k_bounds.stride_h;
+  return page < tile.pages ? physical : -1;
 }
 
 constexpr int kMmaEstimatePages = kEstimateWarps * kMmaRows;
 
-template <class T, int D>
+template <class T, class Bound, int D>
 __global__ void __launch_bounds__(kEstimateThreads) estimate_mma_kernel(const EstimateParams p) {
   wait_for_previous_kernel();
   const EstimateTile tile(p, kMmaEstimatePages);
@@ -59,25 +57,21 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_mma_kernel(const Es
   if (first >= p.paging.P) return;
 
   bool broken[2];
-  const T* const low = bounds_row<T>(p, tile, first + r, broken[0]);
-  const T* const high = bounds_row<T>(p, tile, first + r + 8, broken[1]);
-  SixteenRows<D> lower, upper;
-  lower.low.load(low);
-  lower.high.load(high);
-  upper.low.load(low ? low + p.k_bounds.stride_c : low);
-  upper.high.load(high ? high + p.k_bounds.stride_c : high);
+  BoundsTile<T, Bound, D> bounds;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    bounds.load(half, p.k_bounds, bounds_page(p, tile, first + r + half * 8, broken[half]), tile.head);
 
   for (int i = 0; i < tile.rows; i += kMmaHeads) {
-    RowPieces<D> query;
+    SplitQuery<T, Bound, D> query;
     query.load(i + r < tile.rows ? query_row<T>(p.q, p.size, tile.b, tile.head, i + r) : nullptr);
-    float acc[4] = {};
-    dot<T>(acc, lower, negative_part<T>(query));
-    dot<T>(acc, upper, positive_part<T>(query));
+    float scores[4];
+    bounds.score(scores, query);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int row = i + 2 * c + e % 2, page = first + r + e / 2 * 8;
       if (row < tile.rows && page < p.paging.P)
-        write_score(p, tile.b, tile.head, row, page, broken[e / 2] ? NAN : acc[e]);
+        write_score(p, tile.b, tile.head, row, page, broken[e / 2] ? NAN : scores[e]);
     }
   }
   start_next_kernel();
@@ -88,15 +82,20 @@ constexpr int kSimtRows = 8;
 constexpr int kMaxHeadDim = 256;
 constexpr int kSimtBlock = 16;  // divides every head_dim
 
-template <class T>
+template <class T, class Bound>
 __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const EstimateParams p) {
   __shared__ float query[kSimtRows][kMaxHeadDim];
   wait_for_previous_kernel();
   const EstimateTile tile(p, kEstimateThreads);
   const int page = tile.first_page + threadIdx.x, D = p.size.D;
+  const Bounds& bounds = p.k_bounds;
   bool broken;
-  const T* const lower = bounds_row<T>(p, tile, page, broken);
-  const T* const upper = lower ? lower + p.k_bounds.stride_c : lower;
+  const int64_t physical = bounds_page(p, tile, page, broken);
+  const Bound* const lower = static_cast<const Bound*>(bounds.data) + physical * bounds.stride_n + tile.head * bounds.stride_h;
+  const Bound* const upper = lower + bounds.stride_c;
+  const float scale = sizeof(Bound) == 1 && physical >= 0
+                          ? bounds.scales[physical * bounds.scales_stride_n + tile.head * bounds.scales_stride_h]
+                          : 1.f;
 
   for (int i = 0; i < tile.rows; i += kSimtRows) {
     __syncthreads();
@@ -106,13 +105,13 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const E
     __syncthreads();
     // In blocks, which keeps the rounding error of long rows down.
     float acc[kSimtRows] = {};
-    for (int first = 0; lower && first < D; first += kSimtBlock) {
+    for (int first = 0; physical >= 0 && first < D; first += kSimtBlock) {
       float block[kSimtRows] = {};
 #pragma unroll
-      for (int d = first; d < first + kSimtBlock; d += Vec<T>::kSize) {
-        const Vec<T> lo = load_vec(lower + d, p.k_bounds.aligned), hi = load_vec(upper + d, p.k_bounds.aligned);
+      for (int d = first; d < first + kSimtBlock; d += Vec<Bound>::kSize) {
+        const Vec<Bound> lo = load_vec(lower + d, bounds.aligned), hi = load_vec(upper + d, bounds.aligned);
 #pragma unroll
-        for (int j = 0; j < Vec<T>::kSize; ++j)
+        for (int j = 0; j < Vec<Bound>::kSize; ++j)
 #pragma unroll
           for (int row = 0; row < kSimtRows; ++row) {
             const float q = query[row][d + j];
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const E
 #pragma unroll
     for (int row = 0; row < kSimtRows; ++row)
       if (i + row < tile.rows && page < p.paging.P)
-        write_score(p, tile.b, tile.head, i + row, page, broken ? NAN : acc[row]);
+        write_score(p, tile.b, tile.head, i + row, page, broken ? NAN : sizeof(Bound) == 1 ? acc[row] * scale : acc[row]);
   }
   start_next_kernel();
 }

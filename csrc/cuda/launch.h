@@ -54,20 +54,43 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
 }
 
 // Launches a kernel that begins with wait_for_previous_kernel() (launch_order.cuh): on Hopper and newer its blocks may
-// be put in place while the kernel before it drains.
+// be put in place while the kernel before it drains. cluster: blocks of a thread block cluster, 0 for none.
 template <class Params>
 void launch_in_order(
-    void (*kernel)(Params), unsigned blocks, int threads, size_t shared, cudaStream_t stream, const Params& p) {
+    void (*kernel)(Params), unsigned blocks, int threads, size_t shared, cudaStream_t stream, const Params& p,
+    unsigned cluster = 0) {
   int device = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  // What a block may have unasked; more must be allowed for each kernel.
+  if (shared > 32 * 1024)
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  if (cluster > 8) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9) config.numAttrs = cluster ? 2 : 1;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
+}
+
+// Clusters of so many blocks that the device can hold at once.
+template <class Params>
+int active_clusters(void (*kernel)(Params), int threads, size_t shared, unsigned cluster) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = cluster, config.blockDim = threads, config.dynamicSmemBytes = shared;
+  config.attrs = &attribute, config.numAttrs = 1;
+  int count = 0;
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kernel, &config));
+  return count;
 }
 
 // Device integers copied to the host, so that the CPU's value checks can read them.

@@ -1,6 +1,9 @@
-// The elementwise minimum and maximum of the keys of one page and head, by one block: the part that append_kv and
-// update_bounds share. A thread keeps one vector of head dimensions and every `rows`-th token; the rows then meet in
-// shared memory. NaN keys give NaN bounds, so that a broken page is seen and not skipped.
+// The elementwise minimum and maximum of the keys of one page and head, by one block: the part that the kernels which
+// write keys share. A thread keeps one vector of head dimensions and every `rows`-th token; the rows then meet in shared
+// memory. NaN keys give NaN bounds, so that a broken page is seen and not skipped.
+//
+// 8-bit bounds are whole multiples of the page's scale, its largest magnitude / 127 rounded up, themselves rounded
+// outward by directed division: so they stay bounds, exactly. The CPU computes the same numbers bit for bit.
 #pragma once
 
 #include "elements.cuh"
@@ -9,16 +12,21 @@ namespace quest::cuda {
 
 constexpr int kBoundsThreads = 128;
 
-template <class T>
+template <class T, int kThreads>
 struct PageBounds {
   static constexpr int kVec = Vec<T>::kSize;
+  struct Shared {
+    Vec<T> lower[kThreads], upper[kThreads];
+    float largest[kThreads];
+  };
+
   int vecs, rows, vec, row;  // a row of threads covers head_dim once
   bool active;
   float lower[kVec], upper[kVec];
 
   __device__ explicit PageBounds(int D) {
     vecs = D / kVec;
-    rows = kBoundsThreads / vecs;
+    rows = kThreads / vecs;
     vec = threadIdx.x % vecs;
     row = threadIdx.x / vecs;
     active = row < rows;
@@ -37,29 +45,66 @@ struct PageBounds {
     }
   }
 
-  __device__ void store(const Bounds& bounds, int64_t page, int head) {
-    __shared__ float shared[2][kBoundsThreads][kVec];
+  // By all threads of the block, of which those past `rows` have nothing to add.
+  __device__ void store(const Bounds& bounds, int64_t page, int head, Shared& shared) {
+    Vec<T> low, high;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      shared[0][threadIdx.x][i] = lower[i];
-      shared[1][threadIdx.x][i] = upper[i];
+    for (int i = 0; i < kVec; ++i) low.at[i] = from_float<T>(lower[i]), high.at[i] = from_float<T>(upper[i]);
+    shared.lower[threadIdx.x] = low, shared.upper[threadIdx.x] = high;
+    __syncthreads();
+    for (int r = 1; row == 0 && r < rows; ++r) {
+      low = shared.lower[r * vecs + vec], high = shared.upper[r * vecs + vec];
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        lower[i] = nan_min(lower[i], to_float(low.at[i]));
+        upper[i] = nan_max(upper[i], to_float(high.at[i]));
+      }
     }
+    if (bounds.scales) {
+      store_bytes(bounds, page, head, shared);
+    } else if (row == 0) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) low.at[i] = from_float<T>(lower[i]), high.at[i] = from_float<T>(upper[i]);
+      T* const to = static_cast<T*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h + offset();
+      store_vec(to, low, bounds.aligned);
+      store_vec(to + bounds.stride_c, high, bounds.aligned);
+    }
+  }
+
+ private:
+  __device__ void store_bytes(const Bounds& bounds, int64_t page, int head, Shared& shared) {
+    float largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) largest = nan_max(largest, nan_max(fabsf(lower[i]), fabsf(upper[i])));
+    if (row == 0) shared.largest[vec] = largest;
     __syncthreads();
     if (row != 0) return;
-    Vec<T> out[2];
+    for (int i = 0; i < vecs; ++i) largest = nan_max(largest, shared.largest[i]);
+    const float scale = __fdiv_ru(largest, 127.f);
+    int8_t* const to =
+        static_cast<int8_t*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h + offset();
+    const bool some = scale > 0.f && scale < INFINITY;  // else zeros: scores are 0, or NaN as the scale is
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      for (int r = 1; r < rows; ++r) {
-        lower[i] = nan_min(lower[i], shared[0][r * vecs + vec][i]);
-        upper[i] = nan_max(upper[i], shared[1][r * vecs + vec][i]);
-      }
-      out[0].at[i] = from_float<T>(lower[i]);
-      out[1].at[i] = from_float<T>(upper[i]);
+      to[i] = some ? static_cast<int8_t>(floorf(__fdiv_rd(lower[i], scale))) : 0;
+      to[i + bounds.stride_c] = some ? static_cast<int8_t>(ceilf(__fdiv_ru(upper[i], scale))) : 0;
     }
-    T* base = static_cast<T*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h + offset();
-    store_vec(base, out[0], bounds.aligned);
-    store_vec(base + bounds.stride_c, out[1], bounds.aligned);
+    if (vec == 0)
+      bounds.scales[page * bounds.scales_stride_n + head * bounds.scales_stride_h] = scale;
   }
 };
+
+// The bounds of a page from the first `tokens` keys in it.
+template <class T, int kThreads>
+__device__ __forceinline__ void renew_page_bounds(
+    const Cache& cache, const Bounds& to, int D, int64_t page, int head, int tokens,
+    typename PageBounds<T, kThreads>::Shared& shared) {
+  PageBounds<T, kThreads> bounds(D);
+  const T* const keys =
+      static_cast<const T*>(cache.data) + page * cache.stride_n + head * cache.stride_h + bounds.offset();
+  for (int s = bounds.row; bounds.active && s < tokens; s += bounds.rows)
+    bounds.add(load_vec(keys + s * cache.stride_s, cache.aligned));
+  bounds.store(to, page, head, shared);
+}
 
 }  // namespace quest::cuda

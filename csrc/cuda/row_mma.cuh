@@ -47,10 +47,26 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 }
 
-// One lane's share of a row of D elements: pieces of 8 elements, pieces c, c + 4, c + 8, ...
-template <int D>
+// 16 bytes that are read once, or zeros. Not a read-only load: another block of the same kernel may have written them.
+__device__ __forceinline__ uint4 load_once(const void* from, bool there) {
+  uint4 x;
+  asm volatile(
+      "{\n"
+      "  .reg .pred there;\n"
+      "  setp.ne.u32 there, %5, 0;\n"
+      "  mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+      "  @there ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+      : "l"(from), "r"(static_cast<unsigned>(there)));
+  return x;
+}
+
+// One lane's share of a row of D elements: runs of kRun elements, runs c, c + 4, c + 8, ..., kept by eights.
+template <int D, int kRun = 8>
 struct RowPieces {
-  static constexpr int kCount = (D + 31) / 32;
+  static constexpr int kEights = kRun / 8;
+  static constexpr int kCount = (D + 4 * kRun - 1) / (4 * kRun) * kEights;
   uint4 at[kCount];
 
   // A row that is not there (null) reads as zeros, and so does what lies past D.
@@ -59,19 +75,19 @@ struct RowPieces {
     const int c = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int d = (4 * i + c) * 8;
-      at[i] = row && (D % 32 == 0 || d < D) ? __ldg(reinterpret_cast<const uint4*>(row + d)) : uint4{0, 0, 0, 0};
+      const int d = (4 * (i / kEights) + c) * kRun + i % kEights * 8;
+      at[i] = load_once(row + d, row && (D % (4 * kRun) == 0 || d < D));
     }
   }
 
   __device__ __forceinline__ uint4 operator[](int i) const { return at[i]; }
 };
 
-template <class T, int D, class F>
-__device__ __forceinline__ RowPieces<D> map_pairs(RowPieces<D> q, F f) {
+template <class T, class Pieces, class F>
+__device__ __forceinline__ Pieces map_pairs(Pieces q, F f) {
   using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
 #pragma unroll
-  for (int i = 0; i < RowPieces<D>::kCount; ++i) {
+  for (int i = 0; i < Pieces::kCount; ++i) {
     Pair* pairs = reinterpret_cast<Pair*>(&q.at[i]);
 #pragma unroll
     for (int j = 0; j < 4; ++j) pairs[j] = f(pairs[j]);
@@ -80,26 +96,22 @@ __device__ __forceinline__ RowPieces<D> map_pairs(RowPieces<D> q, F f) {
 }
 
 // max(q, 0) and min(q, 0), two elements at a time. NaN stays NaN in both.
-template <class T, int D>
-__device__ __forceinline__ RowPieces<D> positive_part(const RowPieces<D>& q) {
+template <class T, class Pieces>
+__device__ __forceinline__ Pieces positive_part(const Pieces& q) {
   return map_pairs<T>(q, [](auto x) { return __hmax2_nan(x, decltype(x){}); });
 }
-template <class T, int D>
-__device__ __forceinline__ RowPieces<D> negative_part(const RowPieces<D>& q) {
+template <class T, class Pieces>
+__device__ __forceinline__ Pieces negative_part(const Pieces& q) {
   return map_pairs<T>(q, [](auto x) { return __hmin2_nan(x, decltype(x){}); });
 }
 
-template <int D>
-struct SixteenRows {
-  RowPieces<D> low, high;  // rows r and r + 8
-};
-
-// acc += rows . heads: acc[0], acc[1] of row r, acc[2], acc[3] of row r + 8, for heads 2c and 2c + 1.
+// acc += rows . heads: acc[0], acc[1] of row r (`low`), acc[2], acc[3] of row r + 8 (`high`), for heads 2c and 2c + 1.
 template <class T, int D>
-__device__ __forceinline__ void dot(float (&acc)[4], const SixteenRows<D>& rows, const RowPieces<D>& heads) {
+__device__ __forceinline__ void dot(
+    float (&acc)[4], const RowPieces<D>& low, const RowPieces<D>& high, const RowPieces<D>& heads) {
 #pragma unroll
   for (int i = 0; i < RowPieces<D>::kCount; ++i) {
-    const uint4 lo = rows.low[i], hi = rows.high[i], q = heads[i];
+    const uint4 lo = low[i], hi = high[i], q = heads[i];
     mma<T>(acc, lo.x, hi.x, lo.y, hi.y, q.x, q.y);
     mma<T>(acc, lo.z, hi.z, lo.w, hi.w, q.z, q.w);
   }
@@ -118,7 +130,7 @@ struct ValuePieces {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int d = (8 * i + r) * 8;
-      at[token][i] = row && (D % 64 == 0 || d < D) ? __ldg(reinterpret_cast<const uint4*>(row + d)) : uint4{0, 0, 0, 0};
+      at[token][i] = load_once(row + d, row && (D % 64 == 0 || d < D));
     }
   }
 };

@@ -18,15 +18,19 @@ template <class T>
 void launch_decode(const DecodeParams& p, cudaStream_t stream) {
   const unsigned blocks = grid_size(list_tiles(p) * p.parts, "sparse_decode");
   const unsigned rows = grid_size(int64_t{p.size.B} * p.size.T * p.size.Hq, "sparse_decode");
-  const size_t shared = sizeof(float) * kDecodeWarps * kMmaHeads * p.size.D;  // 32 KiB at most
+  const auto launch = [&]<class Attend>(std::type_identity<Attend>) {
+    const size_t heads = std::min(kMmaHeads, p.size.Hq / p.Hs);
+    const size_t shared = sizeof(float) * Attend::kWarps * heads * p.size.D;  // 64 KiB at most
+    launch_in_order(decode_kernel<Attend>, blocks, Attend::kThreads, shared, stream, p);
+  };
   const bool aligned = p.q.aligned && p.k_cache.aligned && p.v_cache.aligned;
   if (sizeof(T) == 2 && aligned) {
     if constexpr (sizeof(T) == 2)
       dispatch_head_dim(p.size.D, [&]<int D>(std::integral_constant<int, D>) {
-        launch_in_order(decode_kernel<T, MmaDecode<T, D>>, blocks, kDecodeThreads, shared, stream, p);
+        launch(std::type_identity<MmaAttend<T, D>>{});
       });
   } else {
-    launch_in_order(decode_kernel<T, SimtDecode<T>>, blocks, kDecodeThreads, shared, stream, p);
+    launch(std::type_identity<SimtAttend<T>>{});
   }
   if (p.parts == 1) return;
   if (p.part_chunks == 1)

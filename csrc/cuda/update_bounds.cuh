@@ -8,6 +8,7 @@ namespace quest::cuda {
 
 template <class T>
 __global__ void __launch_bounds__(kBoundsThreads) update_bounds_kernel(const UpdateBoundsParams p) {
+  __shared__ typename PageBounds<T, kBoundsThreads>::Shared shared;
   wait_for_previous_kernel();
   const Paging& g = p.paging;
   const int page = blockIdx.x % g.P;
@@ -20,14 +21,7 @@ __global__ void __launch_bounds__(kBoundsThreads) update_bounds_kernel(const Upd
   const int64_t physical = g.physical(b, page);
   if (physical < 0) return;
 
-  PageBounds<T> bounds(p.size.D);
-  if (bounds.active) {
-    const T* keys = static_cast<const T*>(p.k_cache.data) + physical * p.k_cache.stride_n + head * p.k_cache.stride_h +
-                    bounds.offset();
-    for (int s = bounds.row; s < tokens; s += bounds.rows)
-      bounds.add(load_vec(keys + s * p.k_cache.stride_s, p.k_cache.aligned));
-  }
-  bounds.store(p.k_bounds, physical, head);
+  renew_page_bounds<T, kBoundsThreads>(p.k_cache, p.k_bounds, p.size.D, physical, head, tokens, shared);
   start_next_kernel();
 }
 

@@ -4,7 +4,7 @@ from ._library import build_info
 from .attention import QuestConfig, attention_path, attention_report, quest_attention, select_pages
 from .cache import PagedKVCache
 from .cache_view import CacheView
-from .ops import append_kv, estimate, sparse_decode, topk_pages, update_bounds
+from .ops import append_kv, decode_step, estimate, sparse_decode, topk_pages, update_bounds
 from .pages import CacheFullError
 from .views import PageView, empty_bounds, page_view_bhld, page_view_blhd
 
@@ -20,6 +20,7 @@ __all__ = [
     "append_kv",
     "attention_path",
     "attention_report",
+    "decode_step",
     "empty_bounds",
     "estimate",
     "page_view_bhld",

@@ -17,7 +17,7 @@ import torch
 from torch.autograd import forward_ad
 
 MINIMUM_TORCH = (2, 10)
-OPERATORS = ("append_kv", "update_bounds", "estimate", "topk_pages", "sparse_decode")
+OPERATORS = ("append_kv", "update_bounds", "estimate", "topk_pages", "sparse_decode", "decode_step")
 _REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps .` in the project's folder"
 
 
@@ -136,17 +136,17 @@ def _fake(name: str) -> Any:
 
 
 @_fake("append_kv")
-def _append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens=None):  # type: ignore[no-untyped-def]
+def _append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens=None, k_scales=None):  # type: ignore[no-untyped-def]
     return None
 
 
 @_fake("update_bounds")
-def _update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token=None):  # type: ignore[no-untyped-def]
+def _update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token=None, k_scales=None):  # type: ignore[no-untyped-def]
     return None
 
 
 @_fake("estimate")
-def _estimate(q, k_bounds, page_table, seq_lens, page_size):  # type: ignore[no-untyped-def]
+def _estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales=None):  # type: ignore[no-untyped-def]
     return q.new_empty((*q.shape[:-1], page_table.shape[1]), dtype=torch.float32)
 
 
@@ -169,6 +169,29 @@ def _topk_pages(  # type: ignore[no-untyped-def]
 @_fake("sparse_decode")
 def _sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages=None, scale=None):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@_fake("decode_step")
+def _decode_step(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    k_bounds,
+    page_table,
+    start_lens,
+    seq_lens,
+    num_pages,
+    group_reduce=1,
+    sink_pages=0,
+    recent_pages=1,
+    scale=None,
+    k_scales=None,
+):
+    heads = q.shape[-2] if group_reduce == 0 else k_cache.shape[1]
+    pages = q.new_empty((*q.shape[:-2], heads, num_pages), dtype=torch.int32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32), pages
 
 
 class _WithoutBackward(torch.autograd.Function):
@@ -221,5 +244,5 @@ def _autograd_kernel(name: str) -> Any:
 
 
 _autograd = torch.library.Library(NAMESPACE, "IMPL")
-for _name in ("estimate", "sparse_decode"):
+for _name in ("estimate", "sparse_decode", "decode_step"):
     _autograd.impl(_name, _autograd_kernel(_name), "Autograd", with_keyset=True)

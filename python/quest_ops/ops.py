@@ -33,6 +33,7 @@ def append_kv(
     page_table: Tensor,
     seq_lens: Tensor,
     new_lens: Tensor | None = None,
+    k_scales: Tensor | None = None,
 ) -> None:
     """Write new tokens behind what each sequence holds and renew the bounds of every page touched.
 
@@ -46,10 +47,12 @@ def append_kv(
         page_table: [B, P] int32, logical to physical page; only the pages written to are looked up.
         seq_lens: [B] int32, tokens in the cache before the call.
         new_lens: [B] int32, how many of the T tokens of each row are real; all by default.
+        k_scales: [N, Hkv] float32, written, with 8-bit bounds: k_bounds is then int8, and a page's bounds are its
+            numbers times its scale, rounded outward, so that they stay bounds.
 
     Page metadata as in Quest (Tang et al., ICML 2024, section 3.2).
     """
-    _ops.append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens)
+    _ops.append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales)
 
 
 def update_bounds(
@@ -58,6 +61,7 @@ def update_bounds(
     page_table: Tensor,
     seq_lens: Tensor,
     first_token: Tensor | None = None,
+    k_scales: Tensor | None = None,
 ) -> None:
     """Recompute page bounds from the cache: for engines that write their cache themselves, and after roll-back.
 
@@ -67,11 +71,19 @@ def update_bounds(
         page_table: [B, P] int32.
         seq_lens: [B] int32, tokens in the cache.
         first_token: [B] int32, the first token that changed; 0 by default.
+        k_scales: [N, Hkv] float32, written, where k_bounds is int8, as in :func:`append_kv`.
     """
-    _ops.update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token)
+    _ops.update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales)
 
 
-def estimate(q: Tensor, k_bounds: Tensor, page_table: Tensor, seq_lens: Tensor, page_size: int) -> Tensor:
+def estimate(
+    q: Tensor,
+    k_bounds: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    k_scales: Tensor | None = None,
+) -> Tensor:
     """An upper bound of q.k over each page: ``q+ . upper + q- . lower`` (Quest, section 3.3).
 
     Args:
@@ -80,11 +92,12 @@ def estimate(q: Tensor, k_bounds: Tensor, page_table: Tensor, seq_lens: Tensor, 
         page_table: [B, P] int32.
         seq_lens: [B] int32, tokens in the cache, those of q included.
         page_size: S.
+        k_scales: [N, Hkv] float32, where k_bounds is int8: the scores are those of the bounds times their scales.
 
     Returns:
         float32 [B, Hq, P] or [B, T, Hq, P], without the softmax scale; -inf past the last page that a token may see.
     """
-    scores: Tensor = _ops.estimate(q, k_bounds, page_table, seq_lens, page_size)
+    scores: Tensor = _ops.estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales)
     return scores
 
 
@@ -117,9 +130,7 @@ def topk_pages(
     Returns:
         int32 [B, Hs, k] or [B, T, Hs, k]: logical pages, ascending, unique, -1 at the end where there are fewer.
     """
-    if group_reduce not in GROUP_REDUCE:
-        raise ValueError(f"group_reduce must be one of {', '.join(GROUP_REDUCE)}, got {group_reduce!r}")
-    how = GROUP_REDUCE[group_reduce]
+    how = _group_reduce(group_reduce)
     pages: Tensor = _ops.topk_pages(scores, seq_lens, page_size, k, num_kv_heads, how, sink_pages, recent_pages, scale)
     return pages
 
@@ -153,3 +164,65 @@ def sparse_decode(
     """
     out, lse = _ops.sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale)
     return out, lse
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_bounds: Tensor,
+    page_table: Tensor,
+    start_lens: Tensor,
+    seq_lens: Tensor,
+    num_pages: int,
+    group_reduce: GroupReduce = "max",
+    sink_pages: int = 0,
+    recent_pages: int = 1,
+    scale: float | None = None,
+    k_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's whole step: append_kv, estimate, topk_pages and sparse_decode, with their results bit for bit.
+
+    One kernel where it can be: on Hopper and newer, one new token in fp16 or bf16, at most 8 query heads a KV head,
+    "max" or "sum" (anything where each KV head has one query head), caches aligned to 16 bytes. Else the four in a row.
+
+    Args:
+        q: [B, Hq, D], or [B, T, Hq, D] for the T new tokens of each sequence.
+        k, v: [B, T, Hkv, D], T = 1 where q has no such dimension. Keys with RoPE applied.
+        k_cache, v_cache, k_bounds, k_scales: as in :func:`append_kv`, written.
+        page_table: [B, P] int32.
+        start_lens: [B] int32, tokens in the cache before the call.
+        seq_lens: [B] int32, ``start_lens + T``.
+        num_pages: K, pages to read, as ``k`` of :func:`topk_pages`.
+        group_reduce, sink_pages, recent_pages: as in :func:`topk_pages`.
+        scale: of the scores before the softmax, 1 / sqrt(D) by default.
+
+    Returns:
+        out and lse of :func:`sparse_decode`, and the pages that :func:`topk_pages` selected.
+    """
+    out, lse, pages = _ops.decode_step(
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        k_bounds,
+        page_table,
+        start_lens,
+        seq_lens,
+        num_pages,
+        _group_reduce(group_reduce),
+        sink_pages,
+        recent_pages,
+        scale,
+        k_scales,
+    )
+    return out, lse, pages
+
+
+def _group_reduce(name: str) -> int:
+    if name not in GROUP_REDUCE:
+        raise ValueError(f"group_reduce must be one of {', '.join(GROUP_REDUCE)}, got {name!r}")
+    return GROUP_REDUCE[name]

@@ -27,8 +27,8 @@ struct Loops {
   void (*load[3])(const void* src, int n, float* dst);
   void (*store[3])(const float* src, int n, void* dst);
 
-  // out[r, j] = scale * (q[r] . keys[j]) for n keys; q [rows, D] contiguous, out [rows, n].
-  void (*dots[3])(
+  // out[r, j] = scale * (q[r] . keys[j]) for n keys; q [rows, D] contiguous, out [rows, n]. The last is for signed bytes.
+  void (*dots[4])(
       const float* q, int rows, const void* const* keys, int n, int D, float scale, float* out, int64_t out_stride);
 
   // out[r] += sum_j weights[r, j] * values[j] for n values, in their order; weights [rows, n], out [rows, D]
@@ -48,6 +48,7 @@ const Loops& loops();
 const char* isa_name();
 
 inline int dtype_index(DType dtype) { return static_cast<int>(dtype); }
+inline constexpr int kBytes = 3;  // where `dots` has the loop for signed bytes
 
 namespace generic {
 extern const Loops kLoops;

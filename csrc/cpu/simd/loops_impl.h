@@ -107,6 +107,13 @@ struct F16 {
   }
 };
 
+// Load only: 8-bit page bounds.
+struct I8 {
+  using Storage = int8_t;
+  typedef int8_t Bytes __attribute__((vector_size(W)));
+  QUEST_INLINE Vec load(const int8_t* p) { return __builtin_convertvector(load_as<Bytes>(p), Vec); }
+};
+
 template <class E>
 void load_row(const void* src, int n, float* dst) {
   for (int i = 0; i < n; i += W) store(dst + i, E::load(static_cast<const typename E::Storage*>(src) + i));
@@ -363,7 +370,7 @@ extern const Loops kLoops = {
     QUEST_STR(QUEST_ISA),
     {load_row<F32>, load_row<F16>, load_row<BF16>},  // in the order of DType
     {store_row<F32>, store_row<F16>, store_row<BF16>},
-    {dots<F32>, dots<F16>, dots<BF16>},
+    {dots<F32>, dots<F16>, dots<BF16>, dots<I8>},
     {accumulate<F32>, accumulate<F16>, accumulate<BF16>},
     {bounds<F32>, bounds<F16>, bounds<BF16>},
     max,

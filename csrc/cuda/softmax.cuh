@@ -1,0 +1,83 @@
+// A softmax in parts: weights from scores, and partial results that fold into one another.
+#pragma once
+
+#include "elements.cuh"
+
+namespace quest::cuda {
+
+// How scores become weights. A negative scale turns the scores round, so that the largest still has weight 1.
+struct Softmax {
+  float sign, scale;
+  __device__ explicit Softmax(float s) : sign(s < 0.f ? -1.f : 1.f), scale(fabsf(s)) {}
+  // -inf is no token, whatever the largest score is and even where the scale is 0.
+  __device__ __forceinline__ float weight(float score, float top) const {
+    return score == -INFINITY ? 0.f : expf((score - top) * scale);
+  }
+};
+
+// A softmax in the making over some tokens, for one head and kColumns vectors of four head dimensions: the largest
+// score, and relative to it the sum of weights and the weighted values. Starts as what no token gives, and folding that
+// in changes nothing, bit for bit.
+template <int kColumns>
+struct Partial {
+  float top = -INFINITY, sum = 0.f;
+  float4 out[kColumns] = {};
+
+  __device__ __forceinline__ void fold(const Partial& next, const Softmax& softmax) {
+    const float both = fmaxf(top, next.top);
+    const float a = softmax.weight(top, both), b = softmax.weight(next.top, both);
+    // Rounded as written: kernels that fold must not contract it in different ways.
+    const auto mix = [&](float& x, float y) { x = __fmaf_rn(a, x, __fmul_rn(b, y)); };
+    top = both;
+    mix(sum, next.sum);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      mix(out[i].x, next.out[i].x), mix(out[i].y, next.out[i].y);
+      mix(out[i].z, next.out[i].z), mix(out[i].w, next.out[i].w);
+    }
+  }
+
+  // Scores that are NaN leave the largest alone and make the sum NaN, and with it the result.
+  __device__ __forceinline__ bool empty() const { return sum == 0.f; }
+  __device__ __forceinline__ float lse(const Softmax& softmax) const {
+    return empty() ? -INFINITY : top * softmax.scale + logf(sum);
+  }
+
+  template <class T>
+  __device__ __forceinline__ void write(T* to, int i) const {
+    const float4 x = out[i];
+    to[0] = from_float<T>(empty() ? 0.f : x.x / sum);
+    to[1] = from_float<T>(empty() ? 0.f : x.y / sum);
+    to[2] = from_float<T>(empty() ? 0.f : x.z / sum);
+    to[3] = from_float<T>(empty() ? 0.f : x.w / sum);
+  }
+};
+
+// A chunk is kChunkTokens consecutive tokens of a list of pages and a span kSpanChunks consecutive chunks. The chunks of
+// a span are folded in order, spans in a fixed order after that; both are constants, so a result depends on the list
+// alone, not on the batch, the capacity or how many lists there are.
+constexpr int kChunkTokens = 128;
+constexpr int kSpanChunks = 8;
+
+// Folds the parts of one head and four of its dimensions; part(i) loads one, and kPartsInSpan of them are a span. The
+// spans are folded in so many interleaved slices as combine_slices says, and the slices in order. This is slice `slice`.
+constexpr int kCombineThreads = 256;
+__device__ __forceinline__ int combine_slices(int D) { return kCombineThreads / (D / 4); }
+
+template <int kPartsInSpan, class Load>
+__device__ __forceinline__ Partial<1> fold_slice(int slice, int slices, int parts, const Softmax& softmax, Load&& part) {
+  Partial<1> total;
+#pragma unroll(8 / kPartsInSpan)
+  for (int first = slice * kPartsInSpan; first < parts; first += slices * kPartsInSpan) {
+    Partial<1> span;
+    Partial<1> loaded[kPartsInSpan];
+#pragma unroll
+    for (int i = 0; i < kPartsInSpan; ++i) loaded[i] = part(first + i);
+#pragma unroll
+    for (int i = 0; i < kPartsInSpan; ++i) span.fold(loaded[i], softmax);
+    total.fold(span, softmax);
+  }
+  return total;
+}
+
+}  // namespace quest::cuda
