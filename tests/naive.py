@@ -24,7 +24,16 @@ def in_several_orders(compute: Callable[..., Any], q: Tensor, k: Tensor, *argume
     return [torch.stack(run) for run in zip(*runs, strict=True)]
 
 
-def estimate(q: Tensor, k_bounds: Tensor, page_table: Tensor, seq_lens: Tensor, page_size: int) -> tuple[Tensor]:
+def estimate(
+    q: Tensor,
+    k_bounds: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    k_scales: Tensor | None = None,
+) -> tuple[Tensor]:
+    if k_scales is not None:
+        k_bounds = k_bounds.to(q.dtype) * k_scales[..., None, None].to(q.dtype)
     if q.dim() == 3:
         (scores,) = estimate(q[:, None], k_bounds, page_table, seq_lens, page_size)
         return (scores[:, 0],)

@@ -20,6 +20,7 @@ HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128)
 LAYOUTS = ("contiguous", "transposed", "sliced", "unaligned")
 GARBAGE = 2**31 - 1
+UNREAD_BYTE = 77
 GUARD = 64  # elements before and behind a placed tensor; keeps 16-byte alignment
 
 
@@ -37,6 +38,7 @@ class Shape:
     spare_pages: int = 1  # entries of the page table, and pages of the pool, that no sequence uses
     shared_pages: int = 0  # first pages that all sequences share, where they are full
     layouts: tuple[int, int, int, int] = (0, 0, 0, 0)  # of q, k_cache, v_cache, k_bounds
+    int8: bool = False  # bounds of 8 bits, with k_scales
     seed: int = 0
 
     @property
@@ -76,7 +78,14 @@ class Case:
             self.k_cache[page, :, slot] = self.keys[b]
             self.v_cache[page, :, slot] = self.values[b]
         bounds = torch.full((len(pool), s.kv_heads, 2, s.head_dim), math.nan, dtype=s.dtype)
-        self.k_bounds = reference.update_bounds(self.k_cache, bounds, self.page_table, self.seq_lens)
+        paging = (self.page_table, self.seq_lens)
+        self.k_scales: Tensor | None = None
+        if s.int8:
+            scales = torch.full((len(pool), s.kv_heads), math.nan)
+            empty = torch.full_like(bounds, UNREAD_BYTE, dtype=torch.int8)
+            self.k_bounds, self.k_scales = reference.update_bounds_int8(self.k_cache, empty, scales, *paging)
+        else:
+            self.k_bounds = reference.update_bounds(self.k_cache, bounds, *paging)
 
     @property
     def scoring(self) -> tuple[Tensor, ...]:
@@ -130,11 +139,12 @@ class Case:
                 name: place(getattr(self, name), LAYOUTS[layout], device)
                 for name, layout in zip(names, self.shape.layouts, strict=True)
             },
+            k_scales=None if self.k_scales is None else place(self.k_scales, LAYOUTS[self.shape.layouts[3]], device),
             page_table=place(self.page_table, "sliced", device),
             seq_lens=place(self.seq_lens, "unaligned", device),
         )
 
-    def having(self, **tensors: Tensor) -> Case:
+    def having(self, **tensors: Tensor | None) -> Case:
         """The same case with other tensors in these places."""
         other = copy.copy(self)
         other.__dict__.update(tensors)
@@ -142,7 +152,7 @@ class Case:
 
 
 @st.composite
-def shapes(draw: st.DrawFn, max_new_tokens: int = 8, max_shared_pages: int = 2) -> Shape:
+def shapes(draw: st.DrawFn, max_new_tokens: int = 8, max_shared_pages: int = 2, maybe_int8: bool = False) -> Shape:
     """Shapes over the whole domain, lengths around multiples of the page size; sizes kept to what a test can afford."""
     head_dim = draw(st.sampled_from(HEAD_DIMS))
     page_size = draw(st.sampled_from(PAGE_SIZES))
@@ -166,6 +176,7 @@ def shapes(draw: st.DrawFn, max_new_tokens: int = 8, max_shared_pages: int = 2) 
         spare_pages=draw(st.integers(1, 3)),
         shared_pages=draw(st.integers(0, max_shared_pages)),
         layouts=draw(st.tuples(*[st.integers(0, len(LAYOUTS) - 1)] * 4)),
+        int8=maybe_int8 and draw(st.booleans()),
         seed=draw(st.integers(0, 2**31 - 1)),
     )
 
@@ -184,7 +195,7 @@ def place(tensor: Tensor, layout: str, device: str) -> Tensor:
         strides[dim] = step
         step = step * max(1, tensor.shape[dim]) + pad
     offset = GUARD + pad % 8
-    fill = math.nan if tensor.is_floating_point() else GARBAGE
+    fill = math.nan if tensor.is_floating_point() else min(GARBAGE, torch.iinfo(tensor.dtype).max)
     memory = torch.full((offset + step + GUARD,), fill, dtype=tensor.dtype, device=device)
     return memory.as_strided(tensor.shape, strides, offset).copy_(tensor)
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from fractions import Fraction
 
 import torch
 from hypothesis import given
@@ -19,6 +20,32 @@ def test_bounds_are_the_extremes_of_each_page_of_tokens(shape: Shape) -> None:
             bounds = case.k_bounds[case.page_table[b, page]]
             assert_exact(bounds[:, 0], tokens.min(0).values)
             assert_exact(bounds[:, 1], tokens.max(0).values)
+
+
+def of_all_sizes(*size: int, seed: int) -> torch.Tensor:
+    """Float32 numbers of every exponent, zero and the subnormals included."""
+    random = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(size, generator=random) * 2.0 ** torch.randint(-3, 4, size, generator=random)
+    return numbers * 2.0 ** torch.randint(-150, 120, (*size[:-2], 1, 1), generator=random).double()
+
+
+@given(st.integers(0, 2**31 - 1))
+def test_bytes_are_the_tightest_outside_the_bounds(seed: int) -> None:
+    """In exact fractions: the smallest scale, and of its multiples the next ones outward."""
+    bounds = of_all_sizes(4, 2, 8, seed=seed).float().sort(-2).values
+    k_bounds, scales = reference.quantize(bounds)
+    for exact, numbers, scale in zip(bounds.tolist(), k_bounds.tolist(), scales, strict=True):
+        largest = max(abs(Fraction(x)) for x in exact[0] + exact[1])
+        smaller = scale.nextafter(torch.tensor(-math.inf))
+        assert Fraction(scale.item()) * 127 >= largest
+        assert largest == 0 or Fraction(smaller.item()) * 127 < largest
+        if largest == 0:
+            assert numbers == [[0] * 8] * 2
+            continue
+        for x, number in zip(exact[0], numbers[0], strict=True):
+            assert number == math.floor(Fraction(x) / Fraction(scale.item()))
+        for x, number in zip(exact[1], numbers[1], strict=True):
+            assert number == math.ceil(Fraction(x) / Fraction(scale.item()))
 
 
 @given(shapes())

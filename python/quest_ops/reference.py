@@ -8,6 +8,7 @@ kernels. ``T`` new tokens are the last ``T`` of the sequence; a ``q`` of three d
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,8 +32,12 @@ def append_kv(
     page_table: Tensor,
     seq_lens: Tensor,
     new_lens: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the new tokens behind ``seq_lens`` and renew the bounds of each page touched."""
+    k_scales: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Write the new tokens behind ``seq_lens`` and renew the bounds of each page touched.
+
+    Returns k_cache, v_cache and k_bounds, and k_scales where it is given.
+    """
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     page_size = k_cache.shape[2]
     counts = torch.full_like(seq_lens, k.shape[1]) if new_lens is None else new_lens
@@ -44,8 +49,10 @@ def append_kv(
             v_cache[physical, :, slot] = v[b, t]
     # A row without new tokens touches no page: its first token to update lies past its last page.
     first_token = torch.where(counts > 0, seq_lens, torch.iinfo(torch.int32).max)
-    bounds = update_bounds(k_cache, k_bounds, page_table, seq_lens + counts, first_token)
-    return k_cache, v_cache, bounds
+    paging = (page_table, seq_lens + counts, first_token)
+    if k_scales is None:
+        return k_cache, v_cache, update_bounds(k_cache, k_bounds, *paging)
+    return k_cache, v_cache, *update_bounds_int8(k_cache, k_bounds, k_scales, *paging)
 
 
 def update_bounds(
@@ -57,23 +64,84 @@ def update_bounds(
 ) -> Tensor:
     """Elementwise minimum and maximum of the keys of each page, from the page of ``first_token`` to the last."""
     k_bounds = k_bounds.clone()
+    for physical, keys in _pages_of_keys(k_cache, page_table, seq_lens, first_token):
+        k_bounds[physical, :, 0] = keys.amin(1)
+        k_bounds[physical, :, 1] = keys.amax(1)
+    return k_bounds
+
+
+def update_bounds_int8(
+    k_cache: Tensor,
+    k_bounds: Tensor,
+    k_scales: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    first_token: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`update_bounds` in 8 bits: k_bounds int8 and its k_scales, float32 [N, Hkv]."""
+    k_bounds, k_scales = k_bounds.clone(), k_scales.clone()
+    for physical, keys in _pages_of_keys(k_cache, page_table, seq_lens, first_token):
+        k_bounds[physical], k_scales[physical] = quantize(torch.stack([keys.amin(1), keys.amax(1)], 1))
+    return k_bounds, k_scales
+
+
+def quantize(bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds [..., 2, D] as int8 [..., 2, D] times a float32 scale [...], rounded outward.
+
+    The scale is the smallest float32 that is at least ``largest magnitude / 127``. The lower bounds are the largest
+    whole multiples of it that are not above the exact ones, the upper the smallest that are not below, so that none
+    exceeds 127 and ``lower * scale <= minimum`` and ``upper * scale >= maximum`` hold exactly. Where keys are not
+    finite, or all zero, the numbers are 0 and the scale is NaN, infinite or 0.
+
+    Float64 holds the product of a whole number up to 128 and a float32 exactly, so a comparison of products decides
+    each rounding; the quotients are rounded to nearest, which leads at most one place too far.
+    """
+    exact = bounds.double()
+    largest = exact.abs().amax((-2, -1))
+    scale = (largest / 127).float()
+    scale = torch.where(scale.double() * 127 < largest, scale.nextafter(scale.new_tensor(math.inf)), scale)
+    step = scale.double()[..., None]
+    lower, upper = exact.unbind(-2)
+    below, above = (lower / step).floor(), (upper / step).ceil()
+    below = torch.where(below * step > lower, below - 1, below)
+    above = torch.where(above * step < upper, above + 1, above)
+    some = (step > 0) & step.isfinite()
+    whole = torch.stack([below.where(some, 0), above.where(some, 0)], -2)
+    return whole.to(torch.int8), scale
+
+
+def dequantize(k_bounds: Tensor, k_scales: Tensor) -> Tensor:
+    """The bounds that int8 ``k_bounds`` stand for, exact in float64; NaN where the scale is not finite."""
+    return k_bounds.double() * k_scales.double()[..., None, None]
+
+
+def _pages_of_keys(
+    k_cache: Tensor, page_table: Tensor, seq_lens: Tensor, first_token: Tensor | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Each page from that of ``first_token`` to the last: its physical number and the keys in it, [Hkv, n, D]."""
     page_size = k_cache.shape[2]
     for b, length in enumerate(seq_lens.tolist()):
         first_page = 0 if first_token is None else int(first_token[b]) // page_size
         for page in range(first_page, num_pages(length, page_size)):
             physical = int(page_table[b, page])
-            keys = k_cache[physical, :, : length - page * page_size]
-            k_bounds[physical, :, 0] = keys.amin(1)
-            k_bounds[physical, :, 1] = keys.amax(1)
-    return k_bounds
+            yield physical, k_cache[physical, :, : length - page * page_size]
 
 
-def estimate(q: Tensor, k_bounds: Tensor, page_table: Tensor, seq_lens: Tensor, page_size: int) -> Tensor:
+def estimate(
+    q: Tensor,
+    k_bounds: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    k_scales: Tensor | None = None,
+) -> Tensor:
     """The paper's criticality: ``sum_d max(q_d * lower_d, q_d * upper_d)``, an upper bound of q.k over the page.
 
     A positive q_d is largest against the upper bound and a negative one against the lower, so this is
     ``q+ . upper + q- . lower`` with ``q+ = max(q, 0)`` and ``q- = min(q, 0)``. -inf past the last page.
     """
+    if k_scales is not None:
+        k_bounds = dequantize(k_bounds, k_scales)
     if q.dim() == 3:
         return estimate(q[:, None], k_bounds, page_table, seq_lens, page_size)[:, 0]
     B, T, Hq, _ = q.shape
