@@ -205,15 +205,14 @@ PAGES = 3 * 16 + 8
         ("page-oracle", PAGES, 500 * TOKEN + 4 * PAGES // 2 * TOKEN, 1000 * TOKEN),
     ],
 )
-def test_bytes_and_tokens_are_counted(name, attended, read, held, monkeypatch):
-    monkeypatch.setattr("quest_ops.evaluation.policies.has_int8", lambda: True)
+def test_bytes_and_tokens_are_counted(name, attended, read, held):
     policy = make(name, 64)
     assert policy.tokens_attended(990, 1000) == attended
     assert policy.bytes_read(SHAPE, 990, 1000) == read
     assert policy.bytes_held(SHAPE, 990, 1000) == held
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "quest-int8"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_budget_that_holds_all_attends_to_all(name):
     assert make(name, 2048).tokens_attended(990, 1000) == 1000
 
@@ -221,8 +220,7 @@ def test_a_budget_that_holds_all_attends_to_all(name):
 # Making
 
 
-def test_every_name_has_a_label_of_its_own(monkeypatch):
-    monkeypatch.setattr("quest_ops.evaluation.policies.has_int8", lambda: True)
+def test_every_name_has_a_label_of_its_own():
     labels = {make(name, 64).label() for name in NAMES}
     assert len(labels) == len(NAMES)
     assert make("quest-nodense", 64, dense_layers=2).dense_layers == 0
@@ -245,9 +243,3 @@ def test_every_name_has_a_label_of_its_own(monkeypatch):
 def test_what_cannot_be_made_is_an_error(name, budget, options, message):
     with pytest.raises(ValueError, match=message):
         make(name, budget, **options)
-
-
-def test_int8_needs_operators_that_have_it(monkeypatch):
-    monkeypatch.setattr("quest_ops.evaluation.policies.has_int8", lambda: False)
-    with pytest.raises(ValueError, match="policy quest-int8 needs operators with 8-bit bounds"):
-        make("quest-int8", 64)

@@ -9,7 +9,6 @@ from quest_ops.bounds import update_mean_std_bounds
 from quest_ops.evaluation import emulation
 from quest_ops.evaluation.policies import NAMES, LayerKV, Length, column_sums, make
 from quest_ops.evaluation.policies.recall import attention_mass
-from quest_ops.evaluation.policies.summaries import has_int8
 
 B, HQ, HKV, D, CONTEXT, S = 2, 6, 2, 64, 150, 16
 SCALE = D**-0.5
@@ -83,7 +82,6 @@ def test_variants_choose_differently():
     assert len(chosen) == 6
 
 
-@pytest.mark.skipif(not has_int8(), reason="the operators have no 8-bit bounds")
 def test_int8_bounds_choose_nearly_the_same(device):
     kv = make_layer(device)
     lists = []

@@ -8,13 +8,11 @@ pytest.importorskip("transformers", minversion="5.0")
 from hf import make_model, prompt
 from quest_ops.evaluation import attention_path, needles, retrieval_model
 from quest_ops.evaluation.policies import NAMES, make
-from quest_ops.evaluation.policies.summaries import has_int8
 from quest_ops.evaluation.session import Session
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-NAMES_HERE = [name for name in NAMES if name != "quest-int8" or has_int8()]
 CONTEXT, QUESTION = 100, 5
 
 
@@ -38,7 +36,7 @@ def transformers_scores(model, ids, start):
 # Against transformers
 
 
-@pytest.mark.parametrize("name", NAMES_HERE)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_budget_that_holds_all_gives_the_dense_scores(device, name):
     ids = ids_of(2, device=device)
     wanted = transformers_scores(make_model(device=device), ids, CONTEXT)
@@ -94,7 +92,7 @@ def test_notes_of_the_prefill_are_those_of_eager_attention(device):
 # Batches, chunks, repetition
 
 
-@pytest.mark.parametrize("name", NAMES_HERE)
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_of_a_batch_do_not_see_each_other(device, name):
     policy, ids = make(name, 32), ids_of(3, device=device)
     together = read(make_model(device=device), ids[:, :CONTEXT], [policy], batch_size=4)
@@ -117,7 +115,7 @@ def test_chunks_change_nothing(device):
 
 
 def test_every_call_starts_behind_the_context(device):
-    policies, ids, told = [make(name, 32) for name in NAMES_HERE], ids_of(device=device), []
+    policies, ids, told = [make(name, 32) for name in NAMES], ids_of(device=device), []
     session = read(make_model(device=device), ids[:, :CONTEXT], policies)
     first = [session.score(policy, ids[:, CONTEXT:]) for policy in policies]
     for policy, scores in zip(policies, first, strict=True):
@@ -154,7 +152,7 @@ def test_halves_of_precision_run(device):
     model = retrieval_model.load(device, torch.bfloat16)
     text = needles.standard_library_text(300)
     ids = torch.tensor([list(text)])
-    policies = [make(name, 32) for name in NAMES_HERE]
+    policies = [make(name, 32) for name in NAMES]
     session = Session(model, max_tokens=300)
     session.read(ids[:, :290], policies=policies)
     for policy in policies:
@@ -163,7 +161,7 @@ def test_halves_of_precision_run(device):
         assert scores.isfinite().all(), policy
 
 
-@pytest.mark.parametrize("name", NAMES_HERE)
+@pytest.mark.parametrize("name", NAMES)
 def test_decoding_waits_for_nothing(name):
     """A model without data: whatever read a number of a tensor on the host, transformers included, would raise."""
     with FakeTensorMode():

@@ -16,7 +16,6 @@ from .quest import Quest
 from .snapkv import SnapKV
 from .sparq import SparQ
 from .streaming import SINKS, Streaming
-from .summaries import has_int8
 from .tova import TOVA
 
 #: Names on the command line, and what they mean.
@@ -79,8 +78,6 @@ def make(name: str, budget: int | None, *, page_size: int = 16, dense_layers: in
         return Dense(name, None, page_size, dense_layers)
     if budget is None:
         raise ValueError(f"policy {name} needs a budget, a number of tokens")
-    if name == "quest-int8" and not has_int8():
-        raise ValueError("policy quest-int8 needs operators with 8-bit bounds, which this build of quest_ops lacks")
     if name in _QUEST:
         options = dict(_QUEST[name])
         return Quest(name, budget, page_size, options.pop("dense_layers", dense_layers), **options)

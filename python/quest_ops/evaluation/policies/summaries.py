@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -18,11 +17,6 @@ if TYPE_CHECKING:
     from .base import KVShape
 
 Bounds = Literal["minmax", "meanstd", "int8"]
-
-
-def has_int8() -> bool:
-    """Whether the installed operators take 8-bit bounds."""
-    return "k_scales" in inspect.signature(estimate).parameters
 
 
 class Summaries:
