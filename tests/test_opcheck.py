@@ -1,8 +1,11 @@
 """What PyTorch asks of an operator: opcheck, fake tensors, torch.compile with symbolic shapes, no backward."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from quest_ops import ops
+from quest_ops._library import OPERATORS
 from quest_ops._library import ops as raw
 from support import DTYPES, LAYOUTS, Case, Shape, assert_same_bits, place
 from torch import Tensor
@@ -10,20 +13,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def arguments(name: str, dtype: torch.dtype, layout: str, full: bool, device: str) -> tuple[tuple, dict]:
-    """Arguments of an operator: with every optional one, and new tokens, or without."""
+    """Arguments of an operator: with every optional one, 8-bit bounds and new tokens, or without."""
     layouts = (LAYOUTS.index(layout),) * 4
-    x = Case(Shape(dtype, new_tokens=2 if full else 0, lengths=(37, 18), layouts=layouts)).on(device)
+    x = Case(Shape(dtype, new_tokens=2 if full else 0, lengths=(37, 18), layouts=layouts, int8=full)).on(device)
     paging = (x.page_table, x.seq_lens)
+    scales = {"k_scales": x.k_scales} if full else {}
     few = torch.tensor([2, 1], dtype=torch.int32, device=device)
     if name == "append_kv":
         k, v = (place(torch.randn(2, 3, 2, 64).to(dtype), layout, device) for _ in "kv")
         before = (x.page_table, x.seq_lens - 3)
-        return (k, v, x.k_cache, x.v_cache, x.k_bounds, *before), {"new_lens": few} if full else {}
+        return (k, v, x.k_cache, x.v_cache, x.k_bounds, *before), {"new_lens": few, **scales} if full else {}
     if name == "update_bounds":
-        return (x.k_cache, x.k_bounds, *paging), {"first_token": few * 16} if full else {}
+        return (x.k_cache, x.k_bounds, *paging), {"first_token": few * 16, **scales} if full else {}
     if name == "estimate":
-        return (x.q, x.k_bounds, *paging, 16), {}
+        return (x.q, x.k_bounds, *paging, 16), scales
     rows = x.q.shape[:-1]
+    if name == "decode_step":
+        T = 2 if full else 1
+        k, v = (place(torch.randn(2, T, 2, 64).to(dtype), layout, device) for _ in "kv")
+        options = {"group_reduce": 0, "sink_pages": 1, "recent_pages": 0, "scale": 0.3, **scales} if full else {}
+        return (x.q, k, v, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.seq_lens - T, x.seq_lens, 2), options
     if name == "topk_pages":
         scores = place(torch.randn(*rows, 4), layout, device)
         options = {"group_reduce": 3, "sink_pages": 1, "recent_pages": 0, "scale": 0.5} if full else {}
@@ -36,7 +45,7 @@ def arguments(name: str, dtype: torch.dtype, layout: str, full: bool, device: st
 @pytest.mark.parametrize(
     ("dtype", "layout"), list(zip(DTYPES, ("sliced", "transposed", "contiguous"), strict=True)), ids=str
 )
-@pytest.mark.parametrize("name", ["append_kv", "update_bounds", "estimate", "topk_pages", "sparse_decode"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(device: str, name: str, dtype: torch.dtype, layout: str, full: bool) -> None:
     args, kwargs = arguments(name, dtype, layout, full, device)
     torch.library.opcheck(getattr(raw, name).default, args, kwargs)
@@ -61,9 +70,21 @@ def step(dtype: torch.dtype, lengths: tuple[int, ...], device: str) -> list[Tens
     return [x.q.contiguous(), k, v, *caches, x.page_table.contiguous(), x.seq_lens - 2]
 
 
+def in_one(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_bounds: Tensor, table: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same step by decode_step."""
+    lengths = before + k.shape[1]
+    out, lse, pages = ops.decode_step(q * 2, k * 1.5, v, k_cache, v_cache, k_bounds, table, before, lengths, 3)
+    return pages, out + 1, lse
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compiled_whole_and_once_for_all_sizes(device: str, dtype: torch.dtype) -> None:
-    compiled = torch.compile(pipeline, fullgraph=True, dynamic=True, backend="aot_eager")
+@pytest.mark.parametrize("how", [pipeline, in_one])
+def test_compiled_whole_and_once_for_all_sizes(
+    device: str, how: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype
+) -> None:
+    compiled = torch.compile(how, fullgraph=True, dynamic=True, backend="aot_eager")
 
     def check(*lengths: int) -> None:
         inputs = step(dtype, lengths, device)
@@ -89,7 +110,10 @@ def test_fake_tensors_have_the_shapes_of_real_ones(device: str, new_tokens: int,
     def results(q: Tensor, k_cache: Tensor, v_cache: Tensor, k_bounds: Tensor, *paging: Tensor) -> tuple[Tensor, ...]:
         scores = ops.estimate(q, k_bounds, *paging, 16)
         pages = ops.topk_pages(scores, paging[1], 16, 2, 2, reduce)
-        return scores, pages, *ops.sparse_decode(q, k_cache, v_cache, *paging, pages)
+        k = torch.empty(2, max(1, new_tokens), 2, 64, dtype=q.dtype, device=q.device)
+        before = paging[1] - k.shape[1]
+        step = ops.decode_step(q, k, k, k_cache, v_cache, k_bounds, paging[0], before, paging[1], 2, reduce)
+        return scores, pages, *ops.sparse_decode(q, k_cache, v_cache, *paging, pages), *step
 
     inputs = (x.q, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.seq_lens)
     with FakeTensorMode() as mode:
@@ -108,3 +132,11 @@ def test_backward_is_refused(device: str) -> None:
     out, _ = ops.sparse_decode(q, x.k_cache, x.v_cache, x.page_table, x.seq_lens)
     with pytest.raises(RuntimeError, match="sparse_decode has no backward"):
         out.sum().backward()
+    k = torch.randn(2, 1, 2, 64, device=device)
+    caches = (x.k_cache, x.v_cache, x.k_bounds)
+    for inputs in ((q, k), (x.q, k.clone().requires_grad_())):
+        out, lse, _ = ops.decode_step(*inputs, k, *caches, x.page_table, x.seq_lens - 1, x.seq_lens, 2)
+        for result in (out, lse):
+            with pytest.raises(RuntimeError, match="decode_step has no backward"):
+                result.sum().backward()
+    assert not any(cache.requires_grad for cache in caches)
