@@ -2,10 +2,10 @@
 
     python bench/kernels.py [--quick] [--out bench/results/kernels.json]
 
-A decode step pays for append_kv with the bounds, estimate, topk_pages and sparse_decode; that pipeline is timed as one
-CUDA graph over so many distinct layers that the bytes it touches are over five times the L2 cache, with permuted page
-tables. Dense peers write their new token too. Every figure is checked for correctness before it is timed. Writes a JSON
-and, beside it, plots.
+A decode step pays for append_kv with the bounds, estimate, topk_pages and sparse_decode: by decode_step ("pipeline") or
+by the four operators ("four"). Each is timed as one CUDA graph over so many distinct layers that the bytes it touches are
+over five times the L2 cache, with permuted page tables. Dense peers write their new token too. Every figure is checked
+for correctness before it is timed. Writes a JSON and, beside it, plots.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from plots import draw
-from quest_ops import append_kv, estimate, reference, sparse_decode, topk_pages, update_bounds
+from quest_ops import append_kv, decode_step, estimate, reference, sparse_decode, topk_pages, update_bounds
 from rich.console import Console
 from rich.table import Table
 from timing import Timing, read_call, time_calls
@@ -46,6 +46,7 @@ class Workload:
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
     selection: str = "random"
+    bounds: str = "int8"
 
     @property
     def pages(self) -> int:
@@ -61,6 +62,8 @@ class Workload:
 
     @property
     def bounds_bytes(self) -> int:
+        if self.bounds == "int8":  # and a float32 scale a page and head
+            return self.batch * self.pages * self.kv_heads * (2 * self.head_dim + 4)
         return 2 * self.pages * self.row_bytes
 
     @property
@@ -74,6 +77,7 @@ class Workload:
 
     def __str__(self) -> str:
         extra = [f"page {self.page_size}"] * (self.page_size != 16) + [f"D {self.head_dim}"] * (self.head_dim != 128)
+        extra += ["16-bit bounds"] * (self.bounds != "int8")
         extra += ["fp16"] * (self.dtype == torch.float16) + [self.selection] * (self.selection != "random")
         budget = "all" if self.budget is None else str(self.budget)
         return ", ".join([f"{self.heads}/{self.kv_heads} B {self.batch}, {self.context}, {budget}", *extra])
@@ -94,7 +98,9 @@ def workloads(quick: bool) -> list[Workload]:
     more += [replace(gqa, context=524288), replace(gqa, context=8192, batch=32), replace(gqa, batch=32)]
     more += [replace(w, budget=b) for w in (mha, gqa) for b in (512, 1024, 4096)]
     more += [replace(gqa, context=c, budget=None) for c in (2048, 8192, 32768)]
-    more += [replace(gqa, page_size=s) for s in (8, 32, 64)]
+    more += [replace(gqa, page_size=s) for s in (32, 64)]
+    more += [replace(w, page_size=8, context=c) for w in (mha, gqa) for c in (32768, 131072)]
+    more += [replace(w, bounds="16-bit") for w in targets]
     more += [replace(gqa, dtype=torch.float16), replace(gqa, head_dim=64), replace(gqa, selection="clustered")]
     return targets + more
 
@@ -109,6 +115,7 @@ class Layer:
     k_cache: Tensor
     v_cache: Tensor
     k_bounds: Tensor
+    k_scales: Tensor | None  # with 8-bit bounds
     page_table: Tensor
     before: Tensor  # [B] tokens before the step
     after: Tensor  # [B] tokens with the new one
@@ -128,44 +135,58 @@ def new_layer(w: Workload) -> Layer:
         height = (-(((position - 0.4) / 0.05) ** 2)).exp().to(w.dtype)
         for b in range(w.batch):
             k_cache[page_table[b].long()] += height[:, None, None, None] * towards[b][None, :, None]
-    k_bounds = randn(N, w.kv_heads, 2, w.head_dim)
+    int8 = w.bounds == "int8"
+    k_bounds = torch.empty(N, w.kv_heads, 2, w.head_dim, device=DEVICE, dtype=torch.int8 if int8 else w.dtype)
+    k_scales = torch.empty(N, w.kv_heads, device=DEVICE) if int8 else None
     after = torch.full((w.batch,), w.context - 3, dtype=torch.int32, device=DEVICE)
-    update_bounds(k_cache, k_bounds, page_table, after)
+    update_bounds(k_cache, k_bounds, page_table, after, k_scales=k_scales)
     new = (randn(w.batch, 1, w.kv_heads, w.head_dim) for _ in range(2))
-    return Layer(q, *new, k_cache, v_cache, k_bounds, page_table, after - 1, after)
+    return Layer(q, *new, k_cache, v_cache, k_bounds, k_scales, page_table, after - 1, after)
 
 
 def append(x: Layer) -> None:
-    append_kv(x.k_new, x.v_new, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.before)
+    append_kv(x.k_new, x.v_new, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.before, k_scales=x.k_scales)
+
+
+def score(w: Workload, x: Layer) -> Tensor:
+    return estimate(x.q, x.k_bounds, x.page_table, x.after, w.page_size, x.k_scales)
 
 
 def select(w: Workload, x: Layer) -> Tensor:
-    scores = estimate(x.q, x.k_bounds, x.page_table, x.after, w.page_size)
-    return topk_pages(scores, x.after, w.page_size, w.selected, w.kv_heads)
+    return topk_pages(score(w, x), x.after, w.page_size, w.selected, w.kv_heads)
 
 
 def attend(x: Layer, pages: Tensor | None) -> Tensor:
     return sparse_decode(x.q, x.k_cache, x.v_cache, x.page_table, x.after, pages)[0]
 
 
-def pipeline(w: Workload, x: Layer) -> Tensor:
+def four(w: Workload, x: Layer) -> Tensor:
     append(x)
     return attend(x, select(w, x))
+
+
+def pipeline(w: Workload, x: Layer) -> Tensor:
+    caches = (x.k_cache, x.v_cache, x.k_bounds)
+    lengths = (x.page_table, x.before, x.after)
+    return decode_step(x.q, x.k_new, x.v_new, *caches, *lengths, w.selected, k_scales=x.k_scales)[0]
 
 
 def check(w: Workload, x: Layer) -> None:
     """The pipeline's output for one sequence and KV head against float64, and the dense mode against PyTorch's."""
     out, pages = pipeline(w, x), select(w, x)
+    assert torch.equal(out, four(w, x)), f"{w}: decode_step differs from the four operators"
     group, dense = w.heads // w.kv_heads, attend(x, None)
     b, h = w.batch - 1, w.kv_heads - 1
     heads = slice(h * group, (h + 1) * group)
     one = [x.q[b : b + 1, heads], x.k_cache[:, h : h + 1], x.v_cache[:, h : h + 1], x.page_table[b : b + 1]]
     exact = reference.sparse_decode(*one, x.after[b : b + 1], pages[b : b + 1, h : h + 1])[0]
     close = {torch.bfloat16: 1e-2, torch.float16: 2e-3}[w.dtype]
-    for name, got in (("pipeline", out[b, heads]),):
-        error = ((got.double() - exact[0]).norm() / exact.norm()).item()
-        assert error < close, f"{w}: {name} is off by {error:.2g}"
-    scores = reference.estimate(one[0], x.k_bounds[:, h : h + 1], one[3], x.after[b : b + 1], w.page_size)
+    error = ((out[b, heads].double() - exact[0]).norm() / exact.norm()).item()
+    assert error < close, f"{w}: the pipeline is off by {error:.2g}"
+    bounds = x.k_bounds[:, h : h + 1].double()
+    if x.k_scales is not None:
+        bounds *= x.k_scales[:, h : h + 1, None, None]
+    scores = reference.estimate(one[0], bounds, one[3], x.after[b : b + 1], w.page_size)
     best = scores[0].amax(0)[pages[b, h].long()].sort().values[1:]  # the last page is forced
     rest = scores[0].amax(0).scatter(0, pages[b, h].long(), -math.inf).max()
     assert best[0] >= rest - 1e-3 * rest.abs(), f"{w}: a page was passed over"
@@ -241,7 +262,7 @@ def measure(w: Workload, with_flex: bool) -> dict[str, object]:
     torch.cuda.empty_cache()
     layers = layers_for(w)
     check(w, layers[0])
-    scores = [estimate(x.q, x.k_bounds, x.page_table, x.after, w.page_size) for x in layers]
+    scores = [score(w, x) for x in layers]
     pages = [select(w, x) for x in layers]
     buffer = torch.zeros(max(w.sparse_bytes, 1 << 30) // 4, dtype=torch.int32, device=DEVICE)
     sink, apart = torch.zeros(1, dtype=torch.int32, device=DEVICE), max(1, buffer.nbytes // w.sparse_bytes)
@@ -250,9 +271,7 @@ def measure(w: Workload, with_flex: bool) -> dict[str, object]:
     ]
     times = {
         "append_kv": time_calls([lambda x=x: append(x) for x in layers]),
-        "estimate": time_calls(
-            [lambda x=x: estimate(x.q, x.k_bounds, x.page_table, x.after, w.page_size) for x in layers]
-        ),
+        "estimate": time_calls([lambda x=x: score(w, x) for x in layers]),
         "topk_pages": time_calls(
             [
                 lambda x=x, s=s: topk_pages(s, x.after, w.page_size, w.selected, w.kv_heads)
@@ -261,6 +280,7 @@ def measure(w: Workload, with_flex: bool) -> dict[str, object]:
         ),
         "torch.topk": time_calls([lambda s=s: s[:, : w.kv_heads].topk(w.selected) for s in scores]),
         "sparse_decode": time_calls([lambda x=x, p=p: attend(x, p) for x, p in zip(layers, pages, strict=True)]),
+        "four": time_calls([lambda x=x: four(w, x) for x in layers]),
         "pipeline": time_calls([lambda x=x: pipeline(w, x) for x in layers]),
         "pages=None": time_calls([lambda x=x: (append(x), attend(x, None)) for x in layers]),
         "limit": time_calls(reads),
@@ -299,7 +319,7 @@ def machine() -> dict[str, object]:
 
 def print_table(rows: list[dict[str, object]]) -> None:
     table = Table("heads, context, budget", title="microseconds a layer and decode step: median")
-    names = ["append_kv", "estimate", "topk_pages", "sparse_decode", "pipeline", "limit", "pages=None", *DENSE]
+    names = ["append_kv", "estimate", "topk_pages", "sparse_decode", "four", "pipeline", "limit", "pages=None", *DENSE]
     for name in (*names, "speedup", "x limit"):
         table.add_column(name, justify="right")
     for row in rows:

@@ -10,7 +10,8 @@
 namespace quest::cpu {
 
 // 8-bit bounds: whole multiples of the page's scale, rounded outward, so exact bounds still. The scale is the largest
-// magnitude / 127, rounded up. Products are exact in double, so the CUDA kernels' directed rounding gives the same bits.
+// magnitude / 127, rounded up. Products are exact in double, so the CUDA kernels' directed rounding gives the same
+// bits.
 inline void store_bytes(const float* lower, const float* upper, int D, int8_t* low, int8_t* high, float& scale) {
   float largest = 0;
   for (int d = 0; d < D; ++d)
@@ -20,7 +21,8 @@ inline void store_bytes(const float* lower, const float* upper, int D, int8_t* l
   if (double{scale} * 127 < largest) scale = std::nextafterf(scale, std::numeric_limits<float>::infinity());
   const bool some = scale > 0 && std::isfinite(scale);  // else zeros: scores are 0, or NaN as the scale is
   for (int d = 0; d < D; ++d) {
-    double below = some ? std::floor(double{lower[d]} / scale) : 0, above = some ? std::ceil(double{upper[d]} / scale) : 0;
+    double below = some ? std::floor(double{lower[d]} / scale) : 0,
+           above = some ? std::ceil(double{upper[d]} / scale) : 0;
     if (below * scale > lower[d]) --below;
     if (above * scale < upper[d]) ++above;
     low[d] = static_cast<int8_t>(below), high[d] = static_cast<int8_t>(above);

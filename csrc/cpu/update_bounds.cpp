@@ -16,7 +16,8 @@ static void update_page(const UpdateBoundsParams& p, int b, int h, int logical) 
 }
 
 void update_bounds(
-    Tensor k_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens, std::optional<Tensor> first_token, std::optional<Tensor> k_scales) {
+    Tensor k_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens, std::optional<Tensor> first_token,
+    std::optional<Tensor> k_scales) {
   const UpdateBoundsParams p = check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales);
   check_values(p);
   const int64_t heads = p.size.Hkv, pages = p.paging.P, tasks = p.size.B * pages * heads;

@@ -17,9 +17,7 @@ constexpr int kBrokenPage = -2;  // no such page where the tables promise one: a
 constexpr int kMaxHeadDim = 256;
 constexpr int kSimtBlock = 16;  // divides every head_dim
 
-__device__ __forceinline__ float token_bias(int page) {
-  return page >= 0 ? 0.f : page == kNoToken ? -INFINITY : NAN;
-}
+__device__ __forceinline__ float token_bias(int page) { return page >= 0 ? 0.f : page == kNoToken ? -INFINITY : NAN; }
 
 template <class T>
 __device__ __forceinline__ const T* token_row(const Cache& cache, int page, int head, int slot) {
@@ -240,8 +238,8 @@ struct ChunkMerge {
   static __device__ __forceinline__ int first_column() { return threadIdx.x % kHeadThreads; }
 
   // warp_out: [kWarps, heads, D].
-  static __device__ __forceinline__ Chunk merge(
-      const Softmax& softmax, const WarpResults<Attend::kWarps>& results, const float* warp_out, int heads, int D) {
+  static __device__ __forceinline__ Chunk
+  merge(const Softmax& softmax, const WarpResults<Attend::kWarps>& results, const float* warp_out, int heads, int D) {
     Chunk chunk;
     float weight[Attend::kWarps];
 #pragma unroll

@@ -1,5 +1,6 @@
-// Rows of signed bytes (8-bit page bounds) against query heads of two bytes: as row_mma.cuh, a lane takes 16 bytes of its
-// row at a time, so runs of 16 elements, and makes pairs of T of them in registers. Every signed byte is a T exactly.
+// Rows of signed bytes (8-bit page bounds) against query heads of two bytes: as row_mma.cuh, a lane takes 16 bytes of
+// its row at a time, so runs of 16 elements, and makes pairs of T of them in registers. Every signed byte is a T
+// exactly.
 #pragma once
 
 #include "row_mma.cuh"

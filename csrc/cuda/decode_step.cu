@@ -1,8 +1,7 @@
-#include "decode_step.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "../namespace.h"
+#include "decode_step.cuh"
 #include "launch.h"
 #include "ops.h"
 #include "profiler_range.h"
@@ -11,7 +10,7 @@ namespace quest::cuda {
 
 namespace {
 
-constexpr unsigned kMostBlocks = 16;      // of a cluster, the most that Hopper has
+constexpr unsigned kMostBlocks = 16;  // of a cluster, the most that Hopper has
 // Of a block: two of them share an SM, but for wide heads.
 int most_memory(int D) { return (D <= 128 ? 100 : 200) * 1024; }
 
@@ -22,8 +21,8 @@ bool fits_one_launch(const StepParams& p, int device) {
   const int group = p.size.group();
   const bool aligned = p.q.aligned && p.append.k.aligned && p.append.v.aligned && p.append.k_cache.aligned &&
                        p.append.v_cache.aligned && p.append.k_bounds.aligned;
-  const bool one_list = p.reduce == GroupReduce::max || p.reduce == GroupReduce::sum ||
-                        (p.reduce == GroupReduce::none && group == 1);
+  const bool one_list =
+      p.reduce == GroupReduce::max || p.reduce == GroupReduce::sum || (p.reduce == GroupReduce::none && group == 1);
   return aligned && one_list && p.size.T == 1 && p.append.dtype != DType::f32 && group <= kMmaHeads &&
          device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
 }
@@ -43,7 +42,7 @@ bool lay_out(StepParams& p, int cluster) {
     const int64_t weights = (int64_t{spans} * (in_span + 2) + 1) * group * sizeof(FoldWeights);
     const int64_t warp_out = std::max<int64_t>(sizeof(float) * kStepWarps * group * D, (weights + 15) / 16 * 16);
     const int64_t all_parts = int64_t{parts} * group * (D + 2) * sizeof(float);
-    const int64_t keys = int64_t{sizeof(uint32_t)} * round_up(p.paging.P, kStretch);
+    const int64_t keys = int64_t{sizeof(uint32_t)} * p.paging.P;
     const int64_t table = int64_t{sizeof(int)} * p.paging.P;
     StepMemory& m = p.memory;
     m.list = 0;
@@ -63,14 +62,18 @@ bool lay_out(StepParams& p, int cluster) {
   }
 }
 
-// The most blocks a cluster with which all of them are there at once; 1 where none will do. 0: too little memory.
+// More pages a block than this, and four launches that fill the machine with blocks were measured to be faster.
+constexpr int kMostPages = 1024;
+
+// The most blocks a cluster with which all of them are there at once; 1 where none will do. 0: too little memory, or
+// too many pages.
 template <class T, class Bound, int D>
 unsigned plan(StepParams& p) {
   const int64_t rows = int64_t{p.size.B} * p.size.Hkv;
   for (unsigned cluster = kMostBlocks; cluster > 1; cluster /= 2)
     if (lay_out(p, cluster) &&
         active_clusters(decode_step_kernel<T, Bound, D>, kStepThreads, p.memory.bytes, cluster) >= rows)
-      return cluster;
+      return p.paging.P <= int64_t{kMostPages} * cluster ? cluster : 0;
   return lay_out(p, 1) ? 1 : 0;
 }
 

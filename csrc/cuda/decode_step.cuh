@@ -2,8 +2,8 @@
 // sequence and KV head.
 //
 // The blocks of a cluster share out the pages to score, 128 at a time, and send the keys of the scores to the first
-// block's shared memory; that block selects and sends each block its part of the list; each attends to so many chunks of
-// it and sends what it found back; the first block folds. Nothing but the result, the list and the new token goes to
+// block's shared memory; that block selects and sends each block its part of the list; each attends to so many chunks
+// of it and sends what it found back; the first block folds. Nothing but the result, the list and the new token goes to
 // device memory. The parts are those of estimate, topk_pages and sparse_decode, and so are the bits.
 #pragma once
 
@@ -21,12 +21,12 @@ namespace quest::cuda {
 constexpr int kStepThreads = 256;
 constexpr int kStepWarps = kStepThreads / kWarpSize;
 
-// Where things are in a block's dynamic shared memory, in bytes. All but list and warp_out is the first block's. The keys
-// and the table are done with when the first warp result is written.
+// Where things are in a block's dynamic shared memory, in bytes. All but list and warp_out is the first block's. The
+// keys and the table are done with when the first warp result is written.
 struct StepMemory {
   int list;      // [entries] ListedPage: this block's part of the list
   int chosen;    // [K] logical pages
-  int keys;      // [P, to whole stretches]
+  int keys;      // [P]
   int table;     // [P]: the sequence's row of the page table; -1: it does not fit, and is read where it is
   int warp_out;  // [kStepWarps, G, D]; then, in combining, what the parts weigh
   int parts;     // [parts, G, D], then their maxima and sums [parts, G]
@@ -46,9 +46,9 @@ struct StepParams {
   int32_t K, sink_pages, recent_pages;
   GroupReduce reduce;
   float scale;
-  int32_t* pages;  // [B, Hkv, K] contiguous
-  void* out;       // [B, Hq, D] contiguous
-  float* lse;      // [B, Hq]
+  int32_t* pages;       // [B, Hkv, K] contiguous
+  void* out;            // [B, Hq, D] contiguous
+  float* lse;           // [B, Hq]
   int32_t part_chunks;  // chunks of the list that a block attends to: below kSpanChunks, or a multiple of it
   StepMemory memory;
 };
@@ -58,8 +58,8 @@ struct ListedPage {
   int tokens;    // that are in it
 };
 
-// The scores of a tile, reduced over the heads of the group in the order of topk_pages. Lanes c = 0, 1 of each four have
-// those of pages r and r + 8.
+// The scores of a tile, reduced over the heads of the group in the order of topk_pages. Lanes c = 0, 1 of each four
+// have those of pages r and r + 8.
 __device__ __forceinline__ float reduce_group(const float (&scores)[4], int group, GroupReduce how) {
   const int lane = threadIdx.x % kWarpSize, c = lane % 4;
   float reduced[2];
@@ -141,8 +141,8 @@ struct StepBlock {
     constexpr int kVecs = D * sizeof(T) / 16;
     if (token.physical < 0 || threadIdx.x >= 2 * kVecs) return;
     const Cache& to = threadIdx.x < kVecs ? p.append.k_cache : p.append.v_cache;
-    T* const row = static_cast<T*>(to.data) + token.physical * to.stride_n + head * to.stride_h +
-                   token.slot * to.stride_s;
+    T* const row =
+        static_cast<T*>(to.data) + token.physical * to.stride_n + head * to.stride_h + token.slot * to.stride_s;
     *reinterpret_cast<uint4*>(row + threadIdx.x % kVecs * 8) = token.x;
     // The page's keys will be wanted for its bounds.
     const T* const key = token_row<T>(p.append.k_cache, token.physical, head, threadIdx.x);
@@ -198,11 +198,8 @@ struct StepBlock {
     return {physical < 0 ? kBrokenPage : physical, min(p.paging.page_size(), length - (page << p.paging.page_shift))};
   }
 
-  // By the first block, before it scores: the page table, so that the selection need not wait for it, and no key where
-  // there is no page.
+  // By the first block, before it scores: the page table, so that the selection need not wait for it.
   __device__ void prepare_selection(int n) const {
-    for (int i = n + threadIdx.x; i < (n + kStretch - 1) / kStretch * kStretch; i += kStepThreads)
-      at<uint32_t>(p.memory.keys)[i] = kNoKey;
     const int32_t* const from = p.paging.page_table + b * p.paging.page_table_stride;
     for (int i = threadIdx.x; p.memory.table >= 0 && i < n; i += kStepThreads)
       __pipeline_memcpy_async(at<int>(p.memory.table) + i, from + i, sizeof(int));
@@ -215,8 +212,7 @@ struct StepBlock {
     int* const chosen = at<int>(p.memory.chosen);
     __pipeline_wait_prior(0);
     select_best<kStepThreads>(
-        n, p.K, p.sink_pages, p.recent_pages, shared.select,
-        [&](int i, uint32_t(&to)[lane_keys(kStepThreads)]) { load_keys(keys + i, to); },
+        n, p.K, p.sink_pages, p.recent_pages, shared.select, [&](int i) { return keys[i]; },
         [&](int place, int page) { chosen[place] = page; });
     __syncthreads();
     for (int i = threadIdx.x; i < p.K; i += kStepThreads) {
@@ -307,15 +303,16 @@ struct StepBlock {
   }
 
   // The fold of all parts, as decode_combine_kernel does it: its weights first, by a thread a head and span.
-  template <int kInSpan>
   __device__ void combine(int count) {
     const Softmax softmax(p.scale);
-    constexpr int kPartTokens = kChunkTokens * kSpanChunks / kInSpan;
-    const int parts = ((count << p.paging.page_shift) + kPartTokens - 1) / kPartTokens;
-    const int spans = (parts + kInSpan - 1) / kInSpan;
-    FoldWeights* const weights = at<FoldWeights>(p.memory.warp_out);  // [spans, kInSpan, G], of all spans [spans, G]
-    FoldWeights* const span_weights = weights + spans * kInSpan * group;
+    const int in_span = p.part_chunks < kSpanChunks ? kSpanChunks : 1;
+    const int part_tokens = kChunkTokens * kSpanChunks / in_span;
+    const int parts = ((count << p.paging.page_shift) + part_tokens - 1) / part_tokens;
+    const int spans = (parts + in_span - 1) / in_span;
+    FoldWeights* const weights = at<FoldWeights>(p.memory.warp_out);  // [parts, G], then of all spans [spans, G]
+    FoldWeights* const span_weights = weights + parts * group;
     float2* const span_scalars = reinterpret_cast<float2*>(span_weights + spans * group);  // maximum, sum
+    float2* const totals = span_scalars + spans * group;
     const auto fold = [&](float2& x, float2 next) {
       const float both = fmaxf(x.x, next.x);
       const FoldWeights w{softmax.weight(x.x, both), softmax.weight(next.x, both)};
@@ -324,27 +321,24 @@ struct StepBlock {
     };
     if (threadIdx.x < group * spans) {
       const int h = threadIdx.x % group, span = threadIdx.x / group;
-      float2 total{-INFINITY, 0.f}, part[kInSpan];
-#pragma unroll
-      for (int i = 0; i < kInSpan; ++i)
-        part[i] = span * kInSpan + i < parts
-                      ? *reinterpret_cast<const float2*>(part_scalars(memory, span * kInSpan + i) + h * 2)
-                      : float2{-INFINITY, 0.f};
-#pragma unroll
-      for (int i = 0; i < kInSpan; ++i) weights[(span * kInSpan + i) * group + h] = fold(total, part[i]);
+      float2 total{-INFINITY, 0.f};
+#pragma unroll 2
+      for (int part = span * in_span; part < min((span + 1) * in_span, parts); ++part)
+        weights[part * group + h] = fold(total, *reinterpret_cast<const float2*>(part_scalars(memory, part) + h * 2));
       span_scalars[span * group + h] = total;
     }
     __syncthreads();
-    float2* const totals = span_scalars + spans * group;
     if (threadIdx.x < group) {
       const int h = threadIdx.x;
       float2 total{-INFINITY, 0.f};
+#pragma unroll 1
       for (int span = 0; span < spans; ++span)
         span_weights[span * group + h] = fold(total, span_scalars[span * group + h]);
       totals[h] = total;
     }
     __syncthreads();
     constexpr int kColumns = D / 4;
+#pragma unroll 1
     for (int i = threadIdx.x; i < group * kColumns; i += kStepThreads) {
       const int h = i / kColumns, column = i % kColumns;
       const auto mix = [](float4& x, FoldWeights w, float4 y) {
@@ -352,14 +346,12 @@ struct StepBlock {
         x.z = __fmaf_rn(w.keep, x.z, __fmul_rn(w.add, y.z)), x.w = __fmaf_rn(w.keep, x.w, __fmul_rn(w.add, y.w));
       };
       Partial<1> total;
+#pragma unroll 1
       for (int span = 0; span < spans; ++span) {
         float4 sum{};
-#pragma unroll
-        for (int j = 0; j < kInSpan; ++j) {
-          const int part = span * kInSpan + j;
-          if (part < parts)
-            mix(sum, weights[part * group + h], reinterpret_cast<const float4*>(part_out(memory, part) + h * D)[column]);
-        }
+#pragma unroll 4
+        for (int part = span * in_span; part < min((span + 1) * in_span, parts); ++part)
+          mix(sum, weights[part * group + h], reinterpret_cast<const float4*>(part_out(memory, part) + h * D)[column]);
         mix(total.out[0], span_weights[span * group + h], sum);
       }
       total.top = totals[h].x, total.sum = totals[h].y;
@@ -404,7 +396,7 @@ struct StepBlock {
     start_next_kernel();
     cluster.sync();
     if (rank != 0) return;
-    p.part_chunks < kSpanChunks ? combine<kSpanChunks>(count) : combine<1>(count);
+    combine(count);
   }
 };
 

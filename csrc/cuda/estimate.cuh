@@ -38,8 +38,8 @@ __device__ __forceinline__ void write_score(const EstimateParams& p, int b, int 
 }
 
 // The physical page, or -1 where there is none. Where the table is wrong the scores become NaN.
-__device__ __forceinline__ int64_t bounds_page(
-    const EstimateParams& p, const EstimateTile& tile, int page, bool& broken) {
+__device__ __forceinline__ int64_t
+bounds_page(const EstimateParams& p, const EstimateTile& tile, int page, bool& broken) {
   // Looked up before the length is asked about: the two loads then wait together.
   const int64_t physical = p.paging.physical(tile.b, page);
   broken = physical < 0 && page < tile.pages;
@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const E
   const Bounds& bounds = p.k_bounds;
   bool broken;
   const int64_t physical = bounds_page(p, tile, page, broken);
-  const Bound* const lower = static_cast<const Bound*>(bounds.data) + physical * bounds.stride_n + tile.head * bounds.stride_h;
+  const Bound* const lower =
+      static_cast<const Bound*>(bounds.data) + physical * bounds.stride_n + tile.head * bounds.stride_h;
   const Bound* const upper = lower + bounds.stride_c;
   const float scale = sizeof(Bound) == 1 && physical >= 0
                           ? bounds.scales[physical * bounds.scales_stride_n + tile.head * bounds.scales_stride_h]
@@ -124,7 +125,11 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const E
 #pragma unroll
     for (int row = 0; row < kSimtRows; ++row)
       if (i + row < tile.rows && page < p.paging.P)
-        write_score(p, tile.b, tile.head, i + row, page, broken ? NAN : sizeof(Bound) == 1 ? acc[row] * scale : acc[row]);
+        write_score(
+            p, tile.b, tile.head, i + row, page,
+            broken               ? NAN
+            : sizeof(Bound) == 1 ? acc[row] * scale
+                                 : acc[row]);
   }
   start_next_kernel();
 }

@@ -53,6 +53,15 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
+// A block may have less than this unasked; more must be allowed for each kernel, and what is allowed may shrink.
+constexpr size_t kUnasked = 32 * 1024;
+
+template <class Params>
+void allow_shared(void (*kernel)(Params), size_t shared) {
+  if (shared > kUnasked)
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+}
+
 // Launches a kernel that begins with wait_for_previous_kernel() (launch_order.cuh): on Hopper and newer its blocks may
 // be put in place while the kernel before it drains. cluster: blocks of a thread block cluster, 0 for none.
 template <class Params>
@@ -61,9 +70,7 @@ void launch_in_order(
     unsigned cluster = 0) {
   int device = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
-  // What a block may have unasked; more must be allowed for each kernel.
-  if (shared > 32 * 1024)
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  allow_shared(kernel, shared);
   if (cluster > 8) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -80,7 +87,7 @@ void launch_in_order(
 // Clusters of so many blocks that the device can hold at once.
 template <class Params>
 int active_clusters(void (*kernel)(Params), int threads, size_t shared, unsigned cluster) {
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  allow_shared(kernel, shared);
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;

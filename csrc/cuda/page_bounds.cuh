@@ -1,6 +1,6 @@
 // The elementwise minimum and maximum of the keys of one page and head, by one block: the part that the kernels which
-// write keys share. A thread keeps one vector of head dimensions and every `rows`-th token; the rows then meet in shared
-// memory. NaN keys give NaN bounds, so that a broken page is seen and not skipped.
+// write keys share. A thread keeps one vector of head dimensions and every `rows`-th token; the rows then meet in
+// shared memory. NaN keys give NaN bounds, so that a broken page is seen and not skipped.
 //
 // 8-bit bounds are whole multiples of the page's scale, its largest magnitude / 127 rounded up, themselves rounded
 // outward by directed division: so they stay bounds, exactly. The CPU computes the same numbers bit for bit.
@@ -81,16 +81,14 @@ struct PageBounds {
     if (row != 0) return;
     for (int i = 0; i < vecs; ++i) largest = nan_max(largest, shared.largest[i]);
     const float scale = __fdiv_ru(largest, 127.f);
-    int8_t* const to =
-        static_cast<int8_t*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h + offset();
+    int8_t* const to = static_cast<int8_t*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h + offset();
     const bool some = scale > 0.f && scale < INFINITY;  // else zeros: scores are 0, or NaN as the scale is
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       to[i] = some ? static_cast<int8_t>(floorf(__fdiv_rd(lower[i], scale))) : 0;
       to[i + bounds.stride_c] = some ? static_cast<int8_t>(ceilf(__fdiv_ru(upper[i], scale))) : 0;
     }
-    if (vec == 0)
-      bounds.scales[page * bounds.scales_stride_n + head * bounds.scales_stride_h] = scale;
+    if (vec == 0) bounds.scales[page * bounds.scales_stride_n + head * bounds.scales_stride_h] = scale;
   }
 };
 

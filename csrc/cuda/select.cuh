@@ -1,39 +1,25 @@
-// The k best of n keys by one block, exactly: what topk_pages and decode_step share.
+// The k best of n keys by one block, exactly, for decode_step.
 //
 // The threshold is closed in on by counting the keys from three pivots on, which quarter the range that still holds it:
-// no histogram, whose atomics would wait for one another, and no candidate list, which could overflow where keys cluster.
-// Once a warp can hold what is left in the range, it counts ranks.
-//
-// Each warp owns a contiguous run of keys, and in each stretch of them a lane owns kLaneKeys neighbours, so
+// no histogram, whose atomics would wait for one another, and no candidate list, which could overflow where keys
+// cluster. Once a warp can hold what is left in the range, it counts ranks. Each warp owns a contiguous run of keys, so
 // that the places of what gets in follow from counts.
+//
+// The loops are left rolled: this code runs once, and its instructions come slower than they are executed.
 #pragma once
 
 #include "elements.cuh"
 
 namespace quest::cuda {
 
-// Few threads take many keys each, so that a row of 2,048 keeps all of them busy.
-constexpr int lane_keys(int threads) { return threads <= 256 ? 8 : 4; }
-constexpr int kStretch = kWarpSize * lane_keys(0);  // the longer one
+// Below the key of any number: what is no candidate.
+constexpr uint32_t kNoKey = 0;
 
 // Unsigned keys in the order of the floats: -0 equals +0, NaN is above everything.
 __device__ __forceinline__ uint32_t sort_key(float x) {
   if (x != x) return 0xffffffffu;
   const uint32_t bits = __float_as_uint(x + 0.f);
   return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-
-// Below the key of any number: what is no candidate.
-constexpr uint32_t kNoKey = 0;
-
-// A lane's keys from memory that is aligned to 16 bytes.
-template <int kLaneKeys>
-__device__ __forceinline__ void load_keys(const uint32_t* from, uint32_t (&keys)[kLaneKeys]) {
-#pragma unroll
-  for (int i = 0; i < kLaneKeys; i += 4) {
-    const uint4 x = *reinterpret_cast<const uint4*>(from + i);
-    keys[i] = x.x, keys[i + 1] = x.y, keys[i + 2] = x.z, keys[i + 3] = x.w;
-  }
 }
 
 template <int kThreads>
@@ -47,35 +33,32 @@ struct SelectShared {
   uint32_t threshold;
 };
 
-// load(i, keys) loads keys i, ..., i + kLaneKeys - 1: kNoKey where there is no candidate, past n too.
-template <int kThreads, class Load, class Take>
+// key(i): of candidate i, kNoKey where there is none; asked for i < n only.
+template <int kThreads, class Key, class Take>
 struct Selection {
-  static constexpr int kWarps = kThreads / kWarpSize, kLaneKeys = lane_keys(kThreads), kStretch = kWarpSize * kLaneKeys;
+  static constexpr int kWarps = kThreads / kWarpSize;
   int n, sink, recent;  // the first `sink` and the last `recent` get in; those between are candidates
   SelectShared<kThreads>& shared;
-  Load load;
+  Key key;
   Take take;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int run = (n + kWarps * kStretch - 1) / (kWarps * kStretch) * kStretch;
+  const int run = (n + kThreads - 1) / kThreads * kWarpSize;
 
-  // visit(i, keys): all stretches of the warp's run, in order.
+  // visit(i, key): the warp's run in order, all lanes together; past n with kNoKey.
   template <class Visit>
   __device__ __forceinline__ void each(Visit&& visit) {
-    for (int i = warp * run; i < min((warp + 1) * run, n); i += kStretch) {
-      uint32_t keys[kLaneKeys];
-      load(i + lane * kLaneKeys, keys);
-      visit(i + lane * kLaneKeys, keys);
+    const int end = min((warp + 1) * run, n);
+#pragma unroll 2
+    for (int first = warp * run; first < end; first += kWarpSize) {
+      const int i = first + lane;
+      visit(i, i < n ? key(i) : kNoKey);
     }
   }
-  __device__ __forceinline__ bool candidate(int i) const { return i >= sink && i < n - recent; }
 
   // Candidates above `threshold` get in, and the first `equals` that equal it: `want` >= 1 in all.
   __device__ __forceinline__ void find_threshold(int want, uint32_t& threshold, int& equals) {
     uint32_t low = 0xffffffffu, high = 0;
-    each([&](int, const uint32_t (&keys)[kLaneKeys]) {
-#pragma unroll
-      for (int j = 0; j < kLaneKeys; ++j) low = min(low, keys[j] - 1), high = max(high, keys[j]);  // kNoKey - 1 is large
-    });
+    each([&](int, uint32_t x) { low = min(low, x - 1), high = max(high, x); });  // kNoKey - 1 is the largest number
     low = __reduce_min_sync(kFullMask, low), high = __reduce_max_sync(kFullMask, high);
     if (lane == 0) shared.low[warp] = low, shared.high[warp] = high;
     if (threadIdx.x == 0) shared.num_few = 0;
@@ -86,46 +69,41 @@ struct Selection {
     // The threshold is in [low, high]; so many keys are >= low, and > high.
     int from_low = n - sink - recent, above_high = 0;
     for (int round = 0; low != high && from_low - above_high > kWarpSize; ++round) {
-      const uint32_t range = high - low;
-      const auto part = [&](int quarters) { return low + max(1u, uint32_t(uint64_t{range} * quarters / 4)); };
-      const uint32_t pivot[3] = {part(1), part(2), part(3)};
+      const uint32_t quarter = max(1u, (high - low) / 4);
+      const uint32_t a = low + quarter, b = a + min(quarter, high - a), c = b + min(quarter, high - b);
       int3 count{};
-      each([&](int, const uint32_t (&keys)[kLaneKeys]) {
-#pragma unroll
-        for (int j = 0; j < kLaneKeys; ++j)
-          count.x += keys[j] >= pivot[0], count.y += keys[j] >= pivot[1], count.z += keys[j] >= pivot[2];
+      each([&](int, uint32_t x) {
+        count.x += __popc(__ballot_sync(kFullMask, x >= a));
+        count.y += __popc(__ballot_sync(kFullMask, x >= b));
+        count.z += __popc(__ballot_sync(kFullMask, x >= c));
       });
-      const auto sum = [&](int3 x) {
-        return int3{
-            __reduce_add_sync(kFullMask, x.x), __reduce_add_sync(kFullMask, x.y), __reduce_add_sync(kFullMask, x.z)};
-      };
-      count = sum(count);
       if (lane == 0) shared.pivots[round % 2][warp] = count;
       __syncthreads();
-      count = sum(lane < kWarps ? shared.pivots[round % 2][lane] : int3{});
+      count = lane < kWarps ? shared.pivots[round % 2][lane] : int3{};
+      count.x = __reduce_add_sync(kFullMask, count.x);
+      count.y = __reduce_add_sync(kFullMask, count.y);
+      count.z = __reduce_add_sync(kFullMask, count.z);
       if (count.z >= want)
-        low = pivot[2], from_low = count.z;
+        low = c, from_low = count.z;
       else if (count.y >= want)
-        low = pivot[1], from_low = count.y, high = pivot[2] - 1, above_high = count.z;
+        low = b, from_low = count.y, high = c - 1, above_high = count.z;
       else if (count.x >= want)
-        low = pivot[0], from_low = count.x, high = pivot[1] - 1, above_high = count.y;
+        low = a, from_low = count.x, high = b - 1, above_high = count.y;
       else
-        high = pivot[0] - 1, above_high = count.x;
+        high = a - 1, above_high = count.x;
     }
     threshold = low, equals = want - above_high;
     if (low == high) return;
 
-    each([&](int, const uint32_t (&keys)[kLaneKeys]) {
-#pragma unroll
-      for (int j = 0; j < kLaneKeys; ++j)
-        if (keys[j] >= low && keys[j] <= high) shared.few[atomicAdd(&shared.num_few, 1)] = keys[j];
+    each([&](int, uint32_t x) {
+      if (x >= low && x <= high) shared.few[atomicAdd(&shared.num_few, 1)] = x;
     });
     __syncthreads();
     if (warp == 0) {
       const int in_range = from_low - above_high, left = want - above_high;
       const uint32_t mine = lane < in_range ? shared.few[lane] : kNoKey;
       int above = 0, same = 0;
-#pragma unroll 8
+#pragma unroll 2
       for (int i = 0; i < in_range; ++i) {
         const uint32_t other = shared.few[i];
         above += other > mine, same += other == mine;
@@ -144,51 +122,34 @@ struct Selection {
     int equals = 0;  // where nothing is wanted no key gets in
     if (want > 0) find_threshold(want, threshold, equals);
 
-    const auto is_above = [&](int i, uint32_t key) { return key > threshold || (i < n && !candidate(i)); };
-    const auto is_equal = [&](uint32_t key) { return equals > 0 && key == threshold; };
-    const auto count_lane = [&](int i, const uint32_t (&keys)[kLaneKeys]) {
-      int2 result{};
-#pragma unroll
-      for (int j = 0; j < kLaneKeys; ++j) result.x += is_above(i + j, keys[j]), result.y += is_equal(keys[j]);
-      return result;
-    };
+    const auto forced = [&](int i) { return i < sink || (i >= n - recent && i < n); };
     int2 mine{};
-    each([&](int i, const uint32_t (&keys)[kLaneKeys]) {
-      const int2 counts = count_lane(i, keys);
-      mine.x += counts.x, mine.y += counts.y;
+    each([&](int i, uint32_t x) {
+      mine.x += __popc(__ballot_sync(kFullMask, x > threshold || forced(i)));
+      mine.y += __popc(__ballot_sync(kFullMask, x == threshold));
     });
-    mine.x = __reduce_add_sync(kFullMask, mine.x), mine.y = __reduce_add_sync(kFullMask, mine.y);
     if (lane == 0) shared.counts[warp] = mine;
     __syncthreads();
-    int2 before = lane < warp ? shared.counts[lane] : int2{};
-    before.x = __reduce_add_sync(kFullMask, before.x), before.y = __reduce_add_sync(kFullMask, before.y);
-    each([&](int i, const uint32_t (&keys)[kLaneKeys]) {
-      const int2 own = count_lane(i, keys);
-      int2 upto = own;
-#pragma unroll
-      for (int step = 1; step < kWarpSize; step *= 2) {
-        const int x = __shfl_up_sync(kFullMask, upto.x, step), y = __shfl_up_sync(kFullMask, upto.y, step);
-        if (lane >= step) upto.x += x, upto.y += y;
-      }
-      int above = before.x + upto.x - own.x, equal = before.y + upto.y - own.y;
-      before.x += __shfl_sync(kFullMask, upto.x, kWarpSize - 1);
-      before.y += __shfl_sync(kFullMask, upto.y, kWarpSize - 1);
-#pragma unroll
-      for (int j = 0; j < kLaneKeys; ++j) {
-        const bool gets_in = is_above(i + j, keys[j]), ties = is_equal(keys[j]);
-        if (gets_in || (ties && equal < equals)) take(above + min(equal, equals), i + j);
-        above += gets_in, equal += ties;
-      }
+    const int2 other = lane < warp ? shared.counts[lane] : int2{};
+    int above = __reduce_add_sync(kFullMask, other.x), equal = __reduce_add_sync(kFullMask, other.y);
+    const unsigned lower_lanes = (1u << lane) - 1;
+    each([&](int i, uint32_t x) {
+      const bool gets_in = x > threshold || forced(i), ties = x == threshold;
+      const unsigned all_in = __ballot_sync(kFullMask, gets_in), all_ties = __ballot_sync(kFullMask, ties);
+      const int equal_before = equal + __popc(all_ties & lower_lanes);
+      if (gets_in || (ties && equal_before < equals))
+        take(above + __popc(all_in & lower_lanes) + min(equal_before, equals), i);
+      above += __popc(all_in), equal += __popc(all_ties);
     });
   }
 };
 
 // Of n keys the first `sink`, the last `recent` and the best of the rest, `count` < n in all: take(place, i), places in
 // the order of i. By all threads of the block.
-template <int kThreads, class Load, class Take>
+template <int kThreads, class Key, class Take>
 __device__ __forceinline__ void select_best(
-    int n, int count, int sink, int recent, SelectShared<kThreads>& shared, Load load, Take take) {
-  Selection<kThreads, Load, Take>{n, sink, recent, shared, load, take}.best(count);
+    int n, int count, int sink, int recent, SelectShared<kThreads>& shared, Key key, Take take) {
+  Selection<kThreads, Key, Take>{n, sink, recent, shared, key, take}.best(count);
 }
 
 }  // namespace quest::cuda

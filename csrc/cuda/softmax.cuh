@@ -53,19 +53,21 @@ struct Partial {
   }
 };
 
-// A chunk is kChunkTokens consecutive tokens of a list of pages and a span kSpanChunks consecutive chunks. The chunks of
-// a span are folded in order, spans in a fixed order after that; both are constants, so a result depends on the list
+// A chunk is kChunkTokens consecutive tokens of a list of pages and a span kSpanChunks consecutive chunks. The chunks
+// of a span are folded in order, spans in a fixed order after that; both are constants, so a result depends on the list
 // alone, not on the batch, the capacity or how many lists there are.
 constexpr int kChunkTokens = 128;
 constexpr int kSpanChunks = 8;
 
 // Folds the parts of one head and four of its dimensions; part(i) loads one, and kPartsInSpan of them are a span. The
-// spans are folded in so many interleaved slices as combine_slices says, and the slices in order. This is slice `slice`.
+// spans are folded in so many interleaved slices as combine_slices says, and the slices in order. This is slice
+// `slice`.
 constexpr int kCombineThreads = 256;
 __device__ __forceinline__ int combine_slices(int D) { return kCombineThreads / (D / 4); }
 
 template <int kPartsInSpan, class Load>
-__device__ __forceinline__ Partial<1> fold_slice(int slice, int slices, int parts, const Softmax& softmax, Load&& part) {
+__device__ __forceinline__ Partial<1> fold_slice(
+    int slice, int slices, int parts, const Softmax& softmax, Load&& part) {
   Partial<1> total;
 #pragma unroll(8 / kPartsInSpan)
   for (int first = slice * kPartsInSpan; first < parts; first += slices * kPartsInSpan) {

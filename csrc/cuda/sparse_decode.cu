@@ -26,9 +26,8 @@ void launch_decode(const DecodeParams& p, cudaStream_t stream) {
   const bool aligned = p.q.aligned && p.k_cache.aligned && p.v_cache.aligned;
   if (sizeof(T) == 2 && aligned) {
     if constexpr (sizeof(T) == 2)
-      dispatch_head_dim(p.size.D, [&]<int D>(std::integral_constant<int, D>) {
-        launch(std::type_identity<MmaAttend<T, D>>{});
-      });
+      dispatch_head_dim(
+          p.size.D, [&]<int D>(std::integral_constant<int, D>) { launch(std::type_identity<MmaAttend<T, D>>{}); });
   } else {
     launch(std::type_identity<SimtAttend<T>>{});
   }

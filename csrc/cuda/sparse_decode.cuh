@@ -1,8 +1,8 @@
 // sparse_decode: attention over the tokens of a list of pages, split over the list and combined.
 //
 // Small calls give every chunk (softmax.cuh) a block of its own and leave the folding to the combine kernel; large ones
-// give a block a whole span, which it folds as it goes: the same arithmetic, so the same bits. What holds no token is an
-// exact identity of the fold.
+// give a block a whole span, which it folds as it goes: the same arithmetic, so the same bits. What holds no token is
+// an exact identity of the fold.
 #pragma once
 
 #include "attend_chunk.cuh"
@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(Attend::kThreads, Attend::kMaxD <= 128 ? 2 : 1
       tokens.attend(
           softmax, p.k_cache, p.v_cache, query, warp_out + warp * tile.heads * D, results.max[warp], results.sum[warp],
           shared);
-    if (left > kChunkTokens) tokens.load(p.k_cache, p.v_cache, query, page, warp_token + offset + kChunkTokens, page_size);
+    if (left > kChunkTokens)
+      tokens.load(p.k_cache, p.v_cache, query, page, warp_token + offset + kChunkTokens, page_size);
     if (left > 2 * kChunkTokens) prefetch(next, offset + 2 * kChunkTokens);
     __syncthreads();
     if (any && head < tile.heads) partial.fold(Merge::merge(softmax, results, warp_out, tile.heads, D), softmax);

@@ -9,20 +9,21 @@ namespace quest::cuda {
 
 namespace {
 
-// Shared memory that a block may use on every architecture from sm_80 on.
-constexpr size_t kMostShared = 96 * 1024;
-
 void launch_topk(const TopkParams& p, cudaStream_t stream) {
   const unsigned rows = grid_size(int64_t{p.size.B} * p.size.T * p.Hs, "topk_pages");
-  const size_t stats = sizeof(float) * key_offset(p.size.Hq / p.Hs);
-  const size_t keys = sizeof(uint32_t) * ((p.paging.P + kStretch - 1) / kStretch * kStretch);
-  // Soft sums in the order of its threads, of which there must not be more for a larger capacity.
-  if (p.paging.P <= 2048 && p.reduce != GroupReduce::soft)
-    launch_in_order(topk_pages_kernel<512, true>, rows, 512, stats + keys, stream, p);
-  else if (stats + keys <= kMostShared)
-    launch_in_order(topk_pages_kernel<1024, true>, rows, 1024, stats + keys, stream, p);
+  const size_t shared = 2 * sizeof(float) * (p.size.Hq / p.Hs);
+  const int rounds = (p.paging.P + kTopkThreads - 1) / kTopkThreads;
+  const auto launch = [&](auto per_thread) {
+    launch_in_order(topk_pages_kernel<per_thread.value>, rows, kTopkThreads, shared, stream, p);
+  };
+  if (rounds <= 2)
+    launch(std::integral_constant<int, 2>{});
+  else if (rounds <= 8)
+    launch(std::integral_constant<int, 8>{});
+  else if (rounds <= 16)
+    launch(std::integral_constant<int, 16>{});
   else
-    launch_in_order(topk_pages_kernel<1024, false>, rows, 1024, stats, stream, p);
+    launch(std::integral_constant<int, 0>{});
 }
 
 }  // namespace

@@ -8,7 +8,8 @@
 namespace quest::cuda {
 
 void update_bounds(
-    Tensor k_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens, std::optional<Tensor> first_token, std::optional<Tensor> k_scales) {
+    Tensor k_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens, std::optional<Tensor> first_token,
+    std::optional<Tensor> k_scales) {
   const UpdateBoundsParams p = check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales);
   const ProfilerRange range("update_bounds");
   const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());

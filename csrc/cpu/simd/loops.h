@@ -27,7 +27,8 @@ struct Loops {
   void (*load[3])(const void* src, int n, float* dst);
   void (*store[3])(const float* src, int n, void* dst);
 
-  // out[r, j] = scale * (q[r] . keys[j]) for n keys; q [rows, D] contiguous, out [rows, n]. The last is for signed bytes.
+  // out[r, j] = scale * (q[r] . keys[j]) for n keys; q [rows, D] contiguous, out [rows, n]. The last is for signed
+  // bytes.
   void (*dots[4])(
       const float* q, int rows, const void* const* keys, int n, int D, float scale, float* out, int64_t out_stride);
 
