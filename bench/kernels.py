@@ -3,9 +3,9 @@
     python bench/kernels.py [--quick] [--out bench/results/kernels.json]
 
 A decode step pays for append_kv with the bounds, estimate, topk_pages and sparse_decode: by decode_step ("pipeline") or
-by the four operators ("four"). Each is timed as one CUDA graph over so many distinct layers that the bytes it touches are
-over five times the L2 cache, with permuted page tables. Dense peers write their new token too. Every figure is checked
-for correctness before it is timed. Writes a JSON and, beside it, plots.
+by the four operators ("four"). Each is timed as one CUDA graph over so many distinct layers that the bytes it touches
+are over five times the L2 cache, with permuted page tables. Dense peers write their new token too. Every figure is
+checked for correctness before it is timed. Writes a JSON and, beside it, plots.
 """
 
 from __future__ import annotations
