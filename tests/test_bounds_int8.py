@@ -186,6 +186,27 @@ def test_the_selection_is_nearly_that_of_16_bits(device: str, head_dim: int, pag
     assert kept.float().mean() >= 0.95
 
 
+def test_scales_may_have_any_strides(device: str) -> None:
+    """Laid out by heads, and far apart in memory: a scale is read and written alone."""
+    x = Case(Shape(lengths=(100, 64, 7), int8=True)).on(device)
+    memory = torch.full((2, len(x.k_scales), 3), math.nan, device=device)
+    scales = memory[..., 1].T
+    bounds = torch.full_like(x.k_bounds, UNREAD_BYTE)
+    ops.update_bounds(x.k_cache, bounds, x.page_table, x.seq_lens, k_scales=scales)
+    assert_same_bits(scales, x.k_scales)
+    assert_same_bits(bounds, x.k_bounds)
+    assert memory[..., [0, 2]].isnan().all()
+    assert_same_bits(ops.estimate(*x.scoring, 16, scales), ops.estimate(*x.scoring, 16, x.k_scales))
+    rows = torch.tensor([0, 1], device=device)
+    k = torch.randn(2, 1, 2, 64, device=device)
+    before = (x.page_table[rows], x.seq_lens[rows] - 1)
+    ops.append_kv(k, k, x.k_cache, x.v_cache, x.k_bounds, *before, k_scales=x.k_scales)
+    ops.append_kv(k, k, x.k_cache, x.v_cache, bounds, *before, k_scales=scales)
+    assert_same_bits(scales, x.k_scales)
+    assert_same_bits(bounds, x.k_bounds)
+    assert memory[..., [0, 2]].isnan().all()
+
+
 def test_pool_past_2_31_elements(device: str) -> None:
     case = Case(Shape(dtype=torch.float16, lengths=(40, 33), spare_pages=0, int8=True))
     near = case.on(device)
