@@ -123,6 +123,7 @@ class Decoder(nn.Module):
             batch_size=batch_size,
             page_size=config.quest.page_size,
             dtype=weight.dtype,
+            bounds=config.quest.bounds,
             device=weight.device,
         )
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 import torch
-from quest_ops import PagedKVCache
+from quest_ops import PagedKVCache, update_bounds
 from torch import Tensor
 
 
@@ -84,7 +84,7 @@ class History:
         c, S = self.cache, self.cache.page_size
         assert c.seq_lens.tolist() == c.lengths == self.lengths
         assert c.free_pages == c.num_pages - len(self.owners())
-        pools = [pool.cpu() for pool in (c.k_cache, c.v_cache, c.k_bounds)]
+        pools = [pool.cpu() for pool in (c.k_cache, c.v_cache, numbers(c.k_bounds, c.k_scales))]
         for b, row in enumerate(c.page_table.tolist()):
             used, reserved = -(-self.lengths[b] // S), [page for page in row if page >= 0]
             assert len(reserved) >= used
@@ -93,21 +93,44 @@ class History:
             for got, given in ((k, self.k[b]), (v, self.v[b])):
                 tokens = got.transpose(2, 3).flatten(1, 2)[:, : self.lengths[b]]  # [L, tokens, Hkv, D]
                 assert torch.equal(tokens, given)
+            exact = None if c.k_scales is None else self.recomputed(b).cpu()[:, reserved[:used]]
             for page in range(used):
                 keys = self.k[b][:, page * S : (page + 1) * S]
                 lower, upper = bounds[:, page].unbind(2)
+                assert (lower <= keys.amin(1)).all()
+                assert (upper >= keys.amax(1)).all()
                 if b in self.loose and page == used - 1:
-                    assert (lower <= keys.amin(1)).all()
-                    assert (upper >= keys.amax(1)).all()
-                else:
+                    continue
+                if exact is None:
                     assert torch.equal(lower, keys.amin(1))
                     assert torch.equal(upper, keys.amax(1))
+                else:
+                    assert torch.equal(bounds[:, page], exact[:, page])
+
+    def recomputed(self, b: int) -> Tensor:
+        """The int8 bounds that update_bounds makes of what the cache holds of a sequence, as numbers."""
+        c = self.cache
+        bounds, scales = torch.zeros_like(c.k_bounds), torch.zeros_like(c.k_scales)
+        row = slice(b, b + 1)
+        for layer in range(c.num_layers):
+            where = (c.page_table[row], c.seq_lens[row])
+            update_bounds(c.k_cache[layer], bounds[layer], *where, k_scales=scales[layer])
+        return numbers(bounds, scales)
+
+
+def numbers(k_bounds: Tensor, k_scales: Tensor | None) -> Tensor:
+    """Bounds as they count: those of 8 bits times their scales, without rounding."""
+    return k_bounds if k_scales is None else k_bounds.double() * k_scales.double()[..., None, None]
+
+
+def poison(pool: Tensor, pages: list[int] | slice = slice(None)) -> None:
+    """Fill pages of a pool with what shows where it is read; bytes have no NaN, but their scales do."""
+    pool[:, pages] = math.nan if pool.is_floating_point() else 77
 
 
 def snapshot(cache: PagedKVCache) -> tuple[object, ...]:
     """All that a call which fails must leave as it was; NaN, which equals nothing, as bits."""
-    bits = torch.int32 if cache.k_cache.dtype == torch.float32 else torch.int16
-    pools = [pool.view(bits).clone() for pool in (cache.k_cache, cache.v_cache, cache.k_bounds)]
+    pools = [pool.view(torch.uint8).clone() for pool in cache.pools]
     tables = [t.tolist() for t in (cache.page_table, cache.seq_lens, cache.start_lens, cache.new_lens)]
     return (*pools, tables, cache.lengths, cache.free_pages)
 

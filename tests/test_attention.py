@@ -11,23 +11,29 @@ from typing import Any
 import naive
 import pytest
 import torch
-from history import History, same_snapshot, snapshot
+from history import History, numbers, poison, same_snapshot, snapshot
 from quest_ops import (
     PagedKVCache,
     QuestConfig,
+    append_kv,
     attention,
     attention_path,
+    estimate,
     quest_attention,
     reference,
     select_pages,
     sparse_decode,
+    topk_pages,
+    update_bounds,
 )
+from quest_ops.page_bounds import new_bounds
 from support import DTYPES, assert_accurate, assert_same_bits
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 S, HKV, D = 8, 2, 64
+BOUNDS = pytest.mark.parametrize("bounds", ["cache", "int8"])
 
 
 class Model(History):
@@ -36,8 +42,8 @@ class Model(History):
     def __init__(self, device: str, heads: int = 4, layers: int = 2, batch: int = 2, seed: int = 0, **cache: Any):
         options = {"max_tokens": 96, "page_size": S, "dtype": torch.float32} | cache
         super().__init__(PagedKVCache(layers, HKV, D, batch_size=batch, device=device, **options), seed)
-        for pool in (self.cache.k_cache, self.cache.v_cache, self.cache.k_bounds):
-            pool.fill_(math.nan)
+        for pool in self.cache.pools:
+            poison(pool)
         self.heads, self.lens = heads, [0] * batch
 
     def inputs(self, T: int, new_lens: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +116,12 @@ def quest(q: Tensor, k: Tensor, v: Tensor, config: QuestConfig, scale: float) ->
     table, length = torch.arange(pages, dtype=torch.int32)[None], torch.tensor([len(k)], dtype=torch.int32)
     padded = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pages * S - len(x))) for x in (k, v))
     k, v = (x.unflatten(0, (pages, S)).transpose(1, 2) for x in padded)
-    bounds = reference.update_bounds(k, k.new_zeros(pages, HKV, 2, D), table, length)
+    if config.bounds == "cache":
+        bounds = reference.update_bounds(k, k.new_zeros(pages, HKV, 2, D), table, length)
+    else:
+        rounded, scales = new_bounds((pages, HKV), D, "int8", k.dtype, "cpu")
+        update_bounds(k, rounded, table, length, k_scales=scales)
+        bounds = numbers(rounded, scales)
     scores = reference.estimate(q[None], bounds, table, length, S)
     how = (config.group_reduce, config.sink_pages, config.recent_pages, scale)
     chosen = reference.topk_pages(scores, length, S, config.num_pages, HKV, *how)
@@ -130,9 +141,12 @@ def test_a_budget_that_holds_everything_is_dense_attention(device: str, heads: i
 
 @pytest.mark.parametrize("group_reduce", ["max", "sum", "soft", "none"])
 @pytest.mark.parametrize("forced", [(0, 1), (1, 1), (1, 2), (0, 0)])
-def test_below_the_budget_it_is_the_references_quest(device: str, group_reduce: str, forced: tuple[int, int]) -> None:
-    model = Model(device, heads=6)
-    config = QuestConfig(24, S, *forced, 1, group_reduce)  # type: ignore[arg-type]
+@BOUNDS
+def test_below_the_budget_it_is_the_references_quest(
+    device: str, group_reduce: str, forced: tuple[int, int], bounds: str
+) -> None:
+    model = Model(device, heads=6, bounds=bounds)
+    config = QuestConfig(24, S, *forced, 1, group_reduce, bounds)  # type: ignore[arg-type]
     assert [attention_path(model.cache, layer, config) for layer in range(2)] == ["dense", "sparse"]
     for T in (70, 1, 3, 8, 1):
         model.assert_right(model.attend(T, config), config)
@@ -146,10 +160,11 @@ def test_scale_reaches_attention_and_soft_selection(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ragged_steps(device: str, dtype: torch.dtype) -> None:
+@BOUNDS
+def test_ragged_steps(device: str, dtype: torch.dtype, bounds: str) -> None:
     """Padding is NaN in k and v, and 0 in the output; rows of all lengths, also none, select for themselves."""
-    model = Model(device, batch=3, dtype=dtype)
-    config = QuestConfig(16, S, dense_layers=1)
+    model = Model(device, batch=3, dtype=dtype, bounds=bounds)
+    config = QuestConfig(16, S, dense_layers=1, bounds=bounds)
     steps = ((40, [40, 0, 23]), (9, [0, 9, 4]), (1, [1, 0, 1]), (6, [6, 5, 0]), (8, [3, 8, 1]), (1, [1, 1, 1]))
     for T, lens in steps:
         out = model.attend(T, config, lens)
@@ -157,9 +172,10 @@ def test_ragged_steps(device: str, dtype: torch.dtype) -> None:
         model.check()
 
 
-def test_a_sequence_within_the_budget_equals_dense_bit_for_bit(device: str) -> None:
-    sparse, dense = (Model(device, batch=2) for _ in range(2))
-    configs = QuestConfig(48, S, dense_layers=0), QuestConfig(48, S, dense_layers=2)
+@BOUNDS
+def test_a_sequence_within_the_budget_equals_dense_bit_for_bit(device: str, bounds: str) -> None:
+    sparse, dense = (Model(device, batch=2, bounds=bounds) for _ in range(2))
+    configs = [QuestConfig(48, S, dense_layers=layers, bounds=bounds) for layers in (0, 2)]
     for T, lens in ((40, [40, 3]), *[(1, [1, 1])] * 8):
         first, second = (m.attend(T, c, lens) for m, c in zip((sparse, dense), configs, strict=True))
         assert_same_bits(first, second)
@@ -168,11 +184,45 @@ def test_a_sequence_within_the_budget_equals_dense_bit_for_bit(device: str) -> N
     assert_same_bits(first[:, 1], second[:, 1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_reduce", ["max", "sum", "soft", "none"])
+@BOUNDS
+def test_a_step_is_the_four_operators_bit_for_bit(
+    device: str, group_reduce: str, dtype: torch.dtype, bounds: str
+) -> None:
+    """The output and what is left in the cache."""
+    model, other = (Model(device, heads=8, batch=3, dtype=dtype, bounds=bounds) for _ in range(2))
+    config = QuestConfig(24, S, 1, 1, 0, group_reduce, bounds)  # type: ignore[arg-type]
+    for m in (model, other):
+        m.attend(60, config, [60, 3, 22])
+    for T in (1, 1, 4, 8, 1):
+        out = model.attend(T, config)
+        q, k, v = other.inputs(T)
+        other.cache.advance(T)
+        table, lens = other.cache.page_table, other.cache.seq_lens
+        for layer, (k_cache, v_cache, k_bounds, k_scales) in enumerate(map(other.cache.layer, range(2))):
+            append_kv(k[layer], v[layer], k_cache, v_cache, k_bounds, table, other.cache.start_lens, None, k_scales)
+            scores = estimate(q[layer], k_bounds, table, lens, S, k_scales)
+            pages = topk_pages(scores, lens, S, 3, HKV, config.group_reduce, 1, 1, D**-0.5)
+            assert_same_bits(out[layer], sparse_decode(q[layer], k_cache, v_cache, table, lens, pages)[0])
+    model.check()
+    assert same_snapshot(snapshot(model.cache), snapshot(other.cache))
+
+
+def test_a_window_reads_no_bounds(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = Model(device), QuestConfig(24, S, 1, 2, 0)
+    model.attend(60, config)
+    for name in ("estimate", "decode_step"):
+        monkeypatch.setattr(attention, name, None)
+    model.assert_right(model.attend(1, config), config)
+
+
 def test_a_cache_no_larger_than_the_budget_selects_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(device, max_tokens=24)
     config = QuestConfig(24, S, dense_layers=0)
     assert attention_path(model.cache, 1, config) == "dense"
     monkeypatch.setattr(attention, "select_pages", None)
+    monkeypatch.setattr(attention, "decode_step", None)
     model.attend(12, config)
     model.assert_right(model.attend(5, config), config)
 
@@ -251,12 +301,13 @@ def test_q_of_one_token_may_leave_out_its_dimension(device: str) -> None:
         assert_same_bits(short, out[layer, :, 0])
 
 
-def test_select_pages_is_what_attention_reads(device: str) -> None:
-    model, config = Model(device), QuestConfig(24, S, sink_pages=1, dense_layers=0)
+@BOUNDS
+def test_select_pages_is_what_attention_reads(device: str, bounds: str) -> None:
+    model, config = Model(device, bounds=bounds), QuestConfig(24, S, sink_pages=1, dense_layers=0, bounds=bounds)
     model.attend(60, config)
     out, cache = model.attend(1, config), model.cache
-    q, (k_cache, v_cache, k_bounds) = model.q[1].to(device), cache.layer(1)
-    pages = select_pages(q, k_bounds, cache.page_table, cache.seq_lens, config)
+    q, (k_cache, v_cache, k_bounds, k_scales) = model.q[1].to(device), cache.layer(1)
+    pages = select_pages(q, k_bounds, cache.page_table, cache.seq_lens, config, k_scales=k_scales)
     assert pages.shape == (2, 1, HKV, 3)
     assert (pages[..., 0] == 0).all()
     assert (pages[..., 2] == 7).all()
@@ -294,6 +345,8 @@ def test_bad_input_is_named_before_anything_is_written(
         quest_attention(*change(q, k, v), model.cache, 0, config)
     with pytest.raises(ValueError, match=r"config.page_size must be the cache's, 8, got 16"):
         quest_attention(q, k, v, model.cache, 0, QuestConfig(16, 16))
+    with pytest.raises(ValueError, match="config.bounds must be the cache's, cache, got int8"):
+        quest_attention(q, k, v, model.cache, 0, QuestConfig(16, S, bounds="int8"))
     with pytest.raises(ValueError, match="layer must be 0 to 1, got 2"):
         quest_attention(q, k, v, model.cache, 2, config)
     assert same_snapshot(before, snapshot(model.cache))
@@ -312,6 +365,7 @@ def test_bad_input_is_named_before_anything_is_written(
         ({"dense_layers": -1}, "dense_layers must be at least 0, got -1"),
         ({"budget": 47, "sink_pages": 2}, r"at most the 2 pages of the budget, got 2 \+ 1"),
         ({"group_reduce": "mean"}, "group_reduce must be one of none, max, sum, soft, got 'mean'"),
+        ({"bounds": "int4"}, "bounds must be one of cache, int8, got 'int4'"),
     ],
 )
 def test_bad_configs(arguments: dict[str, Any], message: str) -> None:
@@ -327,11 +381,12 @@ def test_a_budget_is_whole_pages() -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("inside", [False, True], ids=["advance_before", "advance_inside"])
-def test_compiled_steps(device: str, backend: str, inside: bool) -> None:
+@BOUNDS
+def test_compiled_steps(device: str, backend: str, inside: bool, bounds: str) -> None:
     """One graph for any number of steps and whatever the lengths, with the eager result bit for bit."""
     torch._dynamo.reset()
-    config = QuestConfig(24, S, dense_layers=1)
-    eager, compiled = Model(device), Model(device)
+    config = QuestConfig(24, S, dense_layers=1, bounds=bounds)
+    eager, compiled = (Model(device, bounds=bounds) for _ in range(2))
     counter = CompileCounterWithBackend(backend)
 
     def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -357,9 +412,10 @@ def test_compiled_steps(device: str, backend: str, inside: bool) -> None:
     compiled.check()
 
 
-def test_a_compiled_step_copies_no_cache(device: str) -> None:
+@BOUNDS
+def test_a_compiled_step_copies_no_cache(device: str, bounds: str) -> None:
     torch._dynamo.reset()
-    model, config = Model(device, layers=3), QuestConfig(24, S, dense_layers=1)
+    model, config = Model(device, layers=3, bounds=bounds), QuestConfig(24, S, dense_layers=1, bounds=bounds)
     model.attend(29, config)
 
     @torch.compile(fullgraph=True)
@@ -369,8 +425,8 @@ def test_a_compiled_step_copies_no_cache(device: str) -> None:
     model.cache.advance(1)
     out, (code, *_) = run_and_get_code(step, *model.inputs(1))
     model.assert_right(out, config)
-    assert code.count("append_kv.default(") == 3
-    pools = "|".join(re.escape(str(tuple(t.shape))) for t in (model.cache.k_cache, model.cache.k_bounds))
+    assert [code.count(f"{name}.default(") for name in ("append_kv", "decode_step")] == [1, 2]
+    pools = "|".join(re.escape(str(tuple(t.shape))) for t in model.cache.pools)
     assert re.search(rf"assert_size_stride\(\w+, ({pools})", code)
     assert not re.search(rf"empty_strided\w*\(({pools})", code)
 
@@ -398,14 +454,17 @@ def test_compiled_prefill_and_ragged_steps(device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("inside", [False, True], ids=["advance_before", "advance_inside"])
-def test_steps_in_a_cuda_graph(inside: bool) -> None:
-    config, device = QuestConfig(24, S, dense_layers=1), "cuda"
-    eager, captured = Model(device), Model(device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@BOUNDS
+def test_steps_in_a_cuda_graph(inside: bool, dtype: torch.dtype, bounds: str) -> None:
+    """In bfloat16 a step may be one launch."""
+    config, device = QuestConfig(24, S, dense_layers=1, bounds=bounds), "cuda"
+    eager, captured = (Model(device, dtype=dtype, bounds=bounds) for _ in range(2))
     for model in (eager, captured):
         model.attend(29, config, [29, 3])
         model.attend(1, config)
     captured.cache.reserve(40)
-    q, k, v = (torch.zeros(2, 2, 1, heads, D, device=device) for heads in (4, HKV, HKV))
+    q, k, v = (torch.zeros(2, 2, 1, heads, D, dtype=dtype, device=device) for heads in (4, HKV, HKV))
 
     def step() -> Tensor:
         if inside:
@@ -431,8 +490,11 @@ def test_steps_in_a_cuda_graph(inside: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-def test_decode_never_waits_for_the_gpu() -> None:
-    model, config = Model("cuda", batch=2), QuestConfig(24, S, dense_layers=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@BOUNDS
+def test_decode_never_waits_for_the_gpu(dtype: torch.dtype, bounds: str) -> None:
+    model = Model("cuda", batch=2, dtype=dtype, bounds=bounds)
+    config = QuestConfig(24, S, dense_layers=1, bounds=bounds)
     model.attend(40, config)
     steps = [model.inputs(1) for _ in range(20)]
     torch.cuda.synchronize()
@@ -444,5 +506,5 @@ def test_decode_never_waits_for_the_gpu() -> None:
                 out = quest_attention(q[layer], k[layer], v[layer], model.cache, layer, config)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_accurate(out, *model.expected(config, 1), torch.float32)
+    assert_accurate(out, *model.expected(config, 1), dtype)
     model.check()

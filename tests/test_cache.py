@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from history import History, same_snapshot, snapshot
+from history import History, poison, same_snapshot, snapshot
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -21,15 +20,15 @@ S = 8
 def make(device: str, **changes: object) -> PagedKVCache:
     arguments: dict[str, object] = {"max_tokens": 64, "batch_size": 3, "page_size": S, "dtype": torch.float32}
     cache = PagedKVCache(2, 2, 64, **(arguments | {"device": device} | changes))  # type: ignore[arg-type]
-    for pool in (cache.k_cache, cache.v_cache, cache.k_bounds):
-        pool.fill_(math.nan)
+    for pool in cache.pools:
+        poison(pool)
     return cache
 
 
 def poison_free_pages(history: History) -> None:
     free = sorted(set(range(history.cache.num_pages)) - set(history.owners()))
-    for pool in (history.cache.k_cache, history.cache.v_cache, history.cache.k_bounds):
-        pool[:, free] = math.nan
+    for pool in history.cache.pools:
+        poison(pool, free)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -42,11 +41,28 @@ def test_steps_of_any_size_land_in_their_pages(device: str, page_size: int, dtyp
         history.check()
 
 
+BOUNDS = pytest.mark.parametrize("bounds", ["cache", "int8"])
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dim(device: str, head_dim: int) -> None:
     history = History(PagedKVCache(1, 3, head_dim, max_tokens=40, page_size=16, device=device))
     history.step(33)
     history.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_int8_bounds_of_layers_and_their_size(device: str, dtype: torch.dtype) -> None:
+    history = History(make(device, dtype=dtype, bounds="int8"))
+    cache = history.cache
+    assert cache.bounds == "int8"
+    assert (cache.k_bounds.dtype, cache.k_scales.dtype) == (torch.int8, torch.float32)
+    assert cache.k_scales.shape == cache.k_bounds.shape[:3]
+    for T, lens in ((19, [19, 8, 3]), (1, None), (6, [6, 0, 5]), (1, None)):
+        history.step(T, lens)
+        history.check()
+    assert [x.data_ptr() for x in cache.layer(1)] == [pool[1].data_ptr() for pool in cache.pools]
+    assert make(device).layer(1).k_scales is None
 
 
 def test_ragged_steps_from_host_numbers(device: str) -> None:
@@ -78,9 +94,10 @@ def test_device_numbers_are_clamped_like_the_kernels_clamp_them() -> None:
     assert cache.sync_lengths() == [0, 4, 2]
 
 
+@BOUNDS
 @pytest.mark.parametrize("tokens", [0, 1, 7, 8, 9, 16, 20, 21, 60])
-def test_crop_then_append(device: str, tokens: int) -> None:
-    history = History(make(device))
+def test_crop_then_append(device: str, tokens: int, bounds: str) -> None:
+    history = History(make(device, bounds=bounds))
     history.step(21, [21, 17, 3])
     history.crop(tokens, 0)
     history.check()
@@ -115,8 +132,9 @@ def test_crop_gives_pages_back(device: str) -> None:
     assert cache.lengths == [0, 0, 0]
 
 
-def test_fork_shares_pages_and_then_diverges(device: str) -> None:
-    history = History(make(device))
+@BOUNDS
+def test_fork_shares_pages_and_then_diverges(device: str, bounds: str) -> None:
+    history = History(make(device, bounds=bounds))
     history.step(20, [20, 0, 11])
     free = history.cache.free_pages
     history.fork(0, 1)
@@ -135,18 +153,19 @@ def test_fork_shares_pages_and_then_diverges(device: str) -> None:
     history.check()
 
 
-def test_copy_on_write_leaves_the_source_bits(device: str) -> None:
-    history = History(make(device))
+@BOUNDS
+def test_copy_on_write_leaves_the_source_bits(device: str, bounds: str) -> None:
+    history = History(make(device, bounds=bounds))
     cache = history.cache
     history.step(13)
     history.fork(0, 1)
     pages = cache.page_table[0, :2].tolist()
-    before = [pool[:, pages].clone() for pool in (cache.k_cache, cache.v_cache, cache.k_bounds)]
+    before = [pool[:, pages].clone() for pool in cache.pools]
     history.step(5, [0, 5, 0])
     assert cache.page_table[0, :2].tolist() == pages
     assert cache.page_table[1, 0].item() == pages[0]
     assert cache.page_table[1, 1].item() != pages[1]
-    for pool, bits in zip((cache.k_cache, cache.v_cache, cache.k_bounds), before, strict=True):
+    for pool, bits in zip(cache.pools, before, strict=True):
         torch.testing.assert_close(pool[:, pages], bits, rtol=0, atol=0, equal_nan=True)
     history.check()
 
@@ -201,8 +220,9 @@ def test_fork_does_not_share_pages_reserved_ahead(device: str) -> None:
     history.check()
 
 
-def test_crop_of_a_shared_page_leaves_the_bounds_of_the_other(device: str) -> None:
-    history = History(make(device))
+@BOUNDS
+def test_crop_of_a_shared_page_leaves_the_bounds_of_the_other(device: str, bounds: str) -> None:
+    history = History(make(device, bounds=bounds))
     history.step(14, [14, 0, 0])
     history.fork(0, 1)
     history.crop(10, 1)
@@ -213,8 +233,9 @@ def test_crop_of_a_shared_page_leaves_the_bounds_of_the_other(device: str) -> No
     history.check()
 
 
-def test_a_sequence_never_reads_what_a_page_held_before(device: str) -> None:
-    history = History(make(device, num_pages=9))
+@BOUNDS
+def test_a_sequence_never_reads_what_a_page_held_before(device: str, bounds: str) -> None:
+    history = History(make(device, num_pages=9, bounds=bounds))
     history.step(24)
     history.free(1)
     poison_free_pages(history)
@@ -286,10 +307,11 @@ def test_a_copy_on_write_needs_a_page_too(device: str) -> None:
     history.check()
 
 
-def test_reset_empties_everything_in_place(device: str) -> None:
-    history = History(make(device))
+@BOUNDS
+def test_reset_empties_everything_in_place(device: str, bounds: str) -> None:
+    history = History(make(device, bounds=bounds))
     cache = history.cache
-    tensors = (cache.k_cache, cache.v_cache, cache.k_bounds, cache.page_table, cache.seq_lens, cache.start_lens)
+    tensors = (*cache.pools, cache.page_table, cache.seq_lens, cache.start_lens)
     addresses = [t.data_ptr() for t in tensors]
     history.step(20)
     history.fork(0, 1)
@@ -299,7 +321,7 @@ def test_reset_empties_everything_in_place(device: str) -> None:
     assert cache.lengths == cache.seq_lens.tolist() == cache.start_lens.tolist() == [0, 0, 0]
     assert cache.free_pages == cache.num_pages
     assert (cache.page_table == -1).all()
-    again = (cache.k_cache, cache.v_cache, cache.k_bounds, cache.page_table, cache.seq_lens, cache.start_lens)
+    again = (*cache.pools, cache.page_table, cache.seq_lens, cache.start_lens)
     assert [t.data_ptr() for t in again] == addresses
 
 
@@ -359,6 +381,7 @@ def test_bad_arguments(device: str, call: Callable[[PagedKVCache], None], messag
     [
         ({"page_size": 24}, "page_size must be one of 8, 16, 32, 64, 128, got 24"),
         ({"dtype": torch.float64}, "dtype must be one of .*, got torch.float64"),
+        ({"bounds": "int4"}, "bounds must be one of cache, int8, got int4"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"num_pages": 0}, "num_pages must be at least 1, got 0"),
@@ -398,9 +421,9 @@ class CacheMachine(RuleBasedStateMachine):
     device = "cpu"
     sequence = st.integers(0, 2)
 
-    @initialize(seed=st.integers(0, 1000), num_pages=st.integers(5, 12))
-    def start(self, seed: int, num_pages: int) -> None:
-        self.history = History(make(self.device, max_tokens=40, num_pages=num_pages), seed)
+    @initialize(seed=st.integers(0, 1000), num_pages=st.integers(5, 12), bounds=st.sampled_from(("cache", "int8")))
+    def start(self, seed: int, num_pages: int, bounds: str) -> None:
+        self.history = History(make(self.device, max_tokens=40, num_pages=num_pages, bounds=bounds), seed)
         self.cache = self.history.cache
 
     def expect(self, lens: list[int]) -> bool:

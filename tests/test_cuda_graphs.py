@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 STEPS = 500
 # A page at first and 32 at last; over the budget of 8 the second layer reads sparsely.
 CONFIG = decoder.DecoderConfig(64, 64, 2, 4, 2, 64, 96, quest=QuestConfig(128, 16, dense_layers=1))
+INT8 = replace(CONFIG, quest=replace(CONFIG.quest, bounds="int8"))
+CONFIGS = pytest.mark.parametrize("config", [CONFIG, INT8], ids=["cache", "int8"])
 PROMPT = 9
 
 
@@ -27,7 +30,7 @@ def clean() -> Iterator[None]:
 
 def prefilled(model: decoder.Decoder, batch: int = 2) -> tuple[PagedKVCache, Tensor]:
     cache = model.new_cache(batch, PROMPT + STEPS + 1)
-    for pool in (cache.k_cache, cache.v_cache, cache.k_bounds):
+    for pool in cache.pools:
         pool.zero_()
     return cache, decoder.prefill(model, prompts("cuda", batch, PROMPT), cache)
 
@@ -40,7 +43,7 @@ def assert_decodes_as_eager(
     cache = model.new_cache(batch, expected.max_tokens)
     step = make_step(cache)
     cache.reset()
-    for pool in (cache.k_cache, cache.v_cache, cache.k_bounds):
+    for pool in cache.pools:
         pool.zero_()
     token = decoder.prefill(model, prompts("cuda", batch, PROMPT), cache)
     addresses = [x.data_ptr() for x in (cache.k_cache, cache.page_table, cache.seq_lens)]
@@ -50,14 +53,18 @@ def assert_decodes_as_eager(
     assert_same_cache(cache, expected)
 
 
-def test_a_captured_step() -> None:
-    model = make("cuda", CONFIG)
+@CONFIGS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_step(config: decoder.DecoderConfig, dtype: torch.dtype) -> None:
+    """In bfloat16 a layer's step may be one launch."""
+    model = make("cuda", config).to(dtype)
     assert_decodes_as_eager(model, lambda cache: decoder.capture(model.step, cache))
 
 
-def test_a_captured_step_is_replayed_for_another_prompt() -> None:
+@CONFIGS
+def test_a_captured_step_is_replayed_for_another_prompt(config: decoder.DecoderConfig) -> None:
     """One capture serves a cache for its whole life: reset, another prompt, other lengths."""
-    model = make("cuda", CONFIG)
+    model = make("cuda", config)
     cache, token = prefilled(model)
     decoder.decode(model.step, token, cache, 2)
     step = decoder.capture(model.step, cache)
@@ -95,8 +102,9 @@ def test_a_captured_step_on_a_side_stream() -> None:
     assert_decodes_as_eager(model, capture)
 
 
-def test_reduce_overhead() -> None:
-    model = make("cuda", CONFIG)
+@CONFIGS
+def test_reduce_overhead(config: decoder.DecoderConfig) -> None:
+    model = make("cuda", config)
     compiled = torch.compile(model.step, fullgraph=True, mode="reduce-overhead")
 
     def step(token: Tensor, cache: PagedKVCache) -> Tensor:
@@ -137,7 +145,7 @@ def test_right_after_a_matrix_product_on_a_side_stream(mode: str) -> None:
 
     def fresh() -> PagedKVCache:
         cache = PagedKVCache(1, 2, 128, max_tokens=128, batch_size=2, dtype=torch.float32, device="cuda")
-        for pool in (cache.k_cache, cache.v_cache, cache.k_bounds):
+        for pool in cache.pools:
             pool.fill_(0)
         cache.reserve(128)
         return cache

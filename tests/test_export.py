@@ -10,29 +10,40 @@ from typing import Any
 import pytest
 import torch
 from quest_ops import CacheView, PagedKVCache
-from test_decoder import assert_same_cache, filled, make
+from test_decoder import CONFIGS, INT8, DecoderConfig, assert_same_cache, filled, make
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 
 class DecodeStep(nn.Module):
-    """A step as a program has it: the cache is five tensors, of which all but the page table are written to."""
+    """A step as a program has it: the cache is its tensors, of which all but the page table are written to."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, token: Tensor, k: Tensor, v: Tensor, bounds: Tensor, page_table: Tensor, lens: Tensor) -> Tensor:
-        return self.model.step(token, CacheView(k, v, bounds, page_table, lens))
+    def forward(
+        self,
+        token: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bounds: Tensor,
+        page_table: Tensor,
+        lens: Tensor,
+        scales: Tensor | None = None,
+    ) -> Tensor:
+        return self.model.step(token, CacheView(k, v, bounds, page_table, lens, scales))
 
 
 def tensors(cache: PagedKVCache) -> tuple[Tensor, ...]:
-    return cache.k_cache, cache.v_cache, cache.k_bounds, cache.page_table, cache.seq_lens
+    scales = () if cache.k_scales is None else (cache.k_scales,)
+    return cache.k_cache, cache.v_cache, cache.k_bounds, cache.page_table, cache.seq_lens, *scales
 
 
 def pooled(model: Any, batch: int, tokens: int = 100) -> tuple[PagedKVCache, Tensor]:
     """A prefilled cache in a pool of one size for every batch: that is fixed in an exported program."""
-    sizes = {"max_tokens": 256, "batch_size": batch, "num_pages": 64, "dtype": torch.float32}
+    bounds = model.config.quest.bounds
+    sizes = {"max_tokens": 256, "batch_size": batch, "num_pages": 64, "dtype": torch.float32, "bounds": bounds}
     make_cache = lambda *_: PagedKVCache(2, 2, 64, device=model.output.weight.device, **sizes)  # noqa: E731
     model.new_cache, original = make_cache, model.new_cache
     try:
@@ -44,10 +55,10 @@ def pooled(model: Any, batch: int, tokens: int = 100) -> tuple[PagedKVCache, Ten
 def exported(model: nn.Module) -> ExportedProgram:
     cache, token = pooled(model, 2)
     batch = {0: Dim("batch", min=1, max=64)}
+    inputs = (token, *tensors(cache))
+    shapes = (batch, None, None, None, batch, batch, None)[: len(inputs)]
     with torch.no_grad():
-        return torch.export.export(
-            DecodeStep(model), (token, *tensors(cache)), dynamic_shapes=(batch, None, None, None, batch, batch)
-        )
+        return torch.export.export(DecodeStep(model), inputs, dynamic_shapes=shapes)
 
 
 def assert_same_steps(model: Any, program: Any, batch: int, prompt: int = 100, tokens: int = 20) -> None:
@@ -63,18 +74,22 @@ def assert_same_steps(model: Any, program: Any, batch: int, prompt: int = 100, t
     assert_same_cache(actual, expected)
 
 
-def test_an_exported_step_writes_the_caches_it_is_given(device: str) -> None:
-    model = make(device)
+@CONFIGS
+def test_an_exported_step_writes_the_caches_it_is_given(device: str, config: DecoderConfig) -> None:
+    model = make(device, config)
     program = exported(model)
-    assert sum("append_kv" in str(node.target) for node in program.graph.nodes) == 2
+    names = [str(node.target) for node in program.graph.nodes]
+    assert [sum(op in name for name in names) for op in ("append_kv", "decode_step")] == [1, 1]
     functional = program.run_decompositions()
-    assert list(functional.graph_signature.user_inputs_to_mutate.values()) == ["k", "v", "bounds", "lens"]
+    scales = ["scales"] if config is INT8 else []
+    assert list(functional.graph_signature.user_inputs_to_mutate.values()) == ["k", "v", "bounds", "lens", *scales]
     for step, batch in ((program.module(), 1), (program.module(), 3), (functional.module(), 4)):
         assert_same_steps(model, step, batch)
 
 
-def test_an_exported_step_survives_a_file(device: str, tmp_path: Path) -> None:
-    model = make(device)
+@CONFIGS
+def test_an_exported_step_survives_a_file(device: str, tmp_path: Path, config: DecoderConfig) -> None:
+    model = make(device, config)
     torch.export.save(exported(model), tmp_path / "step.pt2")
     assert_same_steps(model, torch.export.load(tmp_path / "step.pt2").module(), 3, prompt=10, tokens=30)
 
@@ -98,9 +113,10 @@ def aotinductor(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("aotinductor")
-def test_an_aotinductor_package(device: str, tmp_path: Path) -> None:
+@CONFIGS
+def test_an_aotinductor_package(device: str, tmp_path: Path, config: DecoderConfig) -> None:
     """Compiled ahead, written to a file, loaded and run from Python: all it needs besides is quest_ops imported."""
-    model = make(device)
+    model = make(device, config)
     path = torch._inductor.aoti_compile_and_package(exported(model), package_path=str(tmp_path / "step.pt2"))
     step = torch._inductor.aoti_load_package(path)
     for batch in (2, 1, 5):

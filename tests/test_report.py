@@ -3,6 +3,7 @@
 import pytest
 import torch
 from quest_ops import PagedKVCache, QuestConfig, attention_report, quest_attention
+from quest_ops.page_bounds import BoundsKind
 
 B, HKV, GROUP, D, S, L = 2, 2, 2, 64, 16, 3
 
@@ -14,13 +15,17 @@ def run(cache: PagedKVCache, config: QuestConfig, T: int, lens: list[int] | None
         quest_attention(q, k, v, cache, layer, config)
 
 
-def new_cache(device: str, max_tokens: int = 200) -> PagedKVCache:
-    return PagedKVCache(L, HKV, D, max_tokens=max_tokens, batch_size=B, page_size=S, dtype=torch.float32, device=device)
+def new_cache(device: str, max_tokens: int = 200, bounds: BoundsKind = "cache") -> PagedKVCache:
+    sizes = {"max_tokens": max_tokens, "batch_size": B, "page_size": S}
+    return PagedKVCache(L, HKV, D, **sizes, dtype=torch.float32, bounds=bounds, device=device)
 
 
 @pytest.mark.parametrize("group_reduce", ["max", "none"])
-def test_counts(device: str, group_reduce: str) -> None:
-    cache, config = new_cache(device), QuestConfig(48, S, dense_layers=1, group_reduce=group_reduce)
+@pytest.mark.parametrize(("kind", "bounds"), [("cache", 2 * D * 4), ("int8", 2 * D + 4)])
+def test_counts(device: str, group_reduce: str, kind: BoundsKind, bounds: int) -> None:
+    """bounds: bytes of a page and head."""
+    cache = new_cache(device, bounds=kind)
+    config = QuestConfig(48, S, dense_layers=1, group_reduce=group_reduce, bounds=kind)
     run(cache, config, 100, [100, 20])
     cache.start_report()
     run(cache, config, 9, [9, 9])  # 109 and 29 tokens: a prefill
@@ -29,7 +34,7 @@ def test_counts(device: str, group_reduce: str) -> None:
     held = (7 + 2) + (7 + 7 + 8) + (2 + 2 + 3)
     read = (3 + 2) + (3 + 3 + 3) + (2 + 2 + 3)
     heads = HKV * GROUP if group_reduce == "none" else HKV
-    page, bounds = 2 * S * D * 4, 2 * D * 4
+    page = 2 * S * D * 4
     dense, *sparse = attention_report(cache, config)
     assert (dense.plan.path, dense.plan.reason) == ("dense", "one of the first 1 layers")
     assert (dense.prefills, dense.steps, dense.pages_read, dense.pages_held) == (1, 2, held * HKV, held * HKV)

@@ -23,9 +23,14 @@ def attention(x: Case) -> Callable[[Tensor], Tensor]:
     return lambda q: ops.sparse_decode(q, x.k_cache, x.v_cache, x.page_table, x.seq_lens)[0]
 
 
-DIFFERENTIABLE = pytest.mark.parametrize(
-    ("name", "make"), [("estimate", scoring), ("sparse_decode", attention)], ids=["estimate", "sparse_decode"]
-)
+def whole_step(x: Case) -> Callable[[Tensor], Tensor]:
+    caches = (x.k_cache, x.v_cache, x.k_bounds)
+    k = torch.ones(2, 1, 2, 64, device=x.q.device)
+    return lambda q: ops.decode_step(q, k, k, *caches, x.page_table, x.seq_lens - 1, x.seq_lens, 2)[0]
+
+
+NAMED = {"estimate": scoring, "sparse_decode": attention, "decode_step": whole_step}
+DIFFERENTIABLE = pytest.mark.parametrize(("name", "make"), NAMED.items(), ids=NAMED)
 
 
 @DIFFERENTIABLE
@@ -128,6 +133,8 @@ def test_vmap_refuses_what_writes(device: str) -> None:
     lens = torch.stack([x.seq_lens] * 2)
     with pytest.raises(RuntimeError, match="update_bounds"):
         torch.vmap(lambda lens: ops.update_bounds(x.k_cache, x.k_bounds, x.page_table, lens))(lens)
+    with pytest.raises(RuntimeError, match="decode_step"):
+        torch.vmap(whole_step(x))(torch.stack([x.q] * 2))
     torch.testing.assert_close(x.k_cache, before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -169,4 +176,4 @@ def test_autocast_hands_over_its_dtype(device: str, new: int) -> None:
         ):
             quest_attention(q, k, v, wrong, 0, CONFIG)
         with pytest.raises(RuntimeError, match="k must be float32|k_cache must be|must be .* like"):
-            ops.append_kv(k, v, *wrong.layer(0), wrong.page_table, wrong.start_lens)
+            ops.append_kv(k, v, *wrong.layer(0)[:3], wrong.page_table, wrong.start_lens)

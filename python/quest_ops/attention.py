@@ -11,15 +11,18 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from ._library import refuse_backward
 from .cache import PAGE_SIZES, PagedKVCache
-from .ops import GroupReduce, estimate, sparse_decode, topk_pages
+from .dense import dense_attention
+from .ops import GroupReduce, decode_step, estimate, sparse_decode, topk_pages
+from .page_bounds import BoundsKind
 from .report import LayerPlan, Report
 
 #: The most new tokens a sequence that the decode kernels take; more is a prefill.
 MAX_DECODE_TOKENS = 8
+# Of what has no backward, in the error that says so.
+_NAME = "quest_attention over a cache"
 # Queries attended to at a time where a mask is needed, which bounds its size.
 _MASKED_QUERIES = 1024
 
@@ -36,6 +39,8 @@ class QuestConfig:
         dense_layers: first layers that read everything, as in the paper.
         group_reduce: how the query heads of a KV head agree on pages: "max", "sum", "soft" or "none", see
             :func:`quest_ops.topk_pages`.
+        bounds: how a page's bounds are kept, as in the cache: "cache" in its dtype, or "int8" in bytes with a scale for
+            each page and head, which is half of 16-bit bounds to hold and to read, and a little looser.
 
     Raises:
         ValueError: an argument out of its range.
@@ -47,6 +52,7 @@ class QuestConfig:
     recent_pages: int = 1
     dense_layers: int = 2
     group_reduce: GroupReduce = "max"
+    bounds: BoundsKind = "cache"
 
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
@@ -61,15 +67,19 @@ class QuestConfig:
                 f"sink_pages + recent_pages must be at most the {self.num_pages} pages of the budget, "
                 f"got {self.sink_pages} + {self.recent_pages}"
             )
-        if self.group_reduce not in get_args(GroupReduce):
-            raise ValueError(
-                f"group_reduce must be one of {', '.join(get_args(GroupReduce))}, got {self.group_reduce!r}"
-            )
+        for name, words in (("group_reduce", GroupReduce), ("bounds", BoundsKind)):
+            if getattr(self, name) not in get_args(words):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}")
 
     @property
     def num_pages(self) -> int:
         """Pages of the budget."""
         return self.budget // self.page_size
+
+    @property
+    def is_window(self) -> bool:
+        """Whether every page of the budget is forced, as in a recent window: no score changes the list."""
+        return self.sink_pages + self.recent_pages == self.num_pages
 
 
 def attention_path(
@@ -116,6 +126,7 @@ def select_pages(
     seq_lens: Tensor,
     config: QuestConfig,
     scale: float | None = None,
+    k_scales: Tensor | None = None,
 ) -> Tensor:
     """The pages Quest reads: estimate, then topk_pages.
 
@@ -125,17 +136,17 @@ def select_pages(
         page_table: [B, P] int32.
         seq_lens: [B] int32, tokens in the cache, those of q included.
         scale: the attention's softmax scale, 1 / sqrt(D) by default; only group_reduce "soft" depends on it.
+        k_scales: [N, Hkv] float32, where k_bounds is int8.
 
     Returns:
         int32 [B, Hs, K] or [B, T, Hs, K] with K = config.num_pages: logical pages, ascending, -1 at the end where there
         are fewer. Hs is Hq for group_reduce "none", else Hkv.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if config.sink_pages + config.recent_pages == config.num_pages:
-        # Every page is forced, as in a recent window: no score changes the list, so no bounds are read.
+    if config.is_window:  # so no bounds are read
         scores = q.new_zeros((*q.shape[:-1], page_table.shape[1]), dtype=torch.float32)
     else:
-        scores = estimate(q, k_bounds, page_table, seq_lens, config.page_size)
+        scores = estimate(q, k_bounds, page_table, seq_lens, config.page_size, k_scales)
     return topk_pages(
         scores,
         seq_lens,
@@ -175,7 +186,7 @@ def quest_attention(
         k, v: [B, T, Hkv, D], or [B, Hkv, D]. Keys with RoPE applied.
         cache: holds the step's lengths; of the tokens of a row those past its ``new_lens`` are padding.
         layer: index of the layer in the cache.
-        config: its page_size must be the cache's.
+        config: its page_size and bounds must be the cache's.
         scale: of the scores before the softmax, 1 / sqrt(D) by default.
 
     Returns:
@@ -188,8 +199,11 @@ def quest_attention(
     _check(q, k, v, cache, config)
     if q.dim() == 3:
         return quest_attention(q[:, None], k[:, None], v[:, None], cache, layer, config, scale)[:, 0]
-    cache.append(layer, k, v)
     path = attention_path(cache, layer, config, q.shape[1])
+    if path == "sparse" and not (cache.ragged or config.is_window):
+        out = _decode_step(q, k, v, cache, layer, config, scale)
+        return refuse_backward(_NAME, out, q, k, v)
+    cache.append(layer, k, v)
     if path == "prefill" and cache.counts is not None:
         cache.counts.record_prefill(layer)
     if path == "prefill" and cache.starts_empty:
@@ -199,12 +213,13 @@ def quest_attention(
     else:
         out = _decode(q, cache, layer, config if path == "sparse" else None, scale)
     # The cache holds values: without this, gradients of the keys and values would be lost in silence.
-    return refuse_backward("quest_attention over a cache", out, q, k, v)
+    return refuse_backward(_NAME, out, q, k, v)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, config: QuestConfig) -> None:
-    if config.page_size != cache.page_size:
-        raise ValueError(f"config.page_size must be the cache's, {cache.page_size}, got {config.page_size}")
+    for name in ("page_size", "bounds"):
+        if getattr(config, name) != getattr(cache, name):
+            raise ValueError(f"config.{name} must be the cache's, {getattr(cache, name)}, got {getattr(config, name)}")
     if q.dim() not in (3, 4):
         raise ValueError(f"q must have shape [B, Hq, D] or [B, T, Hq, D], got {list(q.shape)}")
     B, Hkv, D = cache.batch_size, cache.num_kv_heads, cache.head_dim
@@ -224,15 +239,43 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, config: QuestCo
             )
 
 
+def _decode_step(
+    q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, layer: int, config: QuestConfig, scale: float | None
+) -> Tensor:
+    cache.claim_step(layer, k)
+    k_cache, v_cache, k_bounds, k_scales = cache.layer(layer)
+    out, _, pages = decode_step(
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        k_bounds,
+        cache.page_table,
+        cache.start_lens,
+        cache.seq_lens,
+        config.num_pages,
+        config.group_reduce,
+        config.sink_pages,
+        config.recent_pages,
+        scale,
+        k_scales,
+    )
+    if cache.counts is not None:
+        cache.counts.record(layer, pages, cache.seq_lens, q.shape[1])
+    return out
+
+
 def _decode(q: Tensor, cache: PagedKVCache, layer: int, config: QuestConfig | None, scale: float | None) -> Tensor:
-    k_cache, v_cache, k_bounds = cache.layer(layer)
+    """Over tokens that the cache already has: dense (no config), ragged rows, and windows."""
+    k_cache, v_cache, k_bounds, k_scales = cache.layer(layer)
     page_table, seq_lens, rows, num_new = cache.page_table, cache.seq_lens, q, q.shape[1]
     if cache.ragged:
         # A row's tokens come first in it, not last: each becomes a sequence of its own that ends with it, or is empty.
         seq_lens = torch.where(_is_real(q, cache), _visible(q, cache), 0).flatten()
         page_table = page_table.repeat_interleave(q.shape[1], 0)
         rows, num_new = q.flatten(0, 1), 1
-    pages = None if config is None else select_pages(rows, k_bounds, page_table, seq_lens, config, scale)
+    pages = None if config is None else select_pages(rows, k_bounds, page_table, seq_lens, config, scale, k_scales)
     if cache.counts is not None:
         cache.counts.record(layer, pages, seq_lens, num_new)
     out, _ = sparse_decode(rows, k_cache, v_cache, page_table, seq_lens, pages, scale)
@@ -244,7 +287,7 @@ def _prefill_first(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, scale: 
     if padding is not None:
         # No token looks at padding behind it, but a weight of 0 times a NaN there would still be NaN.
         k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-    out = _attend(q, k.transpose(1, 2), v.transpose(1, 2), None, scale)
+    out = dense_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, scale)
     return out if padding is None else out.masked_fill(padding, 0)
 
 
@@ -259,20 +302,9 @@ def _prefill_next(q: Tensor, cache: PagedKVCache, layer: int, scale: float | Non
     )
     queries, ends = (torch.split(x, _MASKED_QUERIES, 1) for x in (q, _visible(q, cache)))
     masks = ((position < until[:, :, None])[:, None] for until in ends)
-    outs = [_attend(part, k, v, mask, scale) for part, mask in zip(queries, masks, strict=True)]
+    outs = [dense_attention(part.transpose(1, 2), k, v, mask, scale) for part, mask in zip(queries, masks, strict=True)]
     out = torch.cat(outs, 1)
     return out.masked_fill(~_is_real(q, cache)[:, :, None, None], 0) if cache.ragged else out
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """PyTorch's attention of q [B, T, Hq, D] over k, v [B, Hkv, tokens, D], causal where there is no mask."""
-    group = q.shape[2] // k.shape[1]
-    if group > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):
-        # No fused CUDA kernel takes groups with a mask or in float32; the fallback would hold all scores in memory.
-        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
-    causal, gqa = mask is None, group > 1
-    out = scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
-    return out.transpose(1, 2)
 
 
 def _is_real(q: Tensor, cache: PagedKVCache) -> Tensor:

@@ -8,17 +8,28 @@ nothing on the way of a decode step waits for the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .ops import append_kv, update_bounds
+from .page_bounds import BoundsKind, new_bounds
 from .pages import NewPage, PageAccount
 from .report import AttentionCounts
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class LayerCache(NamedTuple):
+    """A layer of a cache: k_cache, v_cache [N, Hkv, S, D], k_bounds [N, Hkv, 2, D], k_scales [N, Hkv] or None."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+    k_bounds: Tensor
+    k_scales: Tensor | None
 
 
 class PagedKVCache:
@@ -36,11 +47,13 @@ class PagedKVCache:
         page_size: S, tokens a page: 8, 16, 32, 64 or 128.
         num_pages: N, pages in the pool of each layer; enough for B sequences of ``max_tokens`` by default.
         dtype: float32, float16 or bfloat16.
+        bounds: "cache" for page bounds in that dtype, or "int8" for bounds in bytes, with a scale a page and head.
         device: where everything lives.
 
     Attributes:
         k_cache, v_cache: [L, N, Hkv, S, D].
         k_bounds: [L, N, Hkv, 2, D], lower and upper bound of each page's keys.
+        k_scales: [L, N, Hkv] float32, what int8 bounds are multiples of; None with bounds of the cache's dtype.
         page_table: [B, P] int32, physical pages, -1 where there is none; P = ceil(max_tokens / S).
         seq_lens: [B] int32, tokens in the cache, those of the current step included.
         start_lens: [B] int32, tokens before the current step.
@@ -66,12 +79,14 @@ class PagedKVCache:
         page_size: int = 16,
         num_pages: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        bounds: BoundsKind = "cache",
         device: torch.device | str = "cpu",
     ) -> None:
         for name, value, allowed in (
             ("head_dim", head_dim, HEAD_DIMS),
             ("page_size", page_size, PAGE_SIZES),
             ("dtype", dtype, _DTYPES),
+            ("bounds", bounds, get_args(BoundsKind)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
@@ -88,12 +103,13 @@ class PagedKVCache:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         self.max_tokens, self.batch_size, self.page_size = max_tokens, batch_size, page_size
+        self.bounds: BoundsKind = bounds
 
         # Nothing is read before it is written, so the pool may start as whatever was in memory.
         pool = (num_layers, self.num_pages, num_kv_heads)
         self.k_cache = torch.empty((*pool, page_size, head_dim), dtype=dtype, device=device)
         self.v_cache = torch.empty_like(self.k_cache)
-        self.k_bounds = torch.empty((*pool, 2, head_dim), dtype=dtype, device=device)
+        self.k_bounds, self.k_scales = new_bounds(pool, head_dim, bounds, dtype, device)
         self.device = self.k_cache.device
         table = (batch_size, self.pages_per_sequence)
         self.page_table = torch.full(table, -1, dtype=torch.int32, device=device)
@@ -110,15 +126,19 @@ class PagedKVCache:
     def _mark_static(self) -> None:
         import torch._dynamo  # slow to import
 
-        pools = (self.k_cache, self.v_cache, self.k_bounds)
-        for pool in pools:
+        for pool in self.pools:
             # Were N symbolic, a layer's offset in the pool would be: Inductor (torch 2.13) takes the symbolic offset of
             # a view that an operator writes to for 0, and the tokens of all layers would go to the first.
             torch._dynamo.mark_static(pool)
         if self.device.type == "cuda":
             # So that compiled CUDA graphs need not copy the cache.
-            for tensor in (*pools, self.page_table, self.seq_lens, self.start_lens, self.new_lens):
+            for tensor in (*self.pools, self.page_table, self.seq_lens, self.start_lens, self.new_lens):
                 torch._dynamo.mark_static_address(tensor, guard=False)
+
+    @property
+    def pools(self) -> list[Tensor]:
+        """All tensors [L, N, ...] that hold something of each page."""
+        return [x for x in (self.k_cache, self.v_cache, self.k_bounds, self.k_scales) if x is not None]
 
     # Lengths
 
@@ -213,22 +233,33 @@ class PagedKVCache:
             RuntimeError: ``advance`` was not called since this layer's last append (unseen in compiled and captured
                 code), or T is not that of ``advance``; or as :func:`quest_ops.append_kv`.
         """
-        if not (self._tracing() or self._stale):
-            self._check_step(layer, k)
-        k_cache, v_cache, k_bounds = self.layer(layer)
+        self.claim_step(layer, k)
+        k_cache, v_cache, k_bounds, k_scales = self.layer(layer)
         new_lens = self.new_lens if self.ragged else None
-        append_kv(k, v, k_cache, v_cache, k_bounds, self.page_table, self.start_lens, new_lens)
+        append_kv(k, v, k_cache, v_cache, k_bounds, self.page_table, self.start_lens, new_lens, k_scales)
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """``k_cache``, ``v_cache`` and ``k_bounds`` of one layer: views [N, ...]."""
+    def claim_step(self, layer: int, k: Tensor) -> None:
+        """Note that a layer's keys of the step are about to be written, by ``append`` or otherwise; raises as it."""
+        if self._tracing() or self._stale:
+            return
+        self.layer(layer)
+        if not self._step_open or self._step_of_layer[layer] == self._step:
+            raise RuntimeError(f"layer {layer} has no open step: call cache.advance(T) once a step, before the layers")
+        if k.dim() == 4 and k.shape[1] != self._num_new:
+            raise RuntimeError(f"k must have the T of cache.advance, {self._num_new}, in dimension 1, got {k.shape[1]}")
+        self._step_of_layer[layer] = self._step
+
+    def layer(self, index: int) -> LayerCache:
+        """The tensors of one layer: views of the pools, [N, ...]."""
         if not 0 <= index < self.num_layers:
             raise ValueError(f"layer must be 0 to {self.num_layers - 1}, got {index}")
-        return self.k_cache[index], self.v_cache[index], self.k_bounds[index]
+        k_scales = None if self.k_scales is None else self.k_scales[index]
+        return LayerCache(self.k_cache[index], self.v_cache[index], self.k_bounds[index], k_scales)
 
     def start_report(self) -> None:
         """Count from now on what attention reads in each layer; before compiling or capturing. See :mod:`.report`."""
         heads = (self.num_layers, self.num_kv_heads, self.head_dim, self.page_size)
-        self.counts = AttentionCounts(*heads, self.k_cache.dtype, self.device)
+        self.counts = AttentionCounts(*heads, self.k_cache.dtype, self.device, self.bounds)
 
     def stop_report(self) -> None:
         """Count no more."""
@@ -309,14 +340,6 @@ class PagedKVCache:
                 "the lengths moved on the device, in a compiled or captured advance: call sync_lengths() first"
             )
 
-    def _check_step(self, layer: int, k: Tensor) -> None:
-        self.layer(layer)
-        if not self._step_open or self._step_of_layer[layer] == self._step:
-            raise RuntimeError(f"layer {layer} has no open step: call cache.advance(T) once a step, before the layers")
-        if k.dim() == 4 and k.shape[1] != self._num_new:
-            raise RuntimeError(f"k must have the T of cache.advance, {self._num_new}, in dimension 1, got {k.shape[1]}")
-        self._step_of_layer[layer] = self._step
-
     def _advance_host(self, num_new: int, new_lens: Tensor | Sequence[int] | None) -> Tensor | None:
         """The host's part of ``advance``; returns new_lens on the device."""
         if num_new < 1:
@@ -352,7 +375,7 @@ class PagedKVCache:
         copies = [(n.copy_of, n.page) for n in new if n.copy_of is not None]
         if copies:
             source, destination = self._to_device(copies).T
-            for pool in (self.k_cache, self.v_cache, self.k_bounds):
+            for pool in self.pools:
                 pool.index_copy_(1, destination, pool.index_select(1, source))
         entries = [(n.sequence * self.pages_per_sequence + n.logical, n.page) for n in new]
         position, value = self._to_device(entries).T
@@ -368,4 +391,6 @@ class PagedKVCache:
         entries = [(layer * N + self._account.tables[b][logical], b) for layer in range(L) for b in rows]
         page, row = self._to_device(entries).T
         tokens = (self.seq_lens[row] - start).clamp_(min=0)
-        update_bounds(self.k_cache.flatten(0, 1), self.k_bounds.flatten(0, 1), page[:, None].int(), tokens)
+        k_cache, k_bounds = self.k_cache.flatten(0, 1), self.k_bounds.flatten(0, 1)
+        k_scales = None if self.k_scales is None else self.k_scales.flatten(0, 1)
+        update_bounds(k_cache, k_bounds, page[:, None].int(), tokens, k_scales=k_scales)

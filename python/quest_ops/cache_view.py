@@ -22,17 +22,25 @@ class CacheView(PagedKVCache):
         k_bounds: [L, N, Hkv, 2, D].
         page_table: [B, P] int32; B may be symbolic.
         seq_lens: [B] int32, tokens in the cache; ``advance`` moves it.
+        k_scales: [L, N, Hkv] float32, where k_bounds is int8.
 
     Raises:
         ValueError: N is symbolic, which Inductor would compile to a wrong program: every layer writing into the first.
     """
 
     def __init__(
-        self, k_cache: Tensor, v_cache: Tensor, k_bounds: Tensor, page_table: Tensor, seq_lens: Tensor
+        self,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        k_bounds: Tensor,
+        page_table: Tensor,
+        seq_lens: Tensor,
+        k_scales: Tensor | None = None,
     ) -> None:
         if isinstance(k_cache.shape[1], torch.SymInt):
             raise ValueError(f"k_cache must have a static number of pages in dimension 1, got {k_cache.shape[1]}")
-        self.k_cache, self.v_cache, self.k_bounds = k_cache, v_cache, k_bounds
+        self.k_cache, self.v_cache, self.k_bounds, self.k_scales = k_cache, v_cache, k_bounds, k_scales
+        self.bounds = "cache" if k_scales is None else "int8"
         self.page_table, self.seq_lens = page_table, seq_lens
         self.start_lens, self.new_lens = seq_lens.clone(), torch.zeros_like(seq_lens)
         self.num_layers, self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = k_cache.shape

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .page_bounds import BoundsKind, bytes_of_bounds
+
 
 class LayerPlan(NamedTuple):
     """How a layer decodes, and why."""
@@ -63,7 +65,7 @@ class AttentionCounts:
     """The device's counters of the attention calls of each layer.
 
     Args:
-        num_layers, num_kv_heads, head_dim, page_size, dtype, device: those of the cache.
+        num_layers, num_kv_heads, head_dim, page_size, dtype, device, bounds: those of the cache.
     """
 
     def __init__(
@@ -74,10 +76,11 @@ class AttentionCounts:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        bounds: BoundsKind = "cache",
     ) -> None:
         self.num_kv_heads, self.page_size = num_kv_heads, page_size
         self._page_bytes = 2 * page_size * head_dim * dtype.itemsize
-        self._bounds_bytes = 2 * head_dim * dtype.itemsize
+        self._bounds_bytes = bytes_of_bounds(head_dim, bounds, dtype)
         # Of each layer: prefills; decoding steps; pages read and held, over the lists; pages held, over the KV heads;
         # pages whose bounds were read.
         self._counts = torch.zeros((num_layers, 6), dtype=torch.int64, device=device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .cache import PAGE_SIZES
+from .page_bounds import BoundsKind
 
 
 class PageView(NamedTuple):
@@ -72,16 +73,31 @@ def page_view_blhd(k: Tensor, v: Tensor, page_size: int = 16) -> PageView:
     return page_view_bhld(k.transpose(1, 2), v.transpose(1, 2), page_size)
 
 
-def empty_bounds(view: PageView) -> Tensor:
+def empty_bounds(view: PageView, bounds: BoundsKind = "cache") -> Tensor:
     """Uninitialised bounds [N, Hkv, 2, D] for a view, in as little memory as the layout lets them have.
 
     Where heads lie whole pages apart, a head's bounds are as many pages apart: a contiguous [B, Hkv, L, D] has its
     bounds as [B, Hkv, P, 2, D]. A cache whose sequences do not lie whole pages apart takes up to S times that.
+
+    Args:
+        view: of the cache.
+        bounds: "cache" for its dtype, or "int8", which goes with :func:`empty_scales`.
     """
     k = view.k_cache
-    N, Hkv, _, D = k.shape
+    return _empty_by_page(k, (2, k.shape[3]), torch.int8 if bounds == "int8" else k.dtype)
+
+
+def empty_scales(view: PageView) -> Tensor:
+    """Uninitialised scales [N, Hkv] float32 of int8 bounds, laid out as these are."""
+    return _empty_by_page(view.k_cache, (), torch.float32)
+
+
+def _empty_by_page(k: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """[N, Hkv, *shape] for pages k [N, Hkv, S, D]."""
+    N, Hkv, *_ = k.shape
     pages_apart, rest = divmod(k.stride(1), k.stride(0))
     if rest or pages_apart == 0:
-        return k.new_empty((N, Hkv, 2, D))
-    storage = k.new_empty((N + (Hkv - 1) * pages_apart, 2, D))
-    return storage.as_strided((N, Hkv, 2, D), (2 * D, pages_apart * 2 * D, D, 1))
+        return k.new_empty((N, Hkv, *shape), dtype=dtype)
+    storage = k.new_empty((N + (Hkv - 1) * pages_apart, *shape), dtype=dtype)
+    page, *inside = storage.stride()
+    return storage.as_strided((N, Hkv, *shape), (page, pages_apart * page, *inside))

@@ -57,7 +57,7 @@ class Prefill:
         if start:
             position = torch.arange(start, device=q.device)[None]
             past = Past(kv.k[row, :, :start], kv.v[row, :, :start], position, kv.length.seq_lens[row])
-        out = prefill(module, q, k, v, None, Features(scale), past)
+        out = prefill(q, k, v, None, Features(scale), past)
         kv.scale = scale
         kv.k[row, :, start:end] = k
         kv.v[row, :, start:end] = v

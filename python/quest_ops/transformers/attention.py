@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .._library import refuse_backward
+from ..attention import MAX_DECODE_TOKENS
 from ._say import say_once
 from .dense import Features, attend, prefill
 from .layer import QuestCacheLayer
@@ -29,7 +31,8 @@ def quest_attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention of one layer, as transformers calls it.
 
-    Steps of more than 8 tokens are a prefill and dense, and so is what comes from no QuestCache.
+    Steps of more than 8 tokens are a prefill and dense, and so is what comes from no QuestCache. A QuestCache holds
+    values: only what does not read it, a first prefill, has gradients; the backward of other steps raises.
 
     Args:
         module: the layer's attention module.
@@ -60,7 +63,11 @@ def quest_attention_forward(
     if dropout:
         raise ValueError(f"attention 'quest' is for inference: call model.eval() first, got dropout {dropout}")
     real = real_tokens(attention_mask, query)
-    return layer.attend(module, query, key, value, real, features), None
+    reads_cache = query.shape[2] <= MAX_DECODE_TOKENS or not layer.known_empty
+    out = layer.attend(query, key, value, real, features)
+    if reads_cache:
+        out = refuse_backward("attention 'quest' over a QuestCache", out, query, key, value)
+    return out, None
 
 
 def _other_cache(
@@ -74,7 +81,7 @@ def _other_cache(
             "past_key_values=quest_ops.transformers.QuestCache(...)"
         )
     if mask is not None and is_quest_mask(mask, q):
-        return prefill(module, q, k, v, real_tokens(mask, q), features)
+        return prefill(q, k, v, real_tokens(mask, q), features)
     if features.softcap is None and features.sinks is None:
         out: Tensor
         out, _ = sdpa_attention_forward(
@@ -82,7 +89,7 @@ def _other_cache(
         )
         return out
     if mask is None and k.shape[2] == tokens:
-        return prefill(module, q, k, v, None, features)
+        return prefill(q, k, v, None, features)
     if mask is None:  # transformers leaves out the mask of one token, which sees everything
         mask = torch.ones(1, 1, tokens, k.shape[2], dtype=torch.bool, device=q.device)
-    return attend(module, q, k, v, mask if mask.dtype == torch.bool else mask >= 0, features)
+    return attend(q, k, v, mask if mask.dtype == torch.bool else mask >= 0, features)

@@ -27,8 +27,9 @@ class QuestCache(Cache):  # type: ignore[misc]
     of a batch may be padded on the left: padding is not stored, so that it never shifts pages, but counts in
     ``max_tokens`` like any other column of the input.
 
-    A full-attention layer costs its keys and values of ``max_tokens`` tokens, and ``1 / page_size`` of that for bounds.
-    A sliding layer costs those of its window and 129 tokens more.
+    A full-attention layer costs its keys and values of ``max_tokens`` tokens, and ``1 / page_size`` of that for bounds,
+    or about half as much beside 16-bit keys with ``QuestConfig(bounds="int8")``. A sliding layer costs those of its
+    window and 129 tokens more.
 
     Args:
         model_config: the model's ``config``.
@@ -103,16 +104,15 @@ class QuestCache(Cache):  # type: ignore[misc]
 
     @property
     def quest_config(self) -> QuestConfig:
-        """The configuration in use; may be replaced between steps by one of the same page size."""
+        """The configuration in use; may be replaced between steps by one of the same page size and bounds."""
         return self._settings.config
 
     @quest_config.setter
     def quest_config(self, config: QuestConfig) -> None:
-        if config.page_size != self.quest_config.page_size:
-            raise ValueError(
-                f"page_size of a cache cannot change: it was made with {self.quest_config.page_size}, "
-                f"got {config.page_size}"
-            )
+        for name in ("page_size", "bounds"):
+            made_with, got = getattr(self.quest_config, name), getattr(config, name)
+            if got != made_with:
+                raise ValueError(f"{name} of a cache cannot change: it was made with {made_with}, got {got}")
         self._settings.config = config
 
     @property

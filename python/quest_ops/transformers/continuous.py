@@ -61,5 +61,5 @@ def paged_quest_forward(
             length = torch.tensor([new - start_k], device=k.device)
             past = Past(k[:, :, start_k:new], v[:, :, start_k:new], place[None], length)
         q = query[:, :, start_q:end_q]
-        out[:, start_q:end_q] = prefill(module, q, k[:, :, new:end_k], v[:, :, new:end_k], None, features, past)
+        out[:, start_q:end_q] = prefill(q, k[:, :, new:end_k], v[:, :, new:end_k], None, features, past)
     return out, None

@@ -6,11 +6,12 @@ time, so that none has the size of the prompt squared.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ..dense import dense_attention
 
 # Queries that share a mask; fewer where the mask, or the scores where there are any, would be larger than this.
 _BLOCK, _BLOCK_ELEMENTS = 512, 2**25
@@ -36,12 +37,11 @@ class Past(NamedTuple):
 
 
 def prefill(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, past: Past | None = None
+    q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, past: Past | None = None
 ) -> Tensor:
     """Causal attention of new tokens to themselves and to what came before: q [B, Hq, T, D] -> [B, T, Hq, D].
 
     Args:
-        module: the layer's attention module.
         q, k, v: of the new tokens.
         real: int32 [B], how many of a row's tokens are real, its last ones; None: all. Padding sees itself.
         features: of the layer.
@@ -49,7 +49,7 @@ def prefill(
     """
     tokens, window = q.shape[2], features.window
     if past is None and real is None and (window is None or tokens <= window):
-        return attend(module, q, k, v, None, features)
+        return attend(q, k, v, None, features)
     before = 0
     if past is not None:
         before = past.k.shape[2]
@@ -72,23 +72,18 @@ def prefill(
             keys, values = k[:, :, : before + end], v[:, :, : before + end]
         else:
             keys, values = k[:, :, before + first : before + end], v[:, :, before + first : before + end]
-        outs.append(attend(module, q[:, :, start:end], keys, values, mask[:, None], features))
+        outs.append(attend(q[:, :, start:end], keys, values, mask[:, None], features))
     return torch.cat(outs, 1)
 
 
-def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, features: Features) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, features: Features) -> Tensor:
     """One attention: q [B, Hq, T, D], k and v [B, Hkv, L, D], mask bool [B or 1, 1, T, L] -> [B, T, Hq, D].
 
     Without a mask it is causal, L = T.
     """
     if features.softcap is not None or features.sinks is not None:
         return _by_hand(q, k, v, mask, features)
-    out: Tensor
-    causal = mask is None
-    out, _ = sdpa_attention_forward(
-        module, q, k, v, mask, dropout=features.dropout, scaling=features.scale, is_causal=causal
-    )
-    return out
+    return dense_attention(q, k, v, mask, features.scale, features.dropout)
 
 
 def _by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, features: Features) -> Tensor:

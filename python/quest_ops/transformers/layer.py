@@ -40,7 +40,9 @@ class Settings:
 
     def begin_counting(self, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         if self.counting and self.counts is None:
-            self.counts = AttentionCounts(self.num_layers, heads, head_dim, self.config.page_size, dtype, device)
+            self.counts = AttentionCounts(
+                self.num_layers, heads, head_dim, self.config.page_size, dtype, device, self.config.bounds
+            )
 
 
 class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
@@ -69,7 +71,7 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         """Make the storage; returns the buffers whose addresses stay."""
         raise NotImplementedError
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
         """Store the step's keys and values and attend: q [B, Hq, T, D], k, v [B, Hkv, T, D] -> [B, T, Hq, D].
 
         real: int32 [B], how many of a row's tokens are not padding, its last ones; None: all.
@@ -167,6 +169,11 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         if self._stale:
             self._columns, self._unseen, self._stale = int(self.cumulative_length), 0, False
         return self._columns
+
+    @property
+    def known_empty(self) -> bool:
+        """Whether the host knows that nothing is in the cache; compiled code never does."""
+        return not torch.compiler.is_compiling() and self.columns == 0
 
     def advance(self, tokens: int, real: Tensor | None) -> None:
         if torch.compiler.is_compiling():

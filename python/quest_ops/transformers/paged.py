@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..attention import MAX_DECODE_TOKENS, select_pages
 from ..cache import HEAD_DIMS
-from ..ops import append_kv, sparse_decode, update_bounds
+from ..ops import append_kv, decode_step, sparse_decode, update_bounds
+from ..page_bounds import new_bounds
 from ._say import say_once
 from .dense import Features, Past, attend, prefill
 from .layer import QuestCacheLayer, Settings
@@ -36,9 +36,13 @@ class PagedLayer(QuestCacheLayer):
         # Zeros: dense attention multiplies what lies past the last token by a weight of 0, so it must not be NaN.
         self.keys = torch.zeros(pages, heads, self.page_size, head_dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.bounds = torch.zeros(pages, heads, 2, head_dim, dtype=dtype, device=device)
+        self.bounds, self.scales = new_bounds((pages, heads), head_dim, self.settings.config.bounds, dtype, device)
         self.page_table = torch.arange(pages, dtype=torch.int32, device=device).view(batch, -1)
-        return [self.keys, self.values, self.bounds, self.page_table]
+        return [*self._pools(), self.page_table]
+
+    def _pools(self) -> list[Tensor]:
+        """All that is held of each page."""
+        return [x for x in (self.keys, self.values, self.bounds, self.scales) if x is not None]
 
     @property
     def page_size(self) -> int:
@@ -54,16 +58,21 @@ class PagedLayer(QuestCacheLayer):
             return "dense", f"the cache's {self.max_cache_len} tokens fit the budget of {config.budget}"
         return "sparse", f"reads at most {config.num_pages * config.page_size} of {self.max_cache_len} tokens"
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
         if features.window is not None and features.window >= self.max_cache_len:
             features = features._replace(window=None)
         self._note(features)
         if q.shape[2] > MAX_DECODE_TOKENS:
             if self.settings.counts is not None:
                 self.settings.counts.record_prefill(self.index)
-            return self._prefill(module, q, k, v, real, features)
+            return self._prefill(q, k, v, real, features)
+        sparse = self.decision()[0] == "sparse"
+        if sparse and not self.settings.config.is_window and (real is None or q.shape[2] == 1):
+            return self._decode_step(q, k, v, real, features)
         self._append(k, v, real)
-        return self._decode(module, q, features)
+        if self._dense_feature is not None:
+            return self._decode_densely(q, features)
+        return self._decode(q, features, sparse)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row b be what row ``beam_idx[b]`` was, in place."""
@@ -71,7 +80,7 @@ class PagedLayer(QuestCacheLayer):
             return
         rows = beam_idx.to(self.device)
         used = self._used_pages(self.columns)
-        for pool in (self.keys, self.values, self.bounds):
+        for pool in self._pools():
             pages = pool.unflatten(0, (self.batch_size, -1))[:, :used]
             pages.copy_(pages.index_select(0, rows))
         self.seq_lens.copy_(self.seq_lens.index_select(0, rows))
@@ -79,12 +88,12 @@ class PagedLayer(QuestCacheLayer):
     def _forget_cropped(self) -> None:
         # A last page that has lost tokens must forget them in its bounds too.
         last = (self.seq_lens - 1).clamp_(min=0)
-        update_bounds(self.keys, self.bounds, self.page_table, self.seq_lens, last)
+        update_bounds(self.keys, self.bounds, self.page_table, self.seq_lens, last, self.scales)
 
-    def _prefill(self, module: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
-        compiling = torch.compiler.is_compiling()
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
         past = None
-        if compiling or self.columns:
+        if not self.known_empty:
+            compiling = torch.compiler.is_compiling()
             if not compiling and q.shape[2] <= 64:
                 say_once(
                     f"a step of {q.shape[2]} tokens ran dense: more than {MAX_DECODE_TOKENS} new tokens are a prefill. "
@@ -92,7 +101,7 @@ class PagedLayer(QuestCacheLayer):
                     logging.INFO,
                 )
             past = self._past(self.pages_per_row if compiling else self._used_pages(self.columns))
-        out = prefill(module, q, k, v, real, features, past)
+        out = prefill(q, k, v, real, features, past)
         self._append(k, v, real)
         return out
 
@@ -109,26 +118,46 @@ class PagedLayer(QuestCacheLayer):
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if real is not None and tokens > 1:
             k, v = (_padding_last(x, real) for x in (k, v))
-        append_kv(k, v, self.keys, self.values, self.bounds, self.page_table, self.seq_lens, real)
+        append_kv(k, v, self.keys, self.values, self.bounds, self.page_table, self.seq_lens, real, self.scales)
         self.advance(tokens, real)
 
-    def _decode(self, module: Any, q: Tensor, features: Features) -> Tensor:
-        if self._dense_feature is not None:
-            return self._decode_densely(module, q, features)
+    def _decode_step(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
+        config, tokens = self.settings.config, q.shape[2]
+        start = self.seq_lens.clone()
+        out, lse, selected = decode_step(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            self.keys,
+            self.values,
+            self.bounds,
+            self.page_table,
+            start,
+            # A row that has ended gets its padding behind its end, where the next token will take its place.
+            start + tokens,
+            config.num_pages,
+            config.group_reduce,
+            config.sink_pages,
+            config.recent_pages,
+            features.scale,
+            self.scales,
+        )
+        self.advance(tokens, real)
+        self._observe(selected)
+        self._count(selected, tokens)
+        return _with_sinks(out, lse, features.sinks)
+
+    def _decode(self, q: Tensor, features: Features, sparse: bool) -> Tensor:
         config, queries, selected = self.settings.config, q.transpose(1, 2), None
-        if self.decision()[0] == "sparse":
-            selected = select_pages(queries, self.bounds, self.page_table, self.seq_lens, config, features.scale)
+        where = (self.page_table, self.seq_lens)
+        if sparse:
+            selected = select_pages(queries, self.bounds, *where, config, features.scale, self.scales)
         self._observe(selected)
         self._count(selected, q.shape[2])
-        out, lse = sparse_decode(
-            queries, self.keys, self.values, self.page_table, self.seq_lens, selected, features.scale
-        )
-        if features.sinks is not None:
-            # A sink adds exp(sink) to the sum under each weight, and nothing to the sum of values.
-            out = out * torch.sigmoid(lse - features.sinks.float())[..., None].to(out.dtype)
-        return out
+        out, lse = sparse_decode(queries, self.keys, self.values, *where, selected, features.scale)
+        return _with_sinks(out, lse, features.sinks)
 
-    def _decode_densely(self, module: Any, q: Tensor, features: Features) -> Tensor:
+    def _decode_densely(self, q: Tensor, features: Features) -> Tensor:
         compiling, tokens = torch.compiler.is_compiling(), q.shape[2]
         if not compiling:
             self._observe(None)
@@ -139,7 +168,7 @@ class PagedLayer(QuestCacheLayer):
         visible = visible & (past.position[:, None] >= 0)
         if features.window is not None:
             visible = visible & (past.position[:, None] >= ends[..., None] - features.window)
-        return attend(module, q, past.k, past.v, visible[:, None], features)
+        return attend(q, past.k, past.v, visible[:, None], features)
 
     def _observe(self, selected: Tensor | None) -> None:
         if self.settings.observer is not None:
@@ -163,6 +192,11 @@ class PagedLayer(QuestCacheLayer):
 
     def _used_pages(self, columns: int) -> int:
         return -(-columns // self.page_size)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """A sink adds exp(sink) to the sum under each weight, and nothing to the sum of values."""
+    return out if sinks is None else out * torch.sigmoid(lse - sinks.float())[..., None].to(out.dtype)
 
 
 def _padding_last(x: Tensor, real: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -37,18 +35,18 @@ class SlidingLayer(QuestCacheLayer):
     def decision(self) -> tuple[str, str]:
         return "dense", f"sliding window of {self.window} tokens"
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
         features, counts = features._replace(window=self.window), self.settings.counts
         if counts is not None:
             count = counts.record_prefill if q.shape[2] > MAX_DECODE_TOKENS else counts.record_step
             count(self.index)
         if q.shape[2] > MAX_DECODE_TOKENS:
-            past = self._past() if torch.compiler.is_compiling() or self.columns else None
-            out = prefill(module, q, k, v, real, features, past)
+            past = None if self.known_empty else self._past()
+            out = prefill(q, k, v, real, features, past)
             self._append(k, v, real)
             return out
         self._append(k, v, real)
-        return self._decode(module, q, features)
+        return self._decode(q, features)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row b be what row ``beam_idx[b]`` was, in place."""
@@ -89,12 +87,12 @@ class SlidingLayer(QuestCacheLayer):
             slot = torch.where(place < padding, self.ring, slot)
         row = torch.arange(self.batch_size, device=k.device)[:, None]
         for store, new in ((self.keys, k), (self.values, v)):
-            store.transpose(1, 2).index_put_((row, slot), new[:, :, tokens - kept :].transpose(1, 2))
+            store.transpose(1, 2).index_put_((row, slot), new[:, :, tokens - kept :].transpose(1, 2).detach())
         self.advance(tokens, real)
 
-    def _decode(self, module: Any, q: Tensor, features: Features) -> Tensor:
+    def _decode(self, q: Tensor, features: Features) -> Tensor:
         past, tokens = self._past(), q.shape[2]
         now = self.seq_lens[:, None] - torch.arange(tokens, 0, -1, device=q.device)  # [B, T], each query's position
         position, now = past.position[:, None], now[..., None].clamp(min=0)
         visible = (position >= 0) & (position <= now) & (position > now - self.window)
-        return attend(module, q, past.k, past.v, visible[:, None], features)
+        return attend(q, past.k, past.v, visible[:, None], features)
