@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from quest_ops import ops
-from support import DTYPES, Case, Shape, assert_same_bits, shapes
+from support import DTYPES, UNREAD_BYTE, Case, Shape, assert_same_bits, shapes
 from torch import Tensor
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -14,7 +14,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 def run(x: Case, k: int = 6, reduce: str = "max") -> dict[str, Tensor]:
     """The three operators in a row, and dense attention."""
     s = x.shape
-    scores = ops.estimate(*x.scoring, s.page_size)
+    scores = ops.estimate(*x.scoring, s.page_size, x.k_scales)
     pages = ops.topk_pages(scores, x.seq_lens, s.page_size, k, s.kv_heads, reduce, scale=s.head_dim**-0.5)
     out, lse = ops.sparse_decode(*x.attention, pages)
     dense_out, dense_lse = ops.sparse_decode(*x.attention)
@@ -34,7 +34,7 @@ def row(x: Case, b: int) -> Case:
 reduces = st.sampled_from(("none", "max", "sum", "soft"))
 
 
-@given(shapes(), reduces)
+@given(shapes(maybe_int8=True), reduces)
 def test_reruns(device: str, shape: Shape, reduce: str) -> None:
     x = Case(shape).on(device)
     first = run(x, reduce=reduce)
@@ -42,7 +42,7 @@ def test_reruns(device: str, shape: Shape, reduce: str) -> None:
         assert_same(run(x, reduce=reduce), first)
 
 
-@given(shapes(), reduces)
+@given(shapes(maybe_int8=True), reduces)
 def test_a_row_alone_is_the_row_in_a_batch(device: str, shape: Shape, reduce: str) -> None:
     x = Case(shape).on(device)
     together = run(x, reduce=reduce)
@@ -50,7 +50,7 @@ def test_a_row_alone_is_the_row_in_a_batch(device: str, shape: Shape, reduce: st
         assert_same(run(row(x, b), reduce=reduce), together, slice(b, b + 1))
 
 
-@given(shapes(), st.integers(1, 600), reduces)
+@given(shapes(maybe_int8=True), st.integers(1, 600), reduces)
 def test_capacity(device: str, shape: Shape, more: int, reduce: str) -> None:
     x = Case(shape).on(device)
     expected = run(x, reduce=reduce)
@@ -69,18 +69,22 @@ def test_long_rows(device: str, dtype: torch.dtype) -> None:
         assert_same(run(row(x, b), k=128), together, slice(b, b + 1))
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["16-bit", "8-bit"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads(dtype: torch.dtype) -> None:
+def test_threads(dtype: torch.dtype, int8: bool) -> None:
     """However many threads share the work on the CPU."""
-    x = Case(Shape(dtype, 64, 16, 2, 4, new_tokens=2, lengths=(5000, 70, 900), seed=5)).on("cpu")
+    x = Case(Shape(dtype, 64, 16, 2, 4, new_tokens=2, lengths=(5000, 70, 900), int8=int8, seed=5)).on("cpu")
     before, expected = torch.get_num_threads(), run(x, k=64)
     try:
         for threads in (2, 3, 8):
             torch.set_num_threads(threads)
             assert_same(run(x, k=64), expected)
-            bounds = torch.full_like(x.k_bounds, torch.nan)
-            ops.update_bounds(x.k_cache, bounds, x.page_table, x.seq_lens)
+            bounds = torch.full_like(x.k_bounds, UNREAD_BYTE if int8 else torch.nan)
+            scales = torch.full_like(x.k_scales, torch.nan) if int8 else None
+            ops.update_bounds(x.k_cache, bounds, x.page_table, x.seq_lens, k_scales=scales)
             assert_same_bits(bounds, x.k_bounds)
+            if int8:
+                assert_same_bits(scales, x.k_scales)
     finally:
         torch.set_num_threads(before)
 
