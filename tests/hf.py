@@ -3,7 +3,8 @@
 import functools
 
 import torch
-from quest_ops import reference
+from quest_ops import reference, update_bounds
+from quest_ops.page_bounds import new_bounds
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -128,7 +129,12 @@ def _row(module, config, query, key, value, mask, scaling, sinks):
     table, lens = torch.arange(count, dtype=torch.int32)[None], torch.tensor([length], dtype=torch.int32)
     q, pages = query.cpu().transpose(1, 2), None
     if module.layer_idx >= config.dense_layers:
-        bounds = reference.update_bounds(k, k.new_zeros(count, k.shape[1], 2, k.shape[3]), table, lens)
+        if config.bounds == "cache":
+            bounds = reference.update_bounds(k, k.new_zeros(count, k.shape[1], 2, k.shape[3]), table, lens)
+        else:
+            rounded, scales = new_bounds((count, k.shape[1]), k.shape[3], "int8", k.dtype, "cpu")
+            update_bounds(k, rounded, table, lens, k_scales=scales)
+            bounds = rounded.double() * scales[..., None, None]
         scores = reference.estimate(q, bounds, table, lens, size)
         forced = (config.group_reduce, config.sink_pages, config.recent_pages)
         pages = reference.topk_pages(scores, lens, size, config.num_pages, k.shape[1], *forced, scaling)

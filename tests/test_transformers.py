@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,10 +44,27 @@ def test_a_budget_that_holds_everything_equals_dense_generate(name, device):
 
 
 @pytest.mark.parametrize("name", [*PLAIN, "gemma3", "gpt-oss"])
+@pytest.mark.parametrize("bounds", ["cache", "int8"])
+def test_a_sparse_layer_within_the_budget_equals_dense_generate(name, bounds, device):
+    """The cache outgrows the budget, so that the layers are sparse, but what is in it does not."""
+    model, inputs = make_model(name, device), prompt(90, device, padding=(0, 37))
+    expected, logits = generate(model, inputs)
+    config = QuestConfig(budget=112, dense_layers=0, bounds=bounds)
+    cache = enable_quest(model, config, max_tokens=200)
+    assert any(entry.path == "sparse" for entry in cache.plan())
+    got, sparse_logits = generate(model, inputs, cache)
+    assert torch.equal(got, expected)
+    close(sparse_logits, logits)
+    all_dense = enable_quest(model, replace(config, dense_layers=3), max_tokens=200)
+    assert torch.equal(generate(model, inputs, all_dense)[1], sparse_logits)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "gemma3", "gpt-oss"])
 @pytest.mark.parametrize("padding", [(0,), (0, 53)], ids=["one row", "padded"])
-def test_less_equals_the_reference(name, padding, device):
+@pytest.mark.parametrize("bounds", ["cache", "int8"])
+def test_less_equals_the_reference(name, padding, bounds, device):
     model, inputs = make_model(name, device), prompt(150, device, padding=padding)
-    config = QuestConfig(budget=32, page_size=16, sink_pages=1, dense_layers=1)
+    config = QuestConfig(budget=32, page_size=16, sink_pages=1, dense_layers=1, bounds=bounds)
     _, dense = generate(model, inputs, new=6)
     use_reference(model, config)
     expected, logits = generate(model, inputs, DynamicCache(config=model.config), new=6)
@@ -105,6 +123,12 @@ def test_a_step_may_leave_rows_as_they_are(device):
     ones[1, 40] = 0  # the second row has ended
     step(model, ids, cache, attention_mask=ones)
     assert [layer.seq_lens.tolist() for layer in cache.layers] == [[41, 40]] * 3
+    # What a row goes on with is as if that step had not been.
+    ones = torch.cat([ones, torch.ones_like(ones[:, :1])], 1)
+    got = step(model, ids, cache, attention_mask=ones, position_ids=torch.tensor([[41], [40]], device=device))
+    other = enable_quest(model, SPARSE, max_tokens=64)
+    step(model, inputs["input_ids"], other)
+    assert torch.equal(got[1], step(model, ids, other)[1])
 
 
 # Ways to generate
@@ -129,9 +153,10 @@ def test_beam_search_equals_dense_beam_search(name, device):
     assert torch.equal(model.generate(**inputs, past_key_values=cache, **options), expected)
 
 
-def test_reordered_rows_carry_their_pages_bounds_and_lengths(device):
+@pytest.mark.parametrize("bounds", ["cache", "int8"])
+def test_reordered_rows_carry_their_pages_bounds_and_lengths(bounds, device):
     model, inputs = make_model("gemma3", device), prompt(70, device, padding=(0, 9, 30))
-    cache = enable_quest(model, SPARSE, max_tokens=96)
+    cache = enable_quest(model, replace(SPARSE, bounds=bounds), max_tokens=96)
     step(model, inputs["input_ids"], cache, attention_mask=inputs["attention_mask"])
     twin, rows = copy.deepcopy(cache), torch.tensor([2, 0, 2], device=device)
     addresses = [layer.keys.data_ptr() for layer in cache.layers]

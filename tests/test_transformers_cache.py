@@ -5,6 +5,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from hf import COMMON, WINDOW, generate, make_model, prompt, step
-from quest_ops import QuestConfig, reference
+from quest_ops import QuestConfig, reference, update_bounds
 from quest_ops.transformers import QuestCache, enable_quest
 from quest_ops.transformers.sliding import SLACK
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 SPARSE = QuestConfig(budget=48, page_size=16, dense_layers=1)
+BOUNDS = pytest.mark.parametrize("bounds", ["cache", "int8"])
 
 
 def bounds_of(cache):
@@ -53,9 +55,25 @@ def test_crop_leaves_the_cache_as_if_nothing_had_come(back, device):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_copy_of_the_cache_is_a_cache_of_its_own(device):
+def test_crop_renews_int8_bounds(device):
+    model, ids = make_model("qwen3", device), prompt(100, device)["input_ids"]
+    cache, short = (enable_quest(model, replace(SPARSE, bounds="int8"), max_tokens=128) for _ in range(2))
+    step(model, ids, cache)
+    cache.crop(-13)
+    step(model, ids[:, :87], short)
+    for layer, other in zip(cache.layers, short.layers, strict=True):
+        fresh = torch.zeros_like(layer.bounds), torch.zeros_like(layer.scales)
+        update_bounds(layer.keys, fresh[0], layer.page_table, layer.seq_lens, k_scales=fresh[1])
+        assert torch.equal(layer.bounds[:6], fresh[0][:6])
+        assert torch.equal(layer.scales[:6], fresh[1][:6])
+        assert layer.scales[:6].gt(0).all()
+        torch.testing.assert_close(layer.scales[:6], other.scales[:6], rtol=1e-3, atol=1e-4)
+
+
+@BOUNDS
+def test_a_copy_of_the_cache_is_a_cache_of_its_own(bounds, device):
     model, ids = make_model("qwen3", device), prompt(150, device)["input_ids"]
-    cache = enable_quest(model, SPARSE, max_tokens=200)
+    cache = enable_quest(model, replace(SPARSE, bounds=bounds), max_tokens=200)
     step(model, ids, cache)
     twin = copy.deepcopy(cache)
     token, other = prompt(1, device, seed=6)["input_ids"], prompt(1, device, seed=7)["input_ids"]
@@ -74,20 +92,23 @@ def tensors_of(layer):
     return [tensor for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
 
 
-def test_a_cache_costs_its_keys_values_and_bounds(device):
-    model = make_model("gemma3", device)
-    small, large = (enable_quest(model, SPARSE, max_tokens=n, batch_size=2) for n in (1024, 2048))
+@BOUNDS
+def test_a_cache_costs_its_keys_values_and_bounds(bounds, device):
+    model, config = make_model("gemma3", device), replace(SPARSE, bounds=bounds)
+    small, large = (enable_quest(model, config, max_tokens=n, batch_size=2) for n in (1024, 2048))
 
     def bytes_of(layer):
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(layer))
 
     token = 2 * COMMON["num_key_value_heads"] * COMMON["head_dim"] * 2 * 4  # of both rows, keys and values
     table = 2 * 4  # an int32 a page and row
+    # In float32 a page's lower and upper bound are as large as a token's key and value; a head has a scale.
+    of_a_page = token if bounds == "cache" else token // 4 + 2 * COMMON["num_key_value_heads"] * 4
     sliding, *paged = zip(small.layers, large.layers, strict=True)
     assert bytes_of(sliding[0]) == bytes_of(sliding[1]) <= token * (WINDOW + SLACK + 1) + 64
     for fewer, more in paged:
         pages = 1024 // 16
-        assert bytes_of(more) - bytes_of(fewer) == 1024 * token + pages * (token + table)
+        assert bytes_of(more) - bytes_of(fewer) == 1024 * token + pages * (of_a_page + table)
 
 
 def test_decoding_leaves_nothing_behind(device):
@@ -254,8 +275,44 @@ def test_a_cache_of_nothing_is_an_error(name, value):
 
 def test_another_page_size_for_a_cache_is_an_error():
     cache = QuestCache(LlamaConfig(**COMMON), SPARSE, max_tokens=64)
-    with pytest.raises(ValueError, match="made with 16, got 32"):
+    with pytest.raises(ValueError, match="page_size of a cache cannot change: it was made with 16, got 32"):
         cache.quest_config = QuestConfig(budget=64, page_size=32)
+
+
+def test_other_bounds_for_a_cache_are_an_error():
+    cache = QuestCache(LlamaConfig(**COMMON), replace(SPARSE, bounds="int8"), max_tokens=64)
+    with pytest.raises(ValueError, match="bounds of a cache cannot change: it was made with int8, got cache"):
+        cache.quest_config = SPARSE
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("tokens", [1, 4, 20])
+def test_a_step_over_the_cache_has_no_backward(name, tokens, device):
+    """Gradients would stop where the cache begins, in silence."""
+    model = make_model(name, device)
+    cache = enable_quest(model, SPARSE, max_tokens=200)
+    step(model, prompt(100, device)["input_ids"], cache)
+    logits = model(prompt(tokens, device, seed=2)["input_ids"], past_key_values=cache).logits
+    with pytest.raises(RuntimeError, match="attention 'quest' over a QuestCache has no backward"):
+        logits.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt-oss"])
+def test_a_first_prefill_has_the_gradients_of_dense_attention(name, device):
+    model, ids = make_model(name, device), prompt(60, device)["input_ids"]
+    weight = model.model.layers[-1].self_attn.k_proj.weight
+
+    def gradient(**options):
+        return torch.autograd.grad(model(ids, **options).logits.square().mean(), weight)[0]
+
+    expected = gradient(use_cache=False)
+    cache = enable_quest(model, SPARSE, max_tokens=200)
+    got = gradient(past_key_values=cache)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert not any(tensor.requires_grad for layer in cache.layers for tensor in tensors_of(layer))
 
 
 def test_cropping_more_than_can_be_is_an_error(device):

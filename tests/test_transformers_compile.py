@@ -1,5 +1,7 @@
 """Compiled decoding by generate(): one graph without breaks, none for a second cache, and the tokens of eager mode."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,18 +31,25 @@ def compiled(backend, device):
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"),
-    [("qwen3", "inductor"), ("gemma3", "aot_eager"), ("gemma2", "eager"), ("gpt-oss", "eager")],
+    ("name", "backend", "bounds"),
+    [
+        ("qwen3", "inductor", "cache"),
+        ("qwen3", "inductor", "int8"),
+        ("gemma3", "aot_eager", "cache"),
+        ("gemma2", "eager", "cache"),
+        ("gpt-oss", "eager", "cache"),
+    ],
 )
-def test_compiled_decoding_is_one_graph_and_equals_eager(name, backend, device, fresh):
+def test_compiled_decoding_is_one_graph_and_equals_eager(name, backend, bounds, device, fresh):
+    config = replace(SPARSE, bounds=bounds)
     layers = {"num_hidden_layers": 2} if backend == "inductor" else {}
     model, inputs = make_model(name, device, **layers), prompt(90, device, padding=(0, 37))
-    cache = enable_quest(model, SPARSE, max_tokens=160)
-    model._compiled_call = None
+    cache = enable_quest(model, config, max_tokens=160)
+    model._compiled_call = model._last_compile_config = None
     expected, logits = generate(model, inputs, cache, new=12)
     for graphs in (1, 0):
         counters.clear()
-        cache = enable_quest(model, SPARSE, max_tokens=160)
+        cache = enable_quest(model, config, max_tokens=160)
         got, compiled_logits = generate(model, inputs, cache, new=12, **compiled(backend, device))
         assert torch.equal(got, expected)
         torch.testing.assert_close(compiled_logits, logits, rtol=1e-3, atol=1e-3)
@@ -51,11 +60,11 @@ def test_compiled_decoding_is_one_graph_and_equals_eager(name, backend, device, 
     turn = {"input_ids": torch.cat([inputs["input_ids"], got, got], 1)}
     turn["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(got), torch.ones_like(got)], 1)
     again, _ = generate(model, turn, cache)
-    assert torch.equal(again, generate(model, turn, cache_of_eager(model, inputs))[0])
+    assert torch.equal(again, generate(model, turn, cache_of_eager(model, inputs, config))[0])
 
 
-def cache_of_eager(model, inputs):
-    cache = enable_quest(model, SPARSE, max_tokens=160)
+def cache_of_eager(model, inputs, config):
+    cache = enable_quest(model, config, max_tokens=160)
     generate(model, inputs, cache, new=12)
     return cache
 

@@ -1,11 +1,14 @@
 """What a model's layers read while it generates, against counts by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("transformers", minversion="5.0")
 
 import hf
 from quest_ops import QuestConfig
+from quest_ops.page_bounds import BoundsKind
 from quest_ops.transformers import enable_quest
 from test_transformers_compile import compiled
 
@@ -14,22 +17,25 @@ CONFIG = QuestConfig(32, S, dense_layers=1)
 
 
 @pytest.mark.parametrize("compile_it", [False, True])
-def test_counts(device: str, compile_it: bool) -> None:
+@pytest.mark.parametrize("kind", ["cache", "int8"])
+def test_counts(device: str, compile_it: bool, kind: BoundsKind) -> None:
     model = hf.make_model("qwen3", device)
-    cache = enable_quest(model, CONFIG, max_tokens=128)
+    cache = enable_quest(model, replace(CONFIG, bounds=kind), max_tokens=128)
     with pytest.raises(RuntimeError, match="call cache.start_report"):
         cache.report()
     cache.start_report()
     options = compiled("eager", device) if compile_it else {}
     hf.generate(model, hf.prompt(PROMPT, device, padding=(0, 10)), cache, new=NEW, **options)
     held = sum(-(-(PROMPT - padding + i) // S) for i in range(1, NEW) for padding in (0, 10))
-    heads = hf.COMMON["num_key_value_heads"]
+    heads, head_dim = hf.COMMON["num_key_value_heads"], hf.COMMON["head_dim"]
+    page, bounds = 2 * S * head_dim * 4, 2 * head_dim * 4 if kind == "cache" else 2 * head_dim + 4
     dense, *sparse = cache.report()
     assert (dense.plan.path, dense.prefills, dense.steps) == ("dense", 1, NEW - 1)
     assert dense.pages_read == dense.pages_held == held * heads
     for layer in sparse:
         assert (layer.plan.path, layer.prefills, layer.steps) == ("sparse", 1, NEW - 1)
         assert (layer.pages_read, layer.pages_held) == (2 * (NEW - 1) * 2 * heads, held * heads)
+        assert layer.bytes_read == layer.pages_read * page + held * heads * bounds
     assert str(cache.report()).splitlines()[2].split()[:4] == ["1", "sparse", "1", str(NEW - 1)]
     cache.stop_report()
 
