@@ -11,8 +11,11 @@ namespace quest::cuda {
 namespace {
 
 constexpr unsigned kMostBlocks = 16;  // of a cluster, the most that Hopper has
-// Of a block: two of them share an SM, but for wide heads.
-int most_memory(int D) { return (D <= 128 ? 100 : 200) * 1024; }
+// Of a block, besides what it has statically: two of them share an SM, but for wide heads.
+int most_memory(int D, int device) {
+  return std::min(
+      (D <= 128 ? 100 : 200) * 1024, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - 24 * 1024);
+}
 
 int round_up(int x, int unit) { return (x + unit - 1) / unit * unit; }
 
@@ -28,7 +31,7 @@ bool fits_one_launch(const StepParams& p, int device) {
 }
 
 // The chunks of a block and its memory for clusters of so many blocks; false where there is too little of it.
-bool lay_out(StepParams& p, int cluster) {
+bool lay_out(StepParams& p, int cluster, int most) {
   const int group = p.size.group(), D = p.size.D;
   const int64_t tokens = int64_t{p.K} << p.paging.page_shift;
   const int chunks = static_cast<int>((tokens + kChunkTokens - 1) / kChunkTokens);
@@ -51,8 +54,8 @@ bool lay_out(StepParams& p, int cluster) {
     m.parts = m.warp_out + static_cast<int>(warp_out);
     const int64_t least = m.keys + std::max(keys, warp_out + all_parts);
     // The spans' order is that of the combine kernel as long as each is a slice of its own.
-    if (least <= most_memory(D) && spans <= kCombineThreads / (D / 4) && group * spans <= kStepThreads) {
-      const bool with_table = m.keys + keys + table <= most_memory(D);
+    if (least <= most && spans <= kCombineThreads / (D / 4) && group * spans <= kStepThreads) {
+      const bool with_table = m.keys + keys + table <= most;
       m.table = with_table ? m.keys + static_cast<int>(keys) : -1;
       m.bytes = static_cast<int>(with_table ? std::max(least, m.keys + keys + table) : least);
       p.part_chunks = part_chunks;
@@ -68,22 +71,23 @@ constexpr int kMostPages = 1024;
 // The most blocks a cluster with which all of them are there at once; 1 where none will do. 0: too little memory, or
 // too many pages.
 template <class T, class Bound, int D>
-unsigned plan(StepParams& p) {
+unsigned plan(StepParams& p, int device) {
+  const int most = most_memory(D, device);
   const int64_t rows = int64_t{p.size.B} * p.size.Hkv;
   for (unsigned cluster = kMostBlocks; cluster > 1; cluster /= 2)
-    if (lay_out(p, cluster) &&
+    if (lay_out(p, cluster, most) &&
         active_clusters(decode_step_kernel<T, Bound, D>, kStepThreads, p.memory.bytes, cluster) >= rows)
       return p.paging.P <= int64_t{kMostPages} * cluster ? cluster : 0;
-  return lay_out(p, 1) ? 1 : 0;
+  return lay_out(p, 1, most) ? 1 : 0;
 }
 
 // False where the four operators have to do it.
 template <class T, class Bound>
-bool launch_step(StepParams& p, cudaStream_t stream) {
+bool launch_step(StepParams& p, int device, cudaStream_t stream) {
   unsigned cluster = 0;
   if constexpr (sizeof(T) == 2)
     dispatch_head_dim(p.size.D, [&]<int D>(std::integral_constant<int, D>) {
-      cluster = plan<T, Bound, D>(p);
+      cluster = plan<T, Bound, D>(p, device);
       if (cluster == 0) return;
       const unsigned blocks = grid_size(int64_t{p.size.B} * p.size.Hkv * cluster, "decode_step");
       launch_in_order(decode_step_kernel<T, Bound, D>, blocks, kStepThreads, p.memory.bytes, stream, p, cluster);
@@ -104,7 +108,8 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
   p.append = c.append, p.size = c.size, p.paging = c.paging, p.q = c.q;
   p.K = c.K, p.sink_pages = c.sink_pages, p.recent_pages = c.recent_pages, p.reduce = c.reduce, p.scale = c.scale;
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  if (!value_checks_requested() && fits_one_launch(p, q.get_device_index())) {
+  const int device = q.get_device_index();
+  if (!value_checks_requested() && fits_one_launch(p, device)) {
     const ProfilerRange range("decode_step");
     const auto empty = [&](std::vector<int64_t> shape, ScalarType dtype) {
       return torch::stable::empty(shape, dtype, std::nullopt, q.device());
@@ -122,7 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
     dispatch_dtype(p.append.dtype, [&](auto element) {
       using T = decltype(element);
       const cudaStream_t stream = current_stream(q);
-      launched = p.append.k_bounds.scales ? launch_step<T, int8_t>(p, stream) : launch_step<T, T>(p, stream);
+      launched =
+          p.append.k_bounds.scales ? launch_step<T, int8_t>(p, device, stream) : launch_step<T, T>(p, device, stream);
     });
     if (launched) return {out, lse, pages};
   }
