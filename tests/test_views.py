@@ -19,6 +19,8 @@ from quest_ops import (
     topk_pages,
     update_bounds,
 )
+from quest_ops.page_bounds import BoundsKind
+from quest_ops.views import empty_scales
 from support import DTYPES, assert_same_bits
 from torch import Tensor
 
@@ -45,28 +47,47 @@ def batch_inside(B: int, **how: Any) -> Tensor:
     return torch.full((HKV, L, B, D), math.nan, **how).permute(2, 0, 1, 3)
 
 
+BOUNDS = pytest.mark.parametrize("kind", ["cache", "int8"])
 LAYOUTS = [bhld, blhd, part_of_longer, rows_apart, batch_inside]
 
 
-def make(layout: Any, B: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, PageView, Tensor]:
-    """k, v as an engine holds them, [B, Hkv, L, D] of the layout; their view and its bounds, NaN in both."""
+def make(
+    layout: Any, B: int, device: str, dtype: torch.dtype, kind: BoundsKind = "cache"
+) -> tuple[Tensor, Tensor, PageView, Tensor]:
+    """k, v as an engine holds them, [B, Hkv, L, D] of the layout; their view and its bounds, NaN in both (or 77)."""
     k, v = (layout(B, device=device, dtype=dtype) for _ in range(2))
     if layout in (blhd, rows_apart):
         view = page_view_blhd(k.transpose(1, 2), v.transpose(1, 2), S)
     else:
         view = page_view_bhld(k, v, S)
-    bounds = empty_bounds(view)
-    torch.empty(0, dtype=dtype, device=device).set_(bounds.untyped_storage()).fill_(math.nan)
+    bounds = empty_bounds(view, kind)
+    memory(bounds).fill_(math.nan if kind == "cache" else 77)
     return k, v, view, bounds
+
+
+def scales_of(view: PageView, kind: BoundsKind) -> Tensor | None:
+    if kind == "cache":
+        return None
+    scales = empty_scales(view)
+    memory(scales).fill_(math.nan)
+    return scales
+
+
+def memory(tensor: Tensor) -> Tensor:
+    """All that lies under a tensor."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_view_is_the_cache_itself(device: str, layout: Any, B: int, dtype: torch.dtype) -> None:
+@BOUNDS
+def test_a_view_is_the_cache_itself(device: str, layout: Any, B: int, dtype: torch.dtype, kind: BoundsKind) -> None:
     """Appends through the view land in the engine's tensors; all results are a PagedKVCache's, bit for bit."""
-    k, v, view, bounds = make(layout, B, device, dtype)
-    paged = PagedKVCache(1, HKV, D, max_tokens=L, batch_size=B, page_size=S, dtype=dtype, device=device)
+    k, v, view, bounds = make(layout, B, device, dtype, kind)
+    scales = scales_of(view, kind)
+    sizes = {"max_tokens": L, "batch_size": B, "page_size": S}
+    paged = PagedKVCache(1, HKV, D, **sizes, dtype=dtype, bounds=kind, device=device)
     lens, given = torch.zeros(B, dtype=torch.int32, device=device), ([], [])
     assert view.k_cache.data_ptr() == k.data_ptr()
     assert view.v_cache.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
@@ -74,7 +95,7 @@ def test_a_view_is_the_cache_itself(device: str, layout: Any, B: int, dtype: tor
     assert view.page_table.dtype == torch.int32
     for T in (13, 3, 1, 8, 2):
         new = [torch.randn(B, T, HKV, D, device=device).to(dtype) for _ in range(2)]
-        append_kv(*new, *view[:2], bounds, view.page_table, lens)
+        append_kv(*new, *view[:2], bounds, view.page_table, lens, None, scales)
         paged.advance(T)
         paged.append(0, *new)
         lens += T
@@ -83,9 +104,9 @@ def test_a_view_is_the_cache_itself(device: str, layout: Any, B: int, dtype: tor
             assert_same_bits(tensor[:, :, : int(lens[0])], torch.cat(all_given, 2))
             assert tensor[:, :, int(lens[0]) :].isnan().all()
         q = torch.randn(B, min(T, 8), 2 * HKV, D, device=device).to(dtype)
-        k_cache, v_cache, k_bounds = paged.layer(0)
-        scores = estimate(q, bounds, view.page_table, lens, S)
-        assert_same_bits(scores, estimate(q, k_bounds, paged.page_table, lens, S))
+        k_cache, v_cache, k_bounds, k_scales = paged.layer(0)
+        scores = estimate(q, bounds, view.page_table, lens, S, scales)
+        assert_same_bits(scores, estimate(q, k_bounds, paged.page_table, lens, S, k_scales))
         pages = topk_pages(scores, lens, S, 2, HKV)
         for chosen in (None, pages):
             ours, theirs = (
@@ -113,6 +134,20 @@ def test_no_other_memory_is_written(device: str, layout: Any, B: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_int8_bounds_write_no_other_memory(device: str, layout: Any) -> None:
+    """One page changes, of each head and sequence: as many bounds and scales do."""
+    _, _, view, bounds = make(layout, 2, device, torch.float32, "int8")
+    scales = scales_of(view, "int8")
+    new = torch.randn(2, 1, HKV, D, device=device)
+    lens = torch.full((2,), 2 * S, dtype=torch.int32, device=device)
+    memory(bounds).fill_(-128)  # which no bound is
+    append_kv(new, new, *view[:2], bounds, view.page_table, lens, None, scales)
+    assert int((memory(bounds) != -128).sum()) == 2 * HKV * 2 * D
+    assert int((~memory(scales).isnan()).sum()) == 2 * HKV
+    torch.testing.assert_close(scales[view.page_table[:, 2].long()], new.abs().amax(-1)[:, 0] / 127)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_bounds_of_a_cache_written_by_its_engine(device: str, layout: Any) -> None:
     k, _, view, bounds = make(layout, 2, device, torch.float32)
     k[:, :, :30] = torch.randn(2, HKV, 30, D, device=device)
@@ -130,6 +165,8 @@ def test_bounds_of_a_cache_written_by_its_engine(device: str, layout: Any) -> No
 def test_bounds_take_no_more_memory_than_pages_need(layout: Any) -> None:
     _, _, view, bounds = make(layout, 4, "cpu", torch.bfloat16)
     assert bounds.untyped_storage().nbytes() == 4 * HKV * P * 2 * D * 2
+    assert empty_bounds(view, "int8").untyped_storage().nbytes() == 4 * HKV * P * 2 * D
+    assert empty_scales(view).untyped_storage().nbytes() == 4 * HKV * P * 4
     assert view.k_cache.shape[0] == bounds.shape[0] == (3 * HKV * P + P if layout is bhld else 4 * P)
     assert make(part_of_longer, 1, "cpu", torch.bfloat16)[2].k_cache.shape[0] == P  # no step from row to row
 
