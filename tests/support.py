@@ -37,7 +37,7 @@ class Shape:
     lengths: tuple[int, ...] = (37, 16)
     spare_pages: int = 1  # entries of the page table, and pages of the pool, that no sequence uses
     shared_pages: int = 0  # first pages that all sequences share, where they are full
-    layouts: tuple[int, int, int, int] = (0, 0, 0, 0)  # of q, k_cache, v_cache, k_bounds
+    layouts: tuple[int, int, int, int] = (0, 0, 0, 0)  # of q, k_cache, v_cache, k_bounds with k_scales
     int8: bool = False  # bounds of 8 bits, with k_scales
     seed: int = 0
 
