@@ -178,8 +178,9 @@ def test_the_source_of_a_fork_copies_on_write_too(device: str) -> None:
     history.check()
 
 
-def test_reserve_copies_all_of_a_shared_page(device: str) -> None:
-    history = History(make(device))
+@BOUNDS
+def test_reserve_copies_all_of_a_shared_page(device: str, bounds: str) -> None:
+    history = History(make(device, bounds=bounds))
     history.step(13, [13, 0, 0])
     history.fork(0, 1)
     history.cache.reserve(1, 1)
