@@ -127,13 +127,13 @@ inline bool is_aligned(const Tensor& t) {
 
 inline Paging check_paging(
     const Tensor& page_table, const Tensor& seq_lens, int64_t B, int64_t N, int32_t page_shift, const Tensor& like,
-    const char* like_name) {
+    const char* like_name, const char* lens_name = "seq_lens") {
   check_int32(page_table, "page_table", like, like_name);
-  check_int32(seq_lens, "seq_lens", like, like_name);
+  check_int32(seq_lens, lens_name, like, like_name);
   check_dim(page_table, "page_table", 2, "[B, P]");
-  check_dim(seq_lens, "seq_lens", 1, "[B]");
+  check_dim(seq_lens, lens_name, 1, "[B]");
   check_size(page_table, "page_table", 0, B, "[B, P]", "one row a sequence");
-  check_size(seq_lens, "seq_lens", 0, B, "[B]", "one length a sequence");
+  check_size(seq_lens, lens_name, 0, B, "[B]", "one length a sequence");
   const int64_t P = page_table.size(1);
   check_int32_range(P << page_shift, "page_table's tokens a sequence (P * page_size)");
   return {static_cast<const int32_t*>(page_table.const_data_ptr()), page_table.stride(0),
@@ -227,7 +227,7 @@ inline const int32_t* check_optional_lens(
 inline AppendParams check_append_kv(
     const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_bounds,
     const Tensor& page_table, const Tensor& seq_lens, const std::optional<Tensor>& new_lens,
-    const std::optional<Tensor>& k_scales) {
+    const std::optional<Tensor>& k_scales, const char* lens_name = "seq_lens") {
   AppendParams p{};
   p.dtype = check_dtype(k, "k");
   check_dim(k, "k", 4, "[B, T, Hkv, D]");
@@ -242,7 +242,7 @@ inline AppendParams check_append_kv(
   check_same_pages(k_bounds, "k_bounds", k_cache, "k_cache");
   check_size(v_cache, "v_cache", 2, k_cache.size(2), "[N, Hkv, S, D]", "the page size of k_cache");
   const int32_t shift = check_page_size(k_cache.size(2), "k_cache's page size (dimension 2)");
-  p.paging = check_paging(page_table, seq_lens, B, k_cache.size(0), shift, k, "k");
+  p.paging = check_paging(page_table, seq_lens, B, k_cache.size(0), shift, k, "k", lens_name);
   p.new_lens = check_optional_lens(new_lens, "new_lens", B, k, "k");
   const int32_t heads = check_int32_range(Hkv, "the number of KV heads");
   p.size = {check_int32_range(B, "B"), check_int32_range(T, "T"), heads, heads, D};
@@ -391,7 +391,8 @@ inline DecodeStepParams check_decode_step(
   check_size(k, "k", 0, d.size.B, "[B, T, Hkv, D]", "the number of sequences");
   check_size(k, "k", 1, d.size.T, "[B, T, Hkv, D]", "the new tokens of q");
   DecodeStepParams p{};
-  p.append = check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, std::nullopt, k_scales);
+  p.append =
+      check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, std::nullopt, k_scales, "start_lens");
   check_selection(num_pages, "num_pages", group_reduce, sink_pages, recent_pages);
   p.size = d.size, p.paging = d.paging, p.q = d.q, p.scale = d.scale;
   p.reduce = static_cast<GroupReduce>(group_reduce);
@@ -408,10 +409,10 @@ inline bool value_checks_requested() {
   return v && *v && std::string(v) != "0";
 }
 
-inline void check_seq_lens(const Paging& g, int32_t B) {
+inline void check_seq_lens(const Paging& g, int32_t B, const char* name = "seq_lens") {
   for (int32_t b = 0; b < B; ++b)
     STD_TORCH_CHECK(
-        g.seq_lens[b] >= 0 && g.seq_lens[b] <= g.capacity(), "seq_lens must be 0 to ", g.capacity(),
+        g.seq_lens[b] >= 0 && g.seq_lens[b] <= g.capacity(), name, " must be 0 to ", g.capacity(),
         " (P * page_size), got ", g.seq_lens[b], " for sequence ", b);
 }
 
@@ -425,21 +426,21 @@ inline void check_page_table(const Paging& g, int32_t b, int32_t first, int32_t 
   }
 }
 
-inline void check_values(const AppendParams& p) {
-  check_seq_lens(p.paging, p.size.B);
+inline void check_values(const AppendParams& p, const char* lens_name = "seq_lens") {
+  check_seq_lens(p.paging, p.size.B, lens_name);
   for (int32_t b = 0; b < p.size.B; ++b) {
     const int32_t n = p.new_lens ? p.new_lens[b] : p.size.T, length = p.paging.seq_lens[b];
     STD_TORCH_CHECK(n >= 0 && n <= p.size.T, "new_lens must be 0 to ", p.size.T, " (T), got ", n, " for sequence ", b);
     STD_TORCH_CHECK(
-        n <= p.paging.capacity() - length, "page_table must have room for seq_lens + new tokens, ", length, " + ", n,
-        " for sequence ", b, ", got ", p.paging.P, " pages of ", p.paging.page_size());
+        n <= p.paging.capacity() - length, "page_table must have room for ", lens_name, " + new tokens, ", length,
+        " + ", n, " for sequence ", b, ", got ", p.paging.P, " pages of ", p.paging.page_size());
     if (n) check_page_table(p.paging, b, length >> p.paging.page_shift, p.paging.pages_of(length + n));
   }
 }
 
 inline void check_values(const DecodeStepParams& p) {
   check_seq_lens(p.paging, p.size.B);
-  check_values(p.append);
+  check_values(p.append, "start_lens");
   for (int32_t b = 0; b < p.size.B; ++b) {
     check_page_table(p.paging, b, 0, p.paging.pages_of(p.paging.seq_lens[b]));
     STD_TORCH_CHECK(

@@ -109,7 +109,9 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
   p.K = c.K, p.sink_pages = c.sink_pages, p.recent_pages = c.recent_pages, p.reduce = c.reduce, p.scale = c.scale;
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const int device = q.get_device_index();
-  if (!value_checks_requested() && fits_one_launch(p, device)) {
+  const cudaStream_t stream = current_stream(q);
+  check_values_if_requested(c, stream);
+  if (fits_one_launch(p, device)) {
     const ProfilerRange range("decode_step");
     const auto empty = [&](std::vector<int64_t> shape, ScalarType dtype) {
       return torch::stable::empty(shape, dtype, std::nullopt, q.device());
@@ -126,7 +128,6 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
     bool launched = false;
     dispatch_dtype(p.append.dtype, [&](auto element) {
       using T = decltype(element);
-      const cudaStream_t stream = current_stream(q);
       launched =
           p.append.k_bounds.scales ? launch_step<T, int8_t>(p, device, stream) : launch_step<T, T>(p, device, stream);
     });

@@ -138,15 +138,16 @@ struct StepBlock {
   }
 
   __device__ void store_new_token(const NewToken& token) const {
+    if (token.physical < 0) return;
+    // The page's keys will be wanted for its bounds.
+    const T* const key = token_row<T>(p.append.k_cache, token.physical, head, threadIdx.x);
+    if (threadIdx.x < token.slot) prefetch_row(key, D * sizeof(T));
     constexpr int kVecs = D * sizeof(T) / 16;
-    if (token.physical < 0 || threadIdx.x >= 2 * kVecs) return;
+    if (threadIdx.x >= 2 * kVecs) return;
     const Cache& to = threadIdx.x < kVecs ? p.append.k_cache : p.append.v_cache;
     T* const row =
         static_cast<T*>(to.data) + token.physical * to.stride_n + head * to.stride_h + token.slot * to.stride_s;
     *reinterpret_cast<uint4*>(row + threadIdx.x % kVecs * 8) = token.x;
-    // The page's keys will be wanted for its bounds.
-    const T* const key = token_row<T>(p.append.k_cache, token.physical, head, threadIdx.x);
-    if (threadIdx.x < token.slot) prefetch_row(key, D * sizeof(T));
   }
 
   __device__ void renew_bounds(const NewToken& token) {

@@ -149,6 +149,15 @@ void check_values_if_requested(Params p, cudaStream_t stream) {
   check_values(p);
 }
 
+inline void check_values_if_requested(DecodeStepParams p, cudaStream_t stream) {
+  if (!value_checks_requested()) return;
+  HostCopies host(stream);
+  fetch_paging(host, p.paging, p.size.B);
+  fetch_paging(host, p.append.paging, p.size.B);
+  host.wait();
+  check_values(p);
+}
+
 // `pages` has three strides: it is made contiguous first, which only a debugging run pays for.
 inline void check_values_if_requested(DecodeParams p, const std::optional<Tensor>& pages, cudaStream_t stream) {
   if (!value_checks_requested()) return;

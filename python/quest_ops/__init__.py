@@ -6,7 +6,7 @@ from .cache import PagedKVCache
 from .cache_view import CacheView
 from .ops import append_kv, decode_step, estimate, sparse_decode, topk_pages, update_bounds
 from .pages import CacheFullError
-from .views import PageView, empty_bounds, page_view_bhld, page_view_blhd
+from .views import PageView, empty_bounds, empty_scales, page_view_bhld, page_view_blhd
 
 __version__: str = build_info["version"]
 
@@ -22,6 +22,7 @@ __all__ = [
     "attention_report",
     "decode_step",
     "empty_bounds",
+    "empty_scales",
     "estimate",
     "page_view_bhld",
     "page_view_blhd",
