@@ -186,7 +186,8 @@ def decode_step(
     """A layer's whole step: append_kv, estimate, topk_pages and sparse_decode, with their results bit for bit.
 
     One kernel where it can be: on Hopper and newer, one new token in fp16 or bf16, at most 8 query heads a KV head,
-    "max" or "sum" (anything where each KV head has one query head), caches aligned to 16 bytes. Else the four in a row.
+    "max" or "sum" (anything but "soft" where each KV head has one query head), caches aligned to 16 bytes, and at most
+    1,024 pages of capacity a block. Else the four in a row.
 
     Args:
         q: [B, Hq, D], or [B, T, Hq, D] for the T new tokens of each sequence.
