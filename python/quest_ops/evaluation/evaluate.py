@@ -15,7 +15,7 @@ from .errors import InputError
 from .journal import Journal
 from .plots import maps
 from .session import Session
-from .tables import tables
+from .tables import markdown, tables
 from .tasks.text import read_text
 from .watch import PagesOverTime, Recall
 
@@ -80,13 +80,18 @@ def run(options: Options, console: Console) -> list[results.Cell]:
         runner.run(model, files.tokenizer, cells, ways, journal, options.batch, tell)
     found = results.cells(journal.records)
     results.write(options.out, settings, found)
+    (options.out / "results.md").write_text(markdown(found))
     for table in tables(found):
         console.print(table)
     pictures = plots.draw(found, options.out)
     watched = [way for way in ways if way.name.startswith("quest")]
     if watched:
+        # The first of Quest's, at its middle budget.
+        watched = [way for way in watched if way.name == watched[0].name]
         pictures += _watch(model, files.tokenizer, cells[-1], watched[len(watched) // 2], options.out)
-    console.print(f"Written to {options.out}: results.json, results.csv, {', '.join(pictures)}", highlight=False)
+    console.print(
+        f"Written to {options.out}: results.json, results.csv, results.md, {', '.join(pictures)}", highlight=False
+    )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Results on the terminal."""
+"""Results as tables: on the terminal, and in Markdown."""
 
 from __future__ import annotations
 
@@ -20,6 +20,32 @@ def tables(cells: list[Cell]) -> Iterator[Table]:
         yield _table(f"{task}, {length:,} tokens: {found[0]['metric']} ({found[0]['tries']} tries)", found)
 
 
+def markdown(cells: list[Cell]) -> str:
+    """A table for each task, to be put into a document: policies by budgets, in each place a value for each length."""
+    parts = []
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        found = [cell for cell in cells if cell["task"] == task]
+        lengths = sorted({cell["length"] for cell in found})
+        budgets = sorted({cell["budget"] for cell in found if cell["budget"] is not None}) or [None]
+        values = {(c["label"], c["budget"], c["length"]): f"{c['value']:.2f}" for c in found}
+        metric = found[0]["metric"]
+        what = metric if metric == task else f"{task}, {metric}"
+        title = f"{what} at {' / '.join(f'{length:,}' for length in lengths)} tokens"
+        lines = [
+            [title, *("all" if budget is None else f"{budget:,}" for budget in budgets)],
+            ["---"] * (1 + len(budgets)),
+        ]
+        for label in dict.fromkeys(cell["label"] for cell in found):
+            # What has no budget is the same at all of them.
+            row = [
+                [values.get((label, budget, length)) or values.get((label, None, length), "") for length in lengths]
+                for budget in budgets
+            ]
+            lines.append([label, *(" / ".join(place) for place in row)])
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
 def _table(title: str, cells: list[Cell]) -> Table:
     budgets = sorted({cell["budget"] for cell in cells if cell["budget"] is not None})
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -30,6 +56,6 @@ def _table(title: str, cells: list[Cell]) -> Table:
         row = {cell["budget"]: cell for cell in cells if cell["label"] == label}
         largest = row.get(None) or row[max(row)]
         shares = (f"{largest[name] / largest['kv_bytes_dense']:.1%}" for name in ("kv_bytes_read", "kv_bytes_held"))
-        values = (f"{row[budget]['value']:.3g}" if budget in row else "" for budget in (*budgets, None))
+        values = (f"{row[budget]['value']:.2f}" if budget in row else "" for budget in (*budgets, None))
         table.add_row(label, *values, *shares)
     return table

@@ -2,66 +2,105 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .style import line, pyplot, save
+from .style import is_frame, line, pyplot, save
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ..results import Cell
 
+# More lines than this in one panel cannot be told apart.
+_MOST_LINES = 9
+# Panels of positions, one for each budget.
+_MOST_BUDGETS = 4
+
 
 def against_budget(cells: list[Cell], path: Path) -> None:
-    """A panel for each length, a line for each policy; dense is a level."""
+    """A column for each length, a line for each policy; dense is a level. Many policies get two rows: Quest among its
+    rivals, and Quest among its variants.
+    """
     lengths = sorted({cell["length"] for cell in cells})
+    rows = _rows(list(dict.fromkeys(cell["policy"] for cell in cells)))
+    task, metric = cells[0]["task"], cells[0]["metric"]
     figure, panels = pyplot().subplots(
-        1, len(lengths), figsize=(5.5 * len(lengths), 4.6), sharey=True, squeeze=False, layout="constrained"
+        len(rows),
+        len(lengths),
+        figsize=(2.6 + 4.4 * len(lengths), 0.5 + 3.9 * len(rows)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    names = list(dict.fromkeys(cell["policy"] for cell in cells))
-    for length, axes in zip(lengths, panels[0], strict=True):
-        for name in names:
-            found = [cell for cell in cells if (cell["length"], cell["policy"]) == (length, name)]
-            style = line(name, names)
-            if not found:
-                continue
-            if found[0]["budget"] is None:
-                axes.axhline(found[0]["value"], label=found[0]["label"], **style)
-                continue
-            found.sort(key=lambda cell: cell["budget"])
-            x, y, error = ([cell[key] for cell in found] for key in ("budget", "value", "error"))
-            axes.errorbar(x, y, error, label=found[0]["label"], capsize=2, elinewidth=0.8, **style)
-        budgets = sorted({cell["budget"] for cell in cells if cell["budget"] is not None})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
-        axes.minorticks_off()
-        axes.set_xlabel("budget in tokens")
-        axes.set_title(f"{length:,} tokens", loc="left")
-        axes.grid(alpha=0.3)
-    if cells[0]["metric"] != "perplexity":
-        panels[0][0].set_ylim(-0.03, 1.03)
-    panels[0][0].set_ylabel(f"{cells[0]['metric']} ({cells[0]['task']}; bars: standard error)")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    budgets = sorted({cell["budget"] for cell in cells if cell["budget"] is not None})
+    for names, row in zip(rows, panels, strict=True):
+        for length, axes in zip(lengths, row, strict=True):
+            for name in names:
+                _draw_policy(axes, [cell for cell in cells if (cell["length"], cell["policy"]) == (length, name)])
+            axes.set_title(f"{length:,} tokens", loc="left", fontsize=10)
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(f"{metric} of {task}" if task != metric else metric)
+        row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, frameon=False)
+    first = panels[0][0]
+    first.set_xscale("log", base=2)
+    first.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
+    first.minorticks_off()
+    if metric != "perplexity":
+        first.set_ylim(-0.03, 1.03)
+    bars = "" if metric == "perplexity" else " (bars: standard error over the tries)"
+    figure.supxlabel(f"budget in tokens{bars}", fontsize=10)
     save(figure, path)
+
+
+def _rows(names: list[str]) -> list[list[str]]:
+    variants = [name for name in names if name.startswith("quest-")]
+    if len(names) <= _MOST_LINES or not variants:
+        return [names]
+    rivals = [name for name in names if name not in variants]
+    return [rivals, [name for name in names if is_frame(name) or name.startswith("quest")]]
+
+
+def _draw_policy(axes: Any, cells: list[Cell]) -> None:
+    if not cells:
+        return
+    style = line(cells[0]["policy"])
+    if cells[0]["budget"] is None:
+        axes.axhline(cells[0]["value"], label=cells[0]["label"], **style)
+        return
+    cells = sorted(cells, key=lambda cell: cell["budget"])
+    x, y, error = ([cell[key] for cell in cells] for key in ("budget", "value", "error"))
+    # Of a text, how hard it is varies far more than what policies make of it: bars would say nothing of these.
+    bars = None if cells[0]["metric"] == "perplexity" else error
+    axes.errorbar(x, y, bars, label=cells[0]["label"], capsize=2, elinewidth=0.8, **style)
 
 
 def against_position(cells: list[Cell], path: Path) -> None:
     """A panel for each length and budget, a line for each policy, with dense in all."""
-    places = sorted({(cell["length"], cell["budget"]) for cell in cells if cell["budget"] is not None})
-    places = places or [(cell["length"], None) for cell in cells]
+    lengths = sorted({cell["length"] for cell in cells})
+    budgets = sorted({cell["budget"] for cell in cells if cell["budget"] is not None})[:_MOST_BUDGETS] or [None]
+    names = _rows(list(dict.fromkeys(cell["policy"] for cell in cells)))[0]
     figure, panels = pyplot().subplots(
-        len(places), 1, figsize=(9, 2.8 * len(places)), squeeze=False, layout="constrained"
+        len(budgets),
+        len(lengths),
+        figsize=(2.6 + 5 * len(lengths), 0.5 + 2.4 * len(budgets)),
+        sharex="col",
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    names = list(dict.fromkeys(cell["policy"] for cell in cells))
-    for (length, budget), axes in zip(places, panels[:, 0], strict=True):
-        for cell in cells:
-            if cell["length"] == length and cell["budget"] in (None, budget):
-                style = line(cell["policy"], names) | {"marker": ""}
-                axes.plot(*zip(*cell["curve"], strict=True), label=cell["label"], **style)
-        axes.set_title(f"{length:,} tokens, budget {budget}", loc="left")
-        axes.set_yscale("log")  # a single surprising token would flatten everything else
-        axes.set_ylabel("perplexity")
-        axes.grid(alpha=0.3)
-    panels[-1, 0].set_xlabel("position in tokens")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    for budget, row in zip(budgets, panels, strict=True):
+        for length, axes in zip(lengths, row, strict=True):
+            for cell in cells:
+                if cell["length"] == length and cell["budget"] in (None, budget) and cell["policy"] in names:
+                    style = line(cell["policy"]) | {"marker": ""}
+                    axes.plot(*zip(*cell["curve"], strict=True), label=cell["label"], **style)
+            axes.set_title(f"{length:,} tokens, budget {budget or 'all'}", loc="left", fontsize=10)
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel("perplexity")
+    panels[0][0].set_yscale("log")  # a single surprising token would flatten everything else
+    for axis in (panels[0][0].yaxis.set_major_formatter, panels[0][0].yaxis.set_minor_formatter):
+        axis(lambda y, _: f"{y:g}")
+    figure.supxlabel("position in tokens", fontsize=10)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
     save(figure, path)

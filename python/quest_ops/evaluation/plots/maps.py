@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch.nn.functional import pad
+
 from .style import pyplot, save
 
 if TYPE_CHECKING:
@@ -13,36 +15,42 @@ if TYPE_CHECKING:
 
     from ..results import Cell
 
+# What a page needs to be seen in a picture of all pages.
+_MOST_COLUMNS = 300
+
 
 def depth_by_length(cells: list[Cell], path: Path) -> None:
-    """A panel for each policy and budget: where in the text the fact stood, against the text's length."""
+    """Where in the text the fact stood against the text's length: a column for each policy, a row for each budget."""
     lengths = sorted({cell["length"] for cell in cells})
     depths = sorted({depth for cell in cells for depth, *_ in cell["depths"]})
-    rows = list(dict.fromkeys(cell["label"] for cell in cells))
-    columns = sorted({cell["budget"] for cell in cells}, key=lambda budget: (budget is None, budget))
+    labels = list(dict.fromkeys(cell["label"] for cell in cells))
+    budgets = sorted({cell["budget"] for cell in cells if cell["budget"] is not None}) or [None]
     figure, panels = pyplot().subplots(
-        len(rows),
-        len(columns),
-        figsize=(1.2 + 2.3 * len(columns), 2.1 * len(rows)),
+        len(budgets),
+        len(labels),
+        figsize=(2 + (0.5 + 0.25 * len(lengths)) * len(labels), 1 + 1.2 * len(budgets)),
+        sharex=True,
+        sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    for label, line in zip(rows, panels, strict=True):
-        for budget, axes in zip(columns, line, strict=True):
-            found = [cell for cell in cells if (cell["label"], cell["budget"]) == (label, budget)]
-            if not found:
-                axes.set_axis_off()
-                continue
+    for budget, row in zip(budgets, panels, strict=True):
+        for label, axes in zip(labels, row, strict=True):
+            # What has no budget is the same in all rows.
+            found = [cell for cell in cells if cell["label"] == label and cell["budget"] in (None, budget)]
             values = {(cell["length"], depth): value for cell in found for depth, value, _ in cell["depths"]}
             grid = [[values.get((length, depth), float("nan")) for length in lengths] for depth in depths]
             image = axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-            axes.set_xticks(range(len(lengths)), [f"{length // 1024}K" for length in lengths], fontsize=8)
-            shown = range(0, len(depths), 3)
-            axes.set_yticks(shown, [f"{depths[i]:.0%}" for i in shown], fontsize=8)
-            axes.set_title(f"{label}\n{'all' if budget is None else f'{budget:,}'}", fontsize=8)
-    figure.supylabel("depth of the fact")
-    figure.supxlabel("length in tokens")
-    figure.colorbar(image, ax=panels, label=cells[0]["metric"])
+            axes.tick_params(length=0)
+        row[0].set_ylabel("all" if budget is None else f"{budget:,}")
+    for label, axes in zip(labels, panels[0], strict=True):
+        axes.set_title(label.replace(", ", ",\n"), fontsize=9)
+    shown = range(0, len(depths), 3)
+    panels[0][0].set_xticks(range(len(lengths)), [f"{length / 1024:g}K" for length in lengths], fontsize=8)
+    panels[0][0].set_yticks(shown, [f"{depths[i]:.0%}" for i in shown], fontsize=8)
+    figure.supylabel("budget in tokens, and in each row the depth of the fact", fontsize=10)
+    figure.supxlabel("length in tokens", fontsize=10)
+    figure.colorbar(image, ax=panels, label=cells[0]["metric"], aspect=40, pad=0.01)
     save(figure, path)
 
 
@@ -65,16 +73,21 @@ def grid(values: Tensor, rows: str, columns: str, names: list[str], title: str, 
 
 
 def pages_over_time(pages: dict[int, Tensor], page_size: int, title: str, path: Path) -> None:
-    """For each layer, int [steps, P]: how many heads read a page in a step. Time goes down."""
+    """For each layer, float [steps, P]: the part of the lists that a page is in. Time goes down."""
     figure, panels = pyplot().subplots(
         len(pages), 1, figsize=(11, 0.8 + 1.9 * len(pages)), squeeze=False, sharex=True, layout="constrained"
     )
-    for (layer, counts), axes in zip(pages.items(), panels[:, 0], strict=True):
-        extent: Any = (0, counts.shape[1] * page_size, counts.shape[0], 0)
+    for (layer, shares), axes in zip(pages.items(), panels[:, 0], strict=True):
+        # Neighbours share a column where a page would be too narrow to be seen; the column shows the most read.
+        together = -(-shares.shape[1] // _MOST_COLUMNS)
+        missing = -shares.shape[1] % together
+        counts = pad(shares, (0, missing)).unflatten(1, (-1, together)).amax(2)
+        extent: Any = (0, counts.shape[1] * together * page_size, counts.shape[0], 0)
         axes.imshow(
             counts.tolist(), cmap="Blues", aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=extent
         )
         axes.set_ylabel(f"layer {layer}\ndecoded token", fontsize=8)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     panels[0, 0].set_title(title, loc="left", fontsize=10)
     panels[-1, 0].set_xlabel("position in tokens")
     save(figure, path)

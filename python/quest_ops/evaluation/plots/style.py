@@ -7,10 +7,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-MARKERS = "osD^vP*X"
-DENSE = {"color": "black", "linestyle": "--", "linewidth": 1.5}
-ORACLE = {"color": "black", "linestyle": ":", "linewidth": 1.5}
+#: A colour and a marker for each policy, the same in every picture; rivals and Quest's variants never share a panel.
+_STYLES = {
+    "quest": ("#0072B2", "o"),
+    "quest-head": ("#009E73", "s"),
+    "quest-sum": ("#E69F00", "^"),
+    "quest-soft": ("#D55E00", "v"),
+    "quest-shared": ("#777777", "X"),
+    "quest-meanstd": ("#CC79A7", "D"),
+    "quest-int8": ("#56B4E9", "*"),
+    "quest-nodense": ("#8B6914", "P"),
+    "h2o": ("#D55E00", "s"),
+    "tova": ("#E69F00", "^"),
+    "streaming": ("#CC79A7", "v"),
+    "snapkv": ("#009E73", "D"),
+    "sparq": ("#777777", "X"),
+}
+_DENSE = {"color": "black", "linestyle": "--", "linewidth": 1.5}
+_ORACLE = {"color": "black", "linestyle": ":", "linewidth": 1.5, "markersize": 3}
 
 
 def pyplot() -> Any:
@@ -22,14 +36,19 @@ def pyplot() -> Any:
     return plt
 
 
-def line(policy: str, others: list[str]) -> dict[str, Any]:
-    """How a policy is drawn: dense and oracles as lines to compare with."""
+def is_frame(policy: str) -> bool:
+    """Whether a policy is there to compare others with."""
+    return policy == "dense" or policy.endswith("-oracle")
+
+
+def line(policy: str) -> dict[str, Any]:
+    """How a policy is drawn."""
     if policy == "dense":
-        return DENSE
-    if policy.endswith("-oracle"):
-        return ORACLE | {"marker": MARKERS[policy != "page-oracle"], "markersize": 3}
-    i = others.index(policy)
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        return _DENSE
+    if is_frame(policy):
+        return _ORACLE | {"marker": "o" if policy == "page-oracle" else "s"}
+    colour, marker = _STYLES.get(policy, ("#999999", "."))
+    return {"color": colour, "marker": marker, "markersize": 5, "linewidth": 2.2 if policy == "quest" else 1.3}
 
 
 def save(figure: Any, path: Path) -> None:
