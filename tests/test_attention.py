@@ -345,8 +345,8 @@ def test_bad_input_is_named_before_anything_is_written(
         quest_attention(*change(q, k, v), model.cache, 0, config)
     with pytest.raises(ValueError, match=r"config.page_size must be the cache's, 8, got 16"):
         quest_attention(q, k, v, model.cache, 0, QuestConfig(16, 16))
-    with pytest.raises(ValueError, match="config.bounds must be the cache's, cache, got int8"):
-        quest_attention(q, k, v, model.cache, 0, QuestConfig(16, S, bounds="int8"))
+    with pytest.raises(ValueError, match="config.bounds must be the cache's, int8, got cache"):
+        quest_attention(q, k, v, model.cache, 0, QuestConfig(16, S, bounds="cache"))
     with pytest.raises(ValueError, match="layer must be 0 to 1, got 2"):
         quest_attention(q, k, v, model.cache, 2, config)
     assert same_snapshot(before, snapshot(model.cache))

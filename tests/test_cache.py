@@ -62,7 +62,7 @@ def test_int8_bounds_of_layers_and_their_size(device: str, dtype: torch.dtype) -
         history.step(T, lens)
         history.check()
     assert [x.data_ptr() for x in cache.layer(1)] == [pool[1].data_ptr() for pool in cache.pools]
-    assert make(device).layer(1).k_scales is None
+    assert make(device, bounds="cache").layer(1).k_scales is None
 
 
 def test_ragged_steps_from_host_numbers(device: str) -> None:

@@ -23,8 +23,8 @@ from decoder import Decoder, DecoderConfig, generate, prefill
 
 # Two pages of budget: every prompt here is past it.
 SMALL = DecoderConfig(64, 64, 2, 4, 2, 64, 96, quest=QuestConfig(32, 16, dense_layers=1))
-INT8 = replace(SMALL, quest=replace(SMALL.quest, bounds="int8"))
-CONFIGS = pytest.mark.parametrize("config", [SMALL, INT8], ids=["cache", "int8"])
+WIDE_BOUNDS = replace(SMALL, quest=replace(SMALL.quest, bounds="cache"))
+CONFIGS = pytest.mark.parametrize("config", [WIDE_BOUNDS, SMALL], ids=["cache", "int8"])
 DENSE = replace(SMALL, quest=QuestConfig(1024, 16))
 
 

@@ -106,12 +106,15 @@ def test_texts_and_documents_do_not_depend_on_the_hash_seed():
 
 def test_bytes_read_are_counted_as_the_operators_read_them():
     dense, quest, window = policies.dense(6, 16), policies.quest(64, 16), policies.recent_window(64, 16)
-    assert [dense.share_read(1000, layer) for layer in (0, 5)] == [1, 1]
-    # 1000 tokens are 63 pages, the last with 8 tokens: 3 full pages and that one, and the bounds of 63.
-    assert quest.share_read(1000, 2) == (3 * 16 + 8 + 63) / 1000
-    assert quest.share_read(1000, 1) == 1
-    assert window.share_read(1000, 2) == (3 * 16 + 8) / 1000
-    assert quest.share_read(40, 2) == (40 + 3) / 40
+    kind = (64, torch.float16)
+    assert [dense.share_read(1000, layer, *kind) for layer in (0, 5)] == [1, 1]
+    # 1000 tokens are 63 pages, the last with 8 tokens: 3 full pages and that one, and the bounds of 63. Those are two
+    # rows of bytes and a float32, and a token is two rows of float16.
+    bounds = (2 * 64 + 4) / (2 * 64 * 2)
+    assert quest.share_read(1000, 2, *kind) == (3 * 16 + 8 + 63 * bounds) / 1000
+    assert quest.share_read(1000, 1, *kind) == 1
+    assert window.share_read(1000, 2, *kind) == (3 * 16 + 8) / 1000
+    assert quest.share_read(40, 2, *kind) == (40 + 3 * bounds) / 40
     assert window.config == QuestConfig(budget=64, page_size=16, sink_pages=1, recent_pages=3)
 
 

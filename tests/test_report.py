@@ -15,7 +15,7 @@ def run(cache: PagedKVCache, config: QuestConfig, T: int, lens: list[int] | None
         quest_attention(q, k, v, cache, layer, config)
 
 
-def new_cache(device: str, max_tokens: int = 200, bounds: BoundsKind = "cache") -> PagedKVCache:
+def new_cache(device: str, max_tokens: int = 200, bounds: BoundsKind = "int8") -> PagedKVCache:
     sizes = {"max_tokens": max_tokens, "batch_size": B, "page_size": S}
     return PagedKVCache(L, HKV, D, **sizes, dtype=torch.float32, bounds=bounds, device=device)
 

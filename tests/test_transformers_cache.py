@@ -32,9 +32,9 @@ def bounds_of(cache):
 
 @pytest.mark.parametrize("back", [1, 8, 20, 23])
 def test_crop_leaves_the_cache_as_if_nothing_had_come(back, device):
-    model = make_model("gemma3", device)
+    model, config = make_model("gemma3", device), replace(SPARSE, bounds="cache")
     ids, rest = prompt(100, device)["input_ids"], prompt(24, device, seed=3)["input_ids"]
-    cache = enable_quest(model, SPARSE, max_tokens=256)
+    cache = enable_quest(model, config, max_tokens=256)
     step(model, ids, cache)
     for token in rest.split(1, 1):
         step(model, token, cache)
@@ -48,7 +48,7 @@ def test_crop_leaves_the_cache_as_if_nothing_had_come(back, device):
         assert torch.equal(new[: used - 1], old[: used - 1])
         assert torch.equal(new[used - 1], torch.stack([last.amin(1), last.amax(1)], 1))
     expected = step(model, rest[:, 24 - back : 25 - back], cache)
-    replay = enable_quest(model, SPARSE, max_tokens=256)
+    replay = enable_quest(model, config, max_tokens=256)
     step(model, ids, replay)
     for token in rest[:, : 25 - back].split(1, 1):
         got = step(model, token, replay)
@@ -57,7 +57,7 @@ def test_crop_leaves_the_cache_as_if_nothing_had_come(back, device):
 
 def test_crop_renews_int8_bounds(device):
     model, ids = make_model("qwen3", device), prompt(100, device)["input_ids"]
-    cache, short = (enable_quest(model, replace(SPARSE, bounds="int8"), max_tokens=128) for _ in range(2))
+    cache, short = (enable_quest(model, SPARSE, max_tokens=128) for _ in range(2))
     step(model, ids, cache)
     cache.crop(-13)
     step(model, ids[:, :87], short)
@@ -280,9 +280,9 @@ def test_another_page_size_for_a_cache_is_an_error():
 
 
 def test_other_bounds_for_a_cache_are_an_error():
-    cache = QuestCache(LlamaConfig(**COMMON), replace(SPARSE, bounds="int8"), max_tokens=64)
+    cache = QuestCache(LlamaConfig(**COMMON), SPARSE, max_tokens=64)
     with pytest.raises(ValueError, match="bounds of a cache cannot change: it was made with int8, got cache"):
-        cache.quest_config = SPARSE
+        cache.quest_config = replace(SPARSE, bounds="cache")
 
 
 # Gradients

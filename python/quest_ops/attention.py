@@ -39,8 +39,8 @@ class QuestConfig:
         dense_layers: first layers that read everything, as in the paper.
         group_reduce: how the query heads of a KV head agree on pages: "max", "sum", "soft" or "none", see
             :func:`quest_ops.topk_pages`.
-        bounds: how a page's bounds are kept, as in the cache: "cache" in its dtype, or "int8" in bytes with a scale for
-            each page and head, which is half of 16-bit bounds to hold and to read, and a little looser.
+        bounds: how a page's bounds are kept, as in the cache: "int8" in bytes with a scale for each page and head,
+            half of 16-bit bounds to hold and to read, and a little looser; or "cache" in the cache's dtype.
 
     Raises:
         ValueError: an argument out of its range.
@@ -52,7 +52,7 @@ class QuestConfig:
     recent_pages: int = 1
     dense_layers: int = 2
     group_reduce: GroupReduce = "max"
-    bounds: BoundsKind = "cache"
+    bounds: BoundsKind = "int8"
 
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:

@@ -47,7 +47,7 @@ class PagedKVCache:
         page_size: S, tokens a page: 8, 16, 32, 64 or 128.
         num_pages: N, pages in the pool of each layer; enough for B sequences of ``max_tokens`` by default.
         dtype: float32, float16 or bfloat16.
-        bounds: "cache" for page bounds in that dtype, or "int8" for bounds in bytes, with a scale a page and head.
+        bounds: "int8" for page bounds in bytes, with a scale a page and head, or "cache" for bounds in that dtype.
         device: where everything lives.
 
     Attributes:
@@ -79,7 +79,7 @@ class PagedKVCache:
         page_size: int = 16,
         num_pages: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        bounds: BoundsKind = "cache",
+        bounds: BoundsKind = "int8",
         device: torch.device | str = "cpu",
     ) -> None:
         for name, value, allowed in (

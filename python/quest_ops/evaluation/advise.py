@@ -29,7 +29,7 @@ class Options:
     text: Path | None = None
     target: float = 0.99
     budgets: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
-    policy: str = "quest"
+    policy: str = "quest-int8"
     length: int = 4096
     tokens: int = 64
     device: str = "cpu"

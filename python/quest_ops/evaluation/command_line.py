@@ -33,7 +33,7 @@ def add_commands(commands: Any) -> None:
     evaluation.add_argument("--chat", action="store_true", default=None, help="use the model's chat template")
     advise = commands.add_parser("advise", help="the attention mass that each budget keeps on your text, by layer")
     advise.add_argument("--target", type=float, metavar="X", help="mass to keep in every layer (0.99)")
-    advise.add_argument("--policy", metavar="NAME", help="what to advise on (quest)")
+    advise.add_argument("--policy", metavar="NAME", help="what to advise on (quest-int8, the default of QuestConfig)")
     advise.add_argument("--length", type=int, metavar="N", help="tokens of the text (4096)")
     advise.add_argument("--tokens", type=int, metavar="N", help="decoded tokens that are measured (64)")
     for command in (evaluation, advise):

@@ -176,7 +176,8 @@ def _make_folder(folder: Path) -> None:
 
 def _row(reader: Reader, policy: policies.Policy, answers: list[Answer]) -> Row:
     seconds = [second for answer in answers for second in answer.seconds]
-    shares = [policy.share_read(reader.text_tokens, layer) for layer in range(reader.num_layers)]
+    what = (reader.head_dim, reader.model.dtype)
+    shares = [policy.share_read(reader.text_tokens, layer, *what) for layer in range(reader.num_layers)]
     return Row(
         policy=policy,
         answers=answers,

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..attention import QuestConfig
+from ..page_bounds import bytes_of_bounds
+
+if TYPE_CHECKING:
+    import torch
 
 #: Layers that run dense under every sparse policy, as in the paper.
 DENSE_LAYERS = 2
@@ -27,10 +32,10 @@ class Policy:
     def reads_bounds(self) -> bool:
         return self.config.sink_pages + self.config.recent_pages < self.config.num_pages
 
-    def share_read(self, length: int, layer: int) -> float:
+    def share_read(self, length: int, layer: int, head_dim: int, dtype: torch.dtype) -> float:
         """What one step reads of a layer at ``length`` tokens, bounds included, as a part of all keys and values.
 
-        Each KV head reads ``config.num_pages`` pages of its own. The bounds of a page cost as much as a token.
+        Each KV head reads ``config.num_pages`` pages of its own, and the bounds of all.
         """
         config = self.config
         if layer < config.dense_layers:
@@ -38,8 +43,11 @@ class Policy:
         pages = math.ceil(length / config.page_size)
         read = min(pages, config.num_pages)
         # The last page is always among them, and only the tokens it has are read.
-        tokens = length - (pages - read) * config.page_size
-        return (tokens + (pages if self.reads_bounds else 0)) / length
+        tokens: float = length - (pages - read) * config.page_size
+        if self.reads_bounds:
+            bounds = pages * bytes_of_bounds(head_dim, config.bounds, dtype)
+            tokens += bounds / (2 * head_dim * dtype.itemsize)
+        return tokens / length
 
 
 def dense(num_layers: int, page_size: int) -> Policy:

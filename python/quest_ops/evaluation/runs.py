@@ -52,7 +52,7 @@ class Reader:
         config = model.config
         self.num_layers: int = config.num_hidden_layers
         self.num_kv_heads: int = config.num_key_value_heads
-        self._head_dim: int = config.head_dim
+        self.head_dim: int = config.head_dim
         self.text_tokens = 0
         self._dense = dense(self.num_layers, page_size)
         any_config = QuestConfig(budget=page_size, page_size=page_size)  # each reading brings its own
@@ -61,7 +61,7 @@ class Reader:
     @property
     def kv_bytes(self) -> int:
         """Bytes of one layer's keys and values of the text."""
-        return 2 * self.text_tokens * self.num_kv_heads * self._head_dim * self.model.dtype.itemsize
+        return 2 * self.text_tokens * self.num_kv_heads * self.head_dim * self.model.dtype.itemsize
 
     def read(self, text: bytes, chunk: int, progress: Callable[[int], None] = lambda _: None) -> None:
         """Prefill ``text`` densely, ``chunk`` tokens at a time; ``progress`` is told how many have been added."""

@@ -27,9 +27,9 @@ class QuestCache(Cache):  # type: ignore[misc]
     of a batch may be padded on the left: padding is not stored, so that it never shifts pages, but counts in
     ``max_tokens`` like any other column of the input.
 
-    A full-attention layer costs its keys and values of ``max_tokens`` tokens, and ``1 / page_size`` of that for bounds,
-    or about half as much beside 16-bit keys with ``QuestConfig(bounds="int8")``. A sliding layer costs those of its
-    window and 129 tokens more.
+    A full-attention layer costs its keys and values of ``max_tokens`` tokens, and for bounds ``1 / page_size`` of that
+    with ``QuestConfig(bounds="cache")``, about half as much beside 16-bit keys with "int8". A sliding layer costs
+    those of its window and 129 tokens more.
 
     Args:
         model_config: the model's ``config``.

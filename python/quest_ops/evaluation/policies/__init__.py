@@ -27,7 +27,7 @@ NAMES: dict[str, str] = {
     "quest-soft": "Quest, a list for each KV head: the sum of its query heads' scores softmaxed over the pages",
     "quest-shared": "Quest, one list for all heads, as in SGLang",
     "quest-meanstd": "quest, by mean and standard deviation of a page's keys in place of minimum and maximum",
-    "quest-int8": "quest, with bounds of 8 bits",
+    "quest-int8": "quest, with bounds of 8 bits, as QuestConfig has it by default",
     "quest-nodense": "quest, in the first layers as well",
     "h2o": "H2O: the tokens that received most attention, and the latest; others are evicted",
     "tova": "TOVA: the token that the newest attends to least is evicted",
