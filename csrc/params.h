@@ -149,9 +149,10 @@ struct DecodeParams {
   float* lse;  // [B, T, Hq] contiguous
   // Scratch: a partial result for each part of the list. Sizes and meaning are the kernel's own.
   int32_t parts, part_chunks;
-  float* partial_out;  // [B, T, Hq, parts, D]
-  float* partial_max;  // [B, T, Hq, parts]
-  float* partial_sum;  // [B, T, Hq, parts]
+  int32_t runs, run_chunks;  // what a block does of a list
+  float* partial_out;        // [B, T, Hq, parts, D]
+  float* partial_max;        // [B, T, Hq, parts]
+  float* partial_sum;        // [B, T, Hq, parts]
 };
 
 }  // namespace quest

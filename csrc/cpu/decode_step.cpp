@@ -3,7 +3,7 @@
 
 #include "../checks.h"
 #include "../namespace.h"
-#include "ops.h"
+#include "../operators.h"
 
 namespace quest::cpu {
 
@@ -15,13 +15,9 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
       recent_pages, scale, k_scales);
   check_values(p);
-  append_kv(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, std::nullopt, k_scales);
-  const int64_t page_size = k_cache.size(2);
-  const Tensor scores = estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales);
-  Tensor pages = topk_pages(
-      scores, seq_lens, page_size, num_pages, k_cache.size(1), group_reduce, sink_pages, recent_pages, p.scale);
-  auto [out, lse] = sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, p.scale);
-  return {out, lse, pages};
+  return four_operators(
+      q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
+      recent_pages, p.scale, k_scales);
 }
 
 QUEST_LIBRARY_IMPL(CPU, m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }

@@ -7,7 +7,7 @@
 
 #include <cstddef>
 
-#include "row_mma.cuh"
+#include "async_rows.cuh"
 #include "softmax.cuh"
 
 namespace quest::cuda {
@@ -26,13 +26,6 @@ __device__ __forceinline__ const T* token_row(const Cache& cache, int page, int 
          slot * cache.stride_s;
 }
 
-// Asks for a row of `bytes` bytes without waiting for it. Not the bulk form of it, which takes one lane at a time.
-__device__ __forceinline__ void prefetch_row(const void* row, int bytes) {
-#pragma unroll
-  for (int i = 0; i < bytes; i += 128)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const std::byte*>(row) + i));
-}
-
 // The query heads of a block: head h of `heads` is at data + h * stride, and all read KV head kv_head.
 template <class T>
 struct QueryTile {
@@ -41,7 +34,9 @@ struct QueryTile {
   int heads, kv_head;
 };
 
-// fp16 and bf16 on the tensor cores. Lane i and i + 16 of a warp look up its token i.
+// fp16 and bf16 on the tensor cores. Lane i and i + 16 of a warp look up its token i. Keys and values come by way of
+// shared memory, copied while the warp works on the chunk before: two slots a warp for keys, by turns, and one for
+// values. Where the keys were, the warp's result is left.
 template <class T, int D>
 struct MmaAttend {
   using Element = T;
@@ -49,46 +44,64 @@ struct MmaAttend {
   static constexpr int kTokens = kChunkTokens / kWarps;
   static_assert(kTokens == kMmaRows);
   static constexpr int kMaxD = D;
+  static constexpr int kRowBytes = D * sizeof(T), kSlotBytes = kTokens * kRowBytes;
+  static_assert(kMmaHeads * D * sizeof(float) <= kSlotBytes);
+  using Keys = RowSlot<kRowBytes, ReadBy::row>;
+  using Values = RowSlot<kRowBytes, ReadBy::token>;
   struct Shared {};
 
-  RowPieces<D> query, keys[2];
-  ValuePieces<D> values;
-  float bias;
+  static constexpr int shared_bytes(int) { return 3 * kWarps * kSlotBytes; }
 
-  __device__ __forceinline__ MmaAttend(const QueryTile<T>& q, int, Shared&) {
+  RowPieces<D> query;
+  std::byte* const memory;
+
+  __device__ __forceinline__ MmaAttend(int, Shared&, std::byte* dynamic) : memory(dynamic) {}
+
+  __device__ __forceinline__ void load_query(const QueryTile<T>& q) {
     const int r = threadIdx.x % kWarpSize / 4;
     query.load(r < q.heads ? q.data + r * q.stride : nullptr);
   }
 
-  // page: of this lane's token; slot: the place of the warp's token i is (slot + i) % page_size.
-  __device__ __forceinline__ void load(
-      const Cache& k, const Cache& v, const QueryTile<T>& q, int page, int first, int page_size) {
-    const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
-    const auto row = [&](const Cache& cache, int i) {
-      return token_row<T>(cache, __shfl_sync(kFullMask, page, i), q.kv_head, (first + i) & (page_size - 1));
-    };
-    keys[0].load(row(k, r));
-    keys[1].load(row(k, r + 8));
-#pragma unroll
-    for (int j = 0; j < 4; ++j) values.load(j, row(v, 2 * c + j % 2 + j / 2 * 8));
-    bias = token_bias(page);
+  __device__ __forceinline__ std::byte* slot(int i) const {
+    return memory + (i * kWarps + threadIdx.x / kWarpSize) * kSlotBytes;
   }
 
-  // Lane i asks for the keys of token i, lane i + 16 for its values.
-  static __device__ __forceinline__ void prefetch(
-      const Cache& k, const Cache& v, const QueryTile<T>& q, int page, int first, int page_size) {
-    const int i = threadIdx.x % kTokens;
-    const T* const row =
-        token_row<T>(threadIdx.x % kWarpSize < kTokens ? k : v, page, q.kv_head, (first + i) & (page_size - 1));
-    if (row) prefetch_row(row, D * sizeof(T));
+  // page: of this lane's token; first: the place of the warp's token i is (first + i) % page_size.
+  __device__ __forceinline__ void copy_keys(
+      const Cache& k, int kv_head, int page, int first, int page_size, int turn) const {
+    Keys::copy(slot(turn), own_row(k, kv_head, page, first, page_size), k.data);
+  }
+  __device__ __forceinline__ void copy_values(const Cache& v, int kv_head, int page, int first, int page_size) const {
+    Values::copy(slot(2), own_row(v, kv_head, page, first, page_size), v.data);
+  }
+  static __device__ __forceinline__ const T* own_row(
+      const Cache& cache, int kv_head, int page, int first, int page_size) {
+    return token_row<T>(cache, page, kv_head, (first + static_cast<int>(threadIdx.x % kTokens)) & (page_size - 1));
   }
 
+  // What the warps leave for ChunkMerge: [kWarps] of [heads, D], so many floats apart.
+  __device__ __forceinline__ float* results(int turn) const {
+    return reinterpret_cast<float*>(memory + turn * kWarps * kSlotBytes);
+  }
+  __device__ __forceinline__ int results_stride(int, int) const { return kSlotBytes / sizeof(float); }
+
+  // The groups of copies are, from the latest: keys of the next chunk, values of this one, its keys.
   __device__ __forceinline__ void attend(
-      const Softmax& softmax, const Cache&, const Cache&, const QueryTile<T>& q, float* out, float* max_out,
-      float* sum_out, Shared&) {
+      const Softmax& softmax, const Cache&, const Cache&, const QueryTile<T>& q, int page, int, int, int turn,
+      float* max_out, float* sum_out, Shared&) {
     const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
     float score[4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-    dot<T>(score, keys[0], keys[1], query);
+    wait_copies<2>();
+    {
+      RowPieces<D> keys[2];
+#pragma unroll
+      for (int i = 0; i < RowPieces<D>::kCount; ++i) {
+        keys[0].at[i] = Keys::read(slot(turn), r, 4 * i + c);
+        keys[1].at[i] = Keys::read(slot(turn), r + 8, 4 * i + c);
+      }
+      dot<T>(score, keys[0], keys[1], query);
+    }
+    const float bias = token_bias(page);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       score[e] = score[e] * softmax.sign + __shfl_sync(kFullMask, bias, r + e / 2 * 8);
@@ -103,8 +116,17 @@ struct MmaAttend {
       score[e] = softmax.weight(score[e], top[e % 2]);
       sum[e % 2] += score[e];
     }
+    wait_copies<1>();
     OutTile<D> tile_out;
-    tile_out.template add<T>(values, score);
+    {
+      ValuePieces<D> values;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int i = 0; i < ValuePieces<D>::kCount; ++i)
+          values.at[j][i] = Values::read(slot(2), 2 * c + j % 2 + j / 2 * 8, 8 * i + r);
+      tile_out.template add<T>(values, score);
+    }
 #pragma unroll
     for (int step = 4; step < kWarpSize; step *= 2)
 #pragma unroll
@@ -113,6 +135,7 @@ struct MmaAttend {
     if (r == 0)
 #pragma unroll
       for (int e = 0; e < 2; ++e) max_out[2 * c + e] = top[e], sum_out[2 * c + e] = sum[e];
+    float* const out = results(turn) + threadIdx.x / kWarpSize * results_stride(0, 0);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       if (2 * c + e >= q.heads) continue;
@@ -126,6 +149,7 @@ struct MmaAttend {
         to[1] = {a[2][e], a[2][e + 2], a[3][e], a[3][e + 2]};
       }
     }
+    __syncwarp();  // both slots may be copied to anew: the keys' after the merge
   }
 };
 
@@ -142,26 +166,32 @@ struct SimtAttend {
     float weight[kWarps][kMmaHeads][kTokens];
   };
 
-  int D, page, slot, first, page_size;
+  static constexpr int shared_bytes(int D) { return kWarps * kMmaHeads * D * static_cast<int>(sizeof(float)); }
 
-  __device__ __forceinline__ SimtAttend(const QueryTile<T>& q, int head_dim, Shared& shared) : D(head_dim) {
+  const int D;
+  Shared& shared;
+  float* const memory;
+
+  __device__ __forceinline__ SimtAttend(int head_dim, Shared& s, std::byte* dynamic)
+      : D(head_dim), shared(s), memory(reinterpret_cast<float*>(dynamic)) {}
+
+  __device__ __forceinline__ void load_query(const QueryTile<T>& q) {
     for (int x = threadIdx.x; x < kMmaHeads * D; x += kThreads)
       shared.query[x / D][x % D] = x / D < q.heads ? to_float(q.data[x / D * q.stride + x % D]) : 0.f;
     __syncthreads();
   }
 
-  __device__ __forceinline__ void load(
-      const Cache&, const Cache&, const QueryTile<T>&, int page_, int first_, int page_size_) {
-    page = page_, first = first_, page_size = page_size_;
-    slot = (first + threadIdx.x % kWarpSize) & (page_size - 1);
-  }
-
-  static __device__ __forceinline__ void prefetch(const Cache&, const Cache&, const QueryTile<T>&, int, int, int) {}
+  __device__ __forceinline__ void copy_keys(const Cache&, int, int, int, int, int) const {}
+  __device__ __forceinline__ void copy_values(const Cache&, int, int, int, int) const {}
+  __device__ __forceinline__ float* results(int) const { return memory; }
+  __device__ __forceinline__ int results_stride(int heads, int head_dim) const { return heads * head_dim; }
 
   __device__ __forceinline__ void attend(
-      const Softmax& softmax, const Cache& k, const Cache& v, const QueryTile<T>& q, float* out, float* max_out,
-      float* sum_out, Shared& shared) {
+      const Softmax& softmax, const Cache& k, const Cache& v, const QueryTile<T>& q, int page, int first, int page_size,
+      int, float* max_out, float* sum_out, Shared&) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int slot = (first + lane) & (page_size - 1);
+    float* const out = memory + warp * results_stride(q.heads, D);
     // Short runs that meet pairwise, and their sum with its rounding carried along (Kahan): large scores lose nothing.
     float acc[kMmaHeads] = {}, carry[kMmaHeads] = {};
     const T* const key = token_row<T>(k, page, q.kv_head, slot);
@@ -237,9 +267,9 @@ struct ChunkMerge {
   static __device__ __forceinline__ int head() { return threadIdx.x / kHeadThreads; }
   static __device__ __forceinline__ int first_column() { return threadIdx.x % kHeadThreads; }
 
-  // warp_out: [kWarps, heads, D].
+  // warp_out: [kWarps] of [heads, D], stride apart.
   static __device__ __forceinline__ Chunk
-  merge(const Softmax& softmax, const WarpResults<Attend::kWarps>& results, const float* warp_out, int heads, int D) {
+  merge(const Softmax& softmax, const WarpResults<Attend::kWarps>& results, const float* warp_out, int stride, int D) {
     Chunk chunk;
     float weight[Attend::kWarps];
 #pragma unroll
@@ -256,7 +286,7 @@ struct ChunkMerge {
       float4& x = chunk.out[i];
 #pragma unroll
       for (int w = 0; w < Attend::kWarps; ++w) {
-        const float4 y = reinterpret_cast<const float4*>(warp_out + (w * heads + head()) * D)[column];
+        const float4 y = reinterpret_cast<const float4*>(warp_out + w * stride + head() * D)[column];
         x.x = __fmaf_rn(weight[w], y.x, x.x), x.y = __fmaf_rn(weight[w], y.y, x.y);
         x.z = __fmaf_rn(weight[w], y.z, x.z), x.w = __fmaf_rn(weight[w], y.w, x.w);
       }
@@ -264,5 +294,44 @@ struct ChunkMerge {
     return chunk;
   }
 };
+
+// The chunks of tokens [first, end) of a list by a block, one after the other: keys and values of one are there or on
+// their way, and the keys of the next. find(offset): the page of this lane's token of the chunk at first + offset,
+// asked for one chunk ahead of its copies; take(chunk, merged): what came of the chunk that many chunks from the first
+// on.
+template <class Attend, class Find, class Take>
+__device__ __forceinline__ void attend_chunks(
+    Attend& tokens, const Softmax& softmax, const Cache& k, const Cache& v,
+    const QueryTile<typename Attend::Element>& query, int D, int first, int end, int page_size,
+    WarpResults<Attend::kWarps>& results, typename Attend::Shared& shared, Find&& find, Take&& take) {
+  using Merge = ChunkMerge<Attend>;
+  const int warp = threadIdx.x / kWarpSize, warp_token = first + warp * Attend::kTokens;
+  int page = kNoToken, next = find(0);
+#pragma unroll 1
+  for (int offset = -kChunkTokens; first + offset < end; offset += kChunkTokens) {
+    const int coming = offset + kChunkTokens, turn = coming / kChunkTokens % 2;
+    const bool more = first + coming < end;
+    if (more) tokens.copy_keys(k, query.kv_head, next, warp_token + coming, page_size, turn);
+    end_copies();
+    const int after = first + coming + kChunkTokens < end ? find(coming + kChunkTokens) : kNoToken;
+    if (offset >= 0)
+      tokens.attend(
+          softmax, k, v, query, page, warp_token + offset, page_size, turn ^ 1, results.max[warp], results.sum[warp],
+          shared);
+    if (more) tokens.copy_values(v, query.kv_head, next, warp_token + coming, page_size);
+    end_copies();
+    if (offset >= 0) {
+      __syncthreads();
+      if (Merge::head() < query.heads)
+        take(
+            offset / kChunkTokens,
+            Merge::merge(softmax, results, tokens.results(turn ^ 1), tokens.results_stride(query.heads, D), D));
+      __syncthreads();
+    } else {
+      tokens.load_query(query);
+    }
+    page = next, next = after;
+  }
+}
 
 }  // namespace quest::cuda

@@ -13,6 +13,10 @@ struct SplitQuery {
 
   __device__ __forceinline__ void load(const T* row) {
     positive.load(row);
+    split();
+  }
+  // Of what `positive` has.
+  __device__ __forceinline__ void split() {
     negative = negative_part<T>(positive);
     positive = positive_part<T>(positive);
   }

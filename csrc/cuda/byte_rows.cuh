@@ -23,23 +23,28 @@ struct ByteRow {
   }
 };
 
-// Four signed bytes as two pairs of T: their bits, made unsigned, become the last bits of a float with a known offset.
+// Four signed bytes as two pairs of T, exactly. Bits of a byte become the last bits of a T with a known offset: for
+// fp16 all eight; a bf16 has room for seven, and takes off 128, or 256 where the sign bit says so.
 template <class T>
 __device__ __forceinline__ uint2 unpack_bytes(uint32_t bytes) {
-  const uint32_t x = bytes ^ 0x80808080u;
+  const auto pairs = [](uint32_t x, uint32_t high_bytes, auto add) {
+    const uint32_t low = __byte_perm(x, high_bytes, 0x5140), high = __byte_perm(x, high_bytes, 0x5342);
+    return uint2{add(low, 0), add(high, 1)};
+  };
   if constexpr (std::is_same_v<T, __half>) {
     const __half2 offset = __float2half2_rn(1024.f + 128.f);
-    const uint32_t low = __byte_perm(x, 0x64646464u, 0x5140), high = __byte_perm(x, 0x64646464u, 0x5342);
-    const __half2 a = __hsub2(reinterpret_cast<const __half2&>(low), offset);
-    const __half2 b = __hsub2(reinterpret_cast<const __half2&>(high), offset);
-    return {reinterpret_cast<const uint32_t&>(a), reinterpret_cast<const uint32_t&>(b)};
+    return pairs(bytes ^ 0x80808080u, 0x64646464u, [&](uint32_t x, int) {
+      const __half2 y = __hsub2(reinterpret_cast<const __half2&>(x), offset);
+      return reinterpret_cast<const uint32_t&>(y);
+    });
   } else {
-    constexpr float kOffset = 8388608.f + 128.f;
-    const auto whole = [&](uint32_t selector) {
-      return __float_as_uint(__uint_as_float(__byte_perm(x, 0x4b000000u, selector)) - kOffset);
-    };
-    // Eight significant bits: the upper half of the float is all of it.
-    return {__byte_perm(whole(0x7540), whole(0x7541), 0x7632), __byte_perm(whole(0x7542), whole(0x7543), 0x7632)};
+    const uint32_t signs = bytes & 0x80808080u;
+    const uint32_t offsets[2] = {__byte_perm(signs, 0xc3c3c3c3u, 0x5140), __byte_perm(signs, 0xc3c3c3c3u, 0x5342)};
+    return pairs(bytes & 0x7f7f7f7fu, 0x43434343u, [&](uint32_t x, int i) {
+      const __nv_bfloat162 y =
+          __hadd2(reinterpret_cast<const __nv_bfloat162&>(x), reinterpret_cast<const __nv_bfloat162&>(offsets[i]));
+      return reinterpret_cast<const uint32_t&>(y);
+    });
   }
 }
 

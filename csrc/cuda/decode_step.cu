@@ -1,98 +1,84 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../namespace.h"
+#include "../operators.h"
 #include "decode_step.cuh"
 #include "launch.h"
-#include "ops.h"
 #include "profiler_range.h"
 
 namespace quest::cuda {
 
 namespace {
 
-constexpr unsigned kMostBlocks = 16;  // of a cluster, the most that Hopper has
-// Of a block, besides what it has statically: two of them share an SM, but for wide heads.
-int most_memory(int D, int device) {
-  return std::min(
-      (D <= 128 ? 100 : 200) * 1024, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - 24 * 1024);
-}
-
-int round_up(int x, int unit) { return (x + unit - 1) / unit * unit; }
-
 // What one launch can do; the rest are four.
-bool fits_one_launch(const StepParams& p, int device) {
+bool fits_one_launch(const StepParams& p) {
   const int group = p.size.group();
   const bool aligned = p.q.aligned && p.append.k.aligned && p.append.v.aligned && p.append.k_cache.aligned &&
                        p.append.v_cache.aligned && p.append.k_bounds.aligned;
   const bool one_list =
       p.reduce == GroupReduce::max || p.reduce == GroupReduce::sum || (p.reduce == GroupReduce::none && group == 1);
+  // Where the page being written is not always read, its bounds matter to the scores, and must be there first.
   return aligned && one_list && p.size.T == 1 && p.append.dtype != DType::f32 && group <= kMmaHeads &&
-         device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
+         p.size.B <= kMostSequences && p.recent_pages > 0;
 }
 
-// The chunks of a block and its memory for clusters of so many blocks; false where there is too little of it.
-bool lay_out(StepParams& p, int cluster, int most) {
-  const int group = p.size.group(), D = p.size.D;
-  const int64_t tokens = int64_t{p.K} << p.paging.page_shift;
-  const int chunks = static_cast<int>((tokens + kChunkTokens - 1) / kChunkTokens);
-  int part_chunks = 1;
-  while (part_chunks < kSpanChunks && part_chunks * cluster < chunks) part_chunks *= 2;
-  if (part_chunks * cluster < chunks) part_chunks = round_up((chunks + cluster - 1) / cluster, kSpanChunks);
-  for (;; part_chunks = part_chunks < kSpanChunks ? part_chunks * 2 : part_chunks + kSpanChunks) {
-    const int in_span = part_chunks < kSpanChunks ? kSpanChunks : 1;
-    const int parts = in_span == 1 ? part_chunks * cluster / kSpanChunks : part_chunks * cluster;
-    const int spans = (parts + in_span - 1) / in_span;
-    const int64_t weights = (int64_t{spans} * (in_span + 2) + 1) * group * sizeof(FoldWeights);
-    const int64_t warp_out = std::max<int64_t>(sizeof(float) * kStepWarps * group * D, (weights + 15) / 16 * 16);
-    const int64_t all_parts = int64_t{parts} * group * (D + 2) * sizeof(float);
-    const int64_t keys = int64_t{sizeof(uint32_t)} * p.paging.P;
-    const int64_t table = int64_t{sizeof(int)} * p.paging.P;
-    StepMemory& m = p.memory;
-    m.list = 0;
-    m.chosen = (part_chunks * kChunkTokens >> p.paging.page_shift) * static_cast<int>(sizeof(ListedPage));
-    m.keys = m.warp_out = round_up(m.chosen + p.K * static_cast<int>(sizeof(int)), 16);
-    m.parts = m.warp_out + static_cast<int>(warp_out);
-    const int64_t least = m.keys + std::max(keys, warp_out + all_parts);
-    // The spans' order is that of the combine kernel as long as each is a slice of its own.
-    if (least <= most && spans <= kCombineThreads / (D / 4) && group * spans <= kStepThreads) {
-      const bool with_table = m.keys + keys + table <= most;
-      m.table = with_table ? m.keys + static_cast<int>(keys) : -1;
-      m.bytes = static_cast<int>(with_table ? std::max(least, m.keys + keys + table) : least);
-      p.part_chunks = part_chunks;
-      return true;
-    }
-    if (part_chunks >= chunks) return false;
-  }
-}
-
-// More pages a block than this, and four launches that fill the machine with blocks were measured to be faster.
-constexpr int kMostPages = 1024;
-
-// The most blocks a cluster with which all of them are there at once; 1 where none will do. 0: too little memory, or
-// too many pages.
-template <class T, class Bound, int D>
-unsigned plan(StepParams& p, int device) {
-  const int most = most_memory(D, device);
-  const int64_t rows = int64_t{p.size.B} * p.size.Hkv;
-  for (unsigned cluster = kMostBlocks; cluster > 1; cluster /= 2)
-    if (lay_out(p, cluster, most) &&
-        active_clusters(decode_step_kernel<T, Bound, D>, kStepThreads, p.memory.bytes, cluster) >= rows)
-      return p.paging.P <= int64_t{kMostPages} * cluster ? cluster : 0;
-  return lay_out(p, 1, most) ? 1 : 0;
+// The step's scratch memory: what is where follows from the sizes.
+Tensor lay_out(StepParams& p, const Tensor& like) {
+  const int64_t rows = int64_t{p.size.B} * p.size.Hkv, chunk_heads = rows * p.most_parts * p.size.group();
+  p.keys_stride = (p.paging.P + 3) / 4 * 4;
+  int64_t bytes = 0;
+  const auto reserve = [&](int64_t count, int64_t size) {
+    const int64_t at = bytes;
+    bytes += (count * size + 127) / 128 * 128;
+    return at;
+  };
+  const int64_t progress = reserve(rows + 2, sizeof(RowProgress)), list = reserve(rows * p.K, sizeof(ListedPage));
+  const int64_t outs = reserve(chunk_heads * p.size.D, sizeof(float)), sums = reserve(chunk_heads, sizeof(float2));
+  const int64_t keys = reserve(rows * p.keys_stride, sizeof(uint32_t));
+  Tensor scratch = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, like.device());
+  std::byte* const at = static_cast<std::byte*>(scratch.mutable_data_ptr());
+  p.progress = reinterpret_cast<StepProgress*>(at + progress);
+  p.list = reinterpret_cast<ListedPage*>(at + list);
+  p.outs = reinterpret_cast<float*>(at + outs);
+  p.sums = reinterpret_cast<float2*>(at + sums);
+  p.keys = reinterpret_cast<uint32_t*>(at + keys);
+  return scratch;
 }
 
 // False where the four operators have to do it.
+template <class T, class Bound, int D>
+bool launch_step(StepParams& p, const Tensor& q, cudaStream_t stream) {
+  using Block = StepBlock<T, Bound, D>;
+  const int device = q.get_device_index();
+  constexpr int kShared = Block::Attend::shared_bytes(D);
+  if (!has_shared(device, kShared + sizeof(typename Block::Shared))) return false;
+  const int64_t rows = int64_t{p.size.B} * p.size.Hkv;
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  const int64_t resident =
+      int64_t{processors} * blocks_a_processor(decode_step_kernel<T, Bound, D>, kStepThreads, kShared);
+  const int64_t list_tokens = int64_t{std::min(p.K, p.paging.P)} << p.paging.page_shift;
+  const int64_t chunks = std::max<int64_t>(1, (list_tokens + kChunkTokens - 1) / kChunkTokens);
+  const ChunkSplit split(rows, chunks, resident);
+  p.part_chunks = split.part_chunks, p.most_parts = split.parts;
+  while (2 << p.score_shift <= kStepWarps && p.size.Hkv % (2 << p.score_shift) == 0) ++p.score_shift;
+  const int64_t tiles = p.paging.P > p.K ? (p.paging.P + kMmaRows - 1) / kMmaRows : 1;
+  const int64_t blocks = std::min(resident, std::max((rows * tiles + kStepWarps - 1) / kStepWarps, rows * chunks));
+  const Tensor scratch = lay_out(p, q);
+  launch_in_order(
+      clear_progress_kernel, 1u, kStepThreads, 0, stream,
+      ClearParams{
+          reinterpret_cast<int*>(p.progress), (rows + 2) * static_cast<int64_t>(sizeof(RowProgress) / sizeof(int))});
+  launch_in_order(decode_step_kernel<T, Bound, D>, static_cast<unsigned>(blocks), kStepThreads, kShared, stream, p);
+  return true;
+}
+
 template <class T, class Bound>
-bool launch_step(StepParams& p, int device, cudaStream_t stream) {
-  unsigned cluster = 0;
+bool launch_step(StepParams& p, const Tensor& q, cudaStream_t stream) {
+  bool launched = false;
   if constexpr (sizeof(T) == 2)
-    dispatch_head_dim(p.size.D, [&]<int D>(std::integral_constant<int, D>) {
-      cluster = plan<T, Bound, D>(p, device);
-      if (cluster == 0) return;
-      const unsigned blocks = grid_size(int64_t{p.size.B} * p.size.Hkv * cluster, "decode_step");
-      launch_in_order(decode_step_kernel<T, Bound, D>, blocks, kStepThreads, p.memory.bytes, stream, p, cluster);
-    });
-  return cluster != 0;
+    dispatch_head_dim(
+        p.size.D, [&]<int D>(std::integral_constant<int, D>) { launched = launch_step<T, Bound, D>(p, q, stream); });
+  return launched;
 }
 
 }  // namespace
@@ -108,10 +94,9 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
   p.append = c.append, p.size = c.size, p.paging = c.paging, p.q = c.q;
   p.K = c.K, p.sink_pages = c.sink_pages, p.recent_pages = c.recent_pages, p.reduce = c.reduce, p.scale = c.scale;
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const int device = q.get_device_index();
   const cudaStream_t stream = current_stream(q);
   check_values_if_requested(c, stream);
-  if (fits_one_launch(p, device)) {
+  if (fits_one_launch(p)) {
     const ProfilerRange range("decode_step");
     const auto empty = [&](std::vector<int64_t> shape, ScalarType dtype) {
       return torch::stable::empty(shape, dtype, std::nullopt, q.device());
@@ -128,18 +113,13 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
     bool launched = false;
     dispatch_dtype(p.append.dtype, [&](auto element) {
       using T = decltype(element);
-      launched =
-          p.append.k_bounds.scales ? launch_step<T, int8_t>(p, device, stream) : launch_step<T, T>(p, device, stream);
+      launched = p.append.k_bounds.scales ? launch_step<T, int8_t>(p, q, stream) : launch_step<T, T>(p, q, stream);
     });
     if (launched) return {out, lse, pages};
   }
-  append_kv(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, std::nullopt, k_scales);
-  const int64_t page_size = k_cache.size(2);
-  const Tensor scores = estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales);
-  Tensor pages = topk_pages(
-      scores, seq_lens, page_size, num_pages, k_cache.size(1), group_reduce, sink_pages, recent_pages, p.scale);
-  auto [out, lse] = sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, p.scale);
-  return {out, lse, pages};
+  return four_operators(
+      q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
+      recent_pages, p.scale, k_scales);
 }
 
 QUEST_LIBRARY_IMPL(CUDA, m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }

@@ -1,62 +1,27 @@
-// decode_step: append, estimate, selection and attention of one new token by one launch, a cluster of blocks for each
-// sequence and KV head.
+// decode_step: append, estimate, selection and attention of one new token by one launch.
 //
-// The blocks of a cluster share out the pages to score, 128 at a time, and send the keys of the scores to the first
-// block's shared memory; that block selects and sends each block its part of the list; each attends to so many chunks
-// of it and sends what it found back; the first block folds. Nothing but the result, the list and the new token goes to
-// device memory. The parts are those of estimate, topk_pages and sparse_decode, and so are the bits.
+// A row is a sequence and KV head. The work is cut into stretches of pages to score, lists of rows to make and runs of
+// chunks to attend to; of stretches and runs there are about as many as blocks, by the lengths as they are. Blocks take
+// them as they get to them: first stretches, then lists, then runs. A list waits for its row's stretches, a run for its
+// row's list, and the block that is done last with a row's runs folds what they left. Work is only ever taken by a
+// block that runs and waits only for work of the kind before: however few blocks there are at a time, all comes to an
+// end.
+//
+// A stretch is of several heads, a warp for each: the bounds of a page's heads lie together, and memory is faster where
+// neighbours are read together.
+//
+// Code that runs once is slow, for its instructions come from far: so one copy of each piece, and loops left rolled.
+//
+// The parts are those of estimate, topk_pages and sparse_decode, and so are the bits.
 #pragma once
 
-#include <cooperative_groups.h>
-#include <cuda_pipeline.h>
-
-#include "append_kv.cuh"
 #include "attend_chunk.cuh"
 #include "bounds_tile.cuh"
-#include "launch_order.cuh"
+#include "page_bounds.cuh"
 #include "select.cuh"
+#include "step_params.cuh"
 
 namespace quest::cuda {
-
-constexpr int kStepThreads = 256;
-constexpr int kStepWarps = kStepThreads / kWarpSize;
-
-// Where things are in a block's dynamic shared memory, in bytes. All but list and warp_out is the first block's. The
-// keys and the table are done with when the first warp result is written.
-struct StepMemory {
-  int list;      // [entries] ListedPage: this block's part of the list
-  int chosen;    // [K] logical pages
-  int keys;      // [P]
-  int table;     // [P]: the sequence's row of the page table; -1: it does not fit, and is read where it is
-  int warp_out;  // [kStepWarps, G, D]; then, in combining, what the parts weigh
-  int parts;     // [parts, G, D], then their maxima and sums [parts, G]
-  int bytes;
-};
-
-// fold: x becomes keep * x + add * next.
-struct FoldWeights {
-  float keep, add;
-};
-
-struct StepParams {
-  AppendParams append;  // paging.seq_lens: tokens before the step
-  Sizes size;
-  Paging paging;  // seq_lens: tokens with the new one
-  Query q;
-  int32_t K, sink_pages, recent_pages;
-  GroupReduce reduce;
-  float scale;
-  int32_t* pages;       // [B, Hkv, K] contiguous
-  void* out;            // [B, Hq, D] contiguous
-  float* lse;           // [B, Hq]
-  int32_t part_chunks;  // chunks of the list that a block attends to: below kSpanChunks, or a multiple of it
-  StepMemory memory;
-};
-
-struct ListedPage {
-  int physical;  // or kBrokenPage
-  int tokens;    // that are in it
-};
 
 // The scores of a tile, reduced over the heads of the group in the order of topk_pages. Lanes c = 0, 1 of each four
 // have those of pages r and r + 8.
@@ -83,334 +48,495 @@ __device__ __forceinline__ float reduce_group(const float (&scores)[4], int grou
   return reduced[c & 1];
 }
 
-#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
-
 template <class T, class Bound, int D>
 struct StepBlock {
   using Attend = MmaAttend<T, D>;
   using Merge = ChunkMerge<Attend>;
   static_assert(Attend::kThreads == kStepThreads);
+  static constexpr bool kBytes = sizeof(Bound) == 1;
+  using BoundsSlot = RowSlot<D * sizeof(Bound), ReadBy::row>;
 
-  union Shared {
-    typename PageBounds<T, kStepThreads>::Shared append;
-    SelectShared<kStepThreads> select;
-    WarpResults<kStepWarps> results;
+  static constexpr int kAhead = kBytes ? 2 : 1;  // tiles whose bounds are on their way while one is scored
+
+  // A stretch or run that the block has taken; row is -1 past the last.
+  struct Work {
+    int row, b, head, i, count;  // the i-th of `count` of the row, or of the rows from it on
+    int length;                  // of the sequence, with the new token
+  };
+  struct Shared {
+    int lengths[kMostSequences], starts[kMostSequences];  // with the new token, and before it
+    int ends[2][kMostSequences];                          // of the stretches, of the runs: of all sequences up to this
+    int2 sums[kStepWarps];
+    Work stretch, run;
+    int list, place, last;  // place: among the blocks, as they began
+    float scales[kAhead + 1][kStepWarps][kMmaRows];
+    union {
+      SelectShared<kStepThreads> select;
+      WarpResults<kStepWarps> results;
+    };
+    typename Attend::Shared attend;
   };
 
   const StepParams& p;
   Shared& shared;
   std::byte* const memory;
-  const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
-  const int rank = cluster.block_rank(), blocks = cluster.num_blocks();
-  const int row = blockIdx.x / blocks, head = row % p.size.Hkv, b = row / p.size.Hkv;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int group = p.size.group();
-  const int entries = p.part_chunks * kChunkTokens >> p.paging.page_shift;  // of the list, for a block
-  const QueryTile<T> query{
-      static_cast<const T*>(p.q.data) + b * p.q.stride_b + head * group * p.q.stride_h, p.q.stride_h, group, head};
+  int stretch_tiles, run_chunks;  // at most
 
-  template <class X>
-  __device__ X* at(int offset) const {
-    return reinterpret_cast<X*>(memory + offset);
+  __device__ QueryTile<T> query_of(const Work& at) const {
+    return {
+        static_cast<const T*>(p.q.data) + at.b * p.q.stride_b + at.head * group * p.q.stride_h, p.q.stride_h, group,
+        at.head};
   }
-  template <class X>
-  __device__ X* of_block(int block, int offset) const {
-    return cluster.map_shared_rank(at<X>(offset), block);
+  __device__ RowProgress& progress_of(const Work& at) const { return p.progress->rows[at.row]; }
+  __device__ int pages_of(const Work& at) const { return p.paging.pages_of(at.length); }
+  __device__ int tile_pages() const { return kStepWarps * kMmaRows >> p.score_shift; }
+  __device__ int score_heads() const { return 1 << p.score_shift; }
+  __device__ int score_groups() const { return p.size.Hkv >> p.score_shift; }
+  __device__ int tiles_of(int pages) const {
+    return is_scored(pages) ? (((pages + kMmaRows - 1) / kMmaRows << p.score_shift) + kStepWarps - 1) / kStepWarps : 1;
+  }
+  __device__ int listed_pages(const Work& at) const { return min(pages_of(at), p.K); }
+  // Whether scores decide anything.
+  __device__ bool is_scored(int pages) const { return pages > p.K && p.sink_pages + p.recent_pages < p.K; }
+
+  __device__ int chunks_of(int pages) const {
+    return max(1, ((min(pages, p.K) << p.paging.page_shift) + kChunkTokens - 1) / kChunkTokens);
   }
 
-  // The new token's key and value by the last block, whose first block is busy enough.
+  // The lengths, how the work is cut, and where in its order each sequence begins. By a thread a sequence.
+  __device__ void plan() {
+    const Paging& g = p.paging;
+    const int b = threadIdx.x;
+    int tiles = 0, chunks = 0;
+    if (b < p.size.B) {
+      const int length = g.length(b), pages = g.pages_of(length);
+      shared.lengths[b] = length, shared.starts[b] = p.append.paging.length(b);
+      tiles = tiles_of(pages), chunks = chunks_of(pages);
+    }
+    const int2 all = sum(tiles * score_groups(), chunks * p.size.Hkv, kWarpSize);
+    const int blocks = gridDim.x;
+    stretch_tiles = (all.x + blocks - 1) / blocks;
+    run_chunks = p.part_chunks == 1 ? (all.y + blocks - 1) / blocks : p.part_chunks;
+    const int2 ends =
+        sum(score_groups() * ((tiles + stretch_tiles - 1) / stretch_tiles),
+            p.size.Hkv * ((chunks + run_chunks - 1) / run_chunks), warp + 1);
+    if (b < p.size.B) shared.ends[0][b] = ends.x, shared.ends[1][b] = ends.y;
+    __syncthreads();
+  }
+  // The sums over the threads up to this one, or over all of so many warps if that is more. Threads past the sequences
+  // have zeros.
+  __device__ int2 sum(int x, int y, int warps) const {
+    if (p.size.B == 1) {
+      // Thread 0 alone has something.
+      if (warps < kWarpSize) return {x, y};
+      if (threadIdx.x == 0) shared.sums[0] = {x, y};
+      __syncthreads();
+      return shared.sums[0];
+    }
+#pragma unroll
+    for (int step = 1; step < kWarpSize; step *= 2) {
+      const int a = __shfl_up_sync(kFullMask, x, step), b = __shfl_up_sync(kFullMask, y, step);
+      if (lane >= step) x += a, y += b;
+    }
+    __syncthreads();
+    if (lane == kWarpSize - 1) shared.sums[warp] = {x, y};
+    __syncthreads();
+    const bool all = warps == kWarpSize;
+    if (all) x = y = 0;
+#pragma unroll 1
+    for (int w = 0; w < (all ? kStepWarps : warp); ++w) x += shared.sums[w].x, y += shared.sums[w].y;
+    return {x, y};
+  }
+
+  // By one thread, to the block. One copy of the code: what runs once waits for its instructions.
+  static __device__ __noinline__ void describe(
+      Work& work, const int* ends, const int* lengths, int sequences, int groups, int heads, int item) {
+    Work at{};
+    at.row = -1;
+    if (item < ends[sequences - 1]) {
+      int low = 0, high = sequences - 1;
+#pragma unroll 1
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (item < ends[middle])
+          high = middle;
+        else
+          low = middle + 1;
+      }
+      const int before = low ? ends[low - 1] : 0;
+      at.b = low, at.count = (ends[low] - before) / groups;
+      const int group = (item - before) / at.count;
+      at.head = group * heads, at.i = item - before - group * at.count;
+      at.row = at.b * groups * heads + at.head, at.length = lengths[low];
+    }
+    work = at;
+  }
+  __device__ void describe_stretch(int item) const {
+    describe(shared.stretch, shared.ends[0], shared.lengths, p.size.B, score_groups(), score_heads(), item);
+  }
+  __device__ void describe_run(int item) const {
+    describe(shared.run, shared.ends[1], shared.lengths, p.size.B, p.size.Hkv, 1, item);
+  }
+  // Threads that do something by themselves, each in a warp of its own.
+  __device__ bool is_first() const { return threadIdx.x == 0; }
+  __device__ bool is_second() const { return threadIdx.x == kWarpSize; }
+  __device__ bool is_third() const { return threadIdx.x == 2 * kWarpSize; }
+  __device__ bool is_fourth() const { return threadIdx.x == 3 * kWarpSize; }
+
+  // ---------------------------------------------------------------------------------------------------------- scoring
+
+  __device__ std::byte* slot(int i) const { return memory + (i * kStepWarps + warp) * Attend::kSlotBytes; }
+
+  // The first page of the warp's sixteen of a stretch's tile.
+  __device__ int first_page(const Work& at, int tile) const {
+    return (at.i * stretch_tiles + tile) * tile_pages() + (warp >> p.score_shift) * kMmaRows;
+  }
+  // The head that the warp scores.
+  __device__ int score_head(const Work& at) const { return at.head + (warp & (score_heads() - 1)); }
+  // This lane's physical page of two tiles from an even one on, or -1.
+  __device__ int find_pages(const Work& at, int tile, int tiles) const {
+    tile += lane / kMmaRows;
+    const int page = first_page(at, tile) + lane % kMmaRows;
+    return tile < tiles && page < pages_of(at) ? p.paging.physical(at.b, page) : -1;
+  }
+
+  // 8-bit bounds take one slot of three, lower before upper; of others lower takes one of two, and upper the third.
+  __device__ void copy_bounds(int head, int physical, std::byte* to, int which) const {
+    const Bounds& from = p.append.k_bounds;
+    const Bound* const row =
+        static_cast<const Bound*>(from.data) + physical * from.stride_n + head * from.stride_h + which * from.stride_c;
+    BoundsSlot::template copy<kBytes ? 2 * kMmaRows : kMmaRows>(to, physical < 0 ? nullptr : row, from.data);
+  }
+  __device__ void copy_first(int head, int physical, int turn) const {
+    copy_bounds(head, physical, slot(turn), kBytes ? lane / kMmaRows : 0);
+    if constexpr (kBytes) {
+      const Bounds& from = p.append.k_bounds;
+      const float* const scale = from.scales + max(physical, 0) * from.scales_stride_n + head * from.scales_stride_h;
+      if (lane < kMmaRows)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
+                         static_cast<unsigned>(__cvta_generic_to_shared(&shared.scales[turn][warp][lane]))),
+                     "l"(scale)
+                     : "memory");
+    }
+  }
+
+  // The keys of the warp's pages from `first` on.
+  __device__ void score(const Work& at, int first, int physical, int turn, const SplitQuery<T, Bound, D>& query) const {
+    const int r = lane / 4, c = lane % 4;
+    BoundsTile<T, Bound, D> rows;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = r + half * 8;
+      rows.scale[half] = kBytes ? shared.scales[turn][warp][row] : 1.f;
+#pragma unroll
+      for (int i = 0; i < decltype(rows)::Row::kCount; ++i) {
+        rows.lower[half].at[i] = BoundsSlot::read(slot(turn), row, 4 * i + c);
+        rows.upper[half].at[i] = kBytes ? BoundsSlot::read(slot(turn), row + kMmaRows, 4 * i + c)
+                                        : BoundsSlot::read(slot(2), row, 4 * i + c);
+      }
+    }
+    float scores[4];
+    rows.score(scores, query);
+    const float score = reduce_group(scores, group, p.reduce);
+    const bool broken = __shfl_sync(kFullMask, physical, r + c % 2 * 8) < 0;
+    const int n = pages_of(at), mine = first + r + c * 8;
+    const bool candidate = mine >= p.sink_pages && mine < n - p.recent_pages;
+    if (c < 2 && mine < n)
+      p.keys[(at.b * p.size.Hkv + score_head(at)) * p.keys_stride + mine] =
+          candidate ? sort_key(broken ? NAN : score) : kNoKey;
+    __syncwarp();  // the slots may be copied to anew
+  }
+
+  // The new token's keys and values, by the block that has the last stretch of its heads: asked for before the bounds
+  // are, and stored when they have been scored.
   struct NewToken {
-    int physical = -1, slot;
-    uint4 x;
+    static constexpr int kVecs = D * sizeof(T) / 16, kCount = (2 * kVecs + kWarpSize - 1) / kWarpSize;
+    int physical = -1;
+    uint4 at[kCount];
   };
-  __device__ int last_block() const { return blocks - 1; }
-
-  __device__ NewToken load_new_token(int start) const {
+  __device__ NewToken load_new_token(const Work& work) const {
     NewToken token;
-    if (rank != last_block()) return token;
-    token.physical = p.paging.physical(b, start >> p.paging.page_shift);
-    token.slot = start & (p.paging.page_size() - 1);
-    constexpr int kVecs = D * sizeof(T) / 16;
-    const NewTokens& from = threadIdx.x < kVecs ? p.append.k : p.append.v;
-    const T* const row = static_cast<const T*>(from.data) + b * from.stride_b + head * from.stride_h;
-    token.x = load_once(row + threadIdx.x % kVecs * 8, threadIdx.x < 2 * kVecs);
+    const int start = shared.starts[work.b], head = score_head(work);
+    if (warp >= score_heads() || work.i != work.count - 1 || start >= work.length) return token;
+    token.physical = p.paging.physical(work.b, start >> p.paging.page_shift);
+#pragma unroll
+    for (int j = 0; j < NewToken::kCount; ++j) {
+      const int i = j * kWarpSize + lane;
+      const NewTokens& from = i < NewToken::kVecs ? p.append.k : p.append.v;
+      const T* const row = static_cast<const T*>(from.data) + work.b * from.stride_b + head * from.stride_h;
+      token.at[j] = load_once(row + i % NewToken::kVecs * 8, i < 2 * NewToken::kVecs);
+    }
     return token;
   }
-
-  __device__ void store_new_token(const NewToken& token) const {
+  __device__ void store_new_token(const Work& work, const NewToken& token) const {
     if (token.physical < 0) return;
-    // The page's keys will be wanted for its bounds.
-    const T* const key = token_row<T>(p.append.k_cache, token.physical, head, threadIdx.x);
-    if (threadIdx.x < token.slot) prefetch_row(key, D * sizeof(T));
-    constexpr int kVecs = D * sizeof(T) / 16;
-    if (threadIdx.x >= 2 * kVecs) return;
-    const Cache& to = threadIdx.x < kVecs ? p.append.k_cache : p.append.v_cache;
-    T* const row =
-        static_cast<T*>(to.data) + token.physical * to.stride_n + head * to.stride_h + token.slot * to.stride_s;
-    *reinterpret_cast<uint4*>(row + threadIdx.x % kVecs * 8) = token.x;
-  }
-
-  __device__ void renew_bounds(const NewToken& token) {
-    if (token.physical < 0) return;
-    renew_page_bounds<T, kStepThreads>(
-        p.append.k_cache, p.append.k_bounds, D, token.physical, head, token.slot + 1, shared.append);
-  }
-
-  // A lane's page of a tile of sixteen: its physical page.
-  __device__ int find_page(int tile) const { return p.paging.physical(b, tile * kMmaRows + lane % kMmaRows); }
-
-  // The keys of this block's pages of n, to the first block. page, next: find_page of the warp's first two tiles.
-  __device__ void estimate(int n, int page, int next) {
-    const Bounds& bounds = p.append.k_bounds;
-    uint32_t* const keys = of_block<uint32_t>(0, p.memory.keys);
-    const int r = lane / 4, c = lane % 4, stride = blocks * kStepWarps;
-    const int first = rank * kStepWarps + warp, tiles = (n + kMmaRows - 1) / kMmaRows;
-    const auto prefetch = [&](int tile, int page) {
-      if (page < 0 || tile * kMmaRows + lane % kMmaRows >= n) return;
-      const Bound* const lower =
-          static_cast<const Bound*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h;
-      prefetch_row(lane < kMmaRows ? lower : lower + bounds.stride_c, D * sizeof(Bound));
-    };
-    SplitQuery<T, Bound, D> split;
-    split.load(r < group ? query.data + r * query.stride : nullptr);
-    prefetch(first + stride, next);
-    for (int tile = first; tile < tiles; tile += stride) {
-      BoundsTile<T, Bound, D> rows;
-      bool broken[2];
+    const int slot = shared.starts[work.b] & (p.paging.page_size() - 1), head = score_head(work);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int physical = __shfl_sync(kFullMask, page, r + half * 8);
-        const bool there = tile * kMmaRows + r + half * 8 < n;
-        broken[half] = physical < 0;
-        rows.load(half, bounds, there ? physical : -1, head);
+    for (int j = 0; j < NewToken::kCount; ++j) {
+      const int i = j * kWarpSize + lane;
+      if (i >= 2 * NewToken::kVecs) continue;
+      const Cache& to = i < NewToken::kVecs ? p.append.k_cache : p.append.v_cache;
+      T* const row = static_cast<T*>(to.data) + token.physical * to.stride_n + head * to.stride_h + slot * to.stride_s;
+      *reinterpret_cast<uint4*>(row + i % NewToken::kVecs * 8) = token.at[j];
+    }
+  }
+
+  static __device__ __forceinline__ void clear_from(uint4& keys, int count) {
+    if (count < 2) keys.y = kNoKey;
+    if (count < 3) keys.z = kNoKey;
+    if (count < 4) keys.w = kNoKey;
+  }
+
+  // The row's list, to device memory. The slots are free.
+  __device__ void make_list(const Work& at) {
+    const int n = pages_of(at);
+    int32_t* const pages = p.pages + int64_t{at.row} * p.K;
+    ListedPage* const list = p.list + int64_t{at.row} * p.K;
+    int* const chosen = p.K <= kSelectBins ? shared.select.bins : pages;
+    if (n > p.K) {
+      const uint32_t* keys = p.keys + at.row * p.keys_stride;
+      const bool fits = n * 4 <= Attend::shared_bytes(D);
+      SeenKeys seen;
+#pragma unroll 4
+      for (int i = threadIdx.x; i < (n + 3) / 4; i += kStepThreads) {
+        uint4 four = __ldcg(reinterpret_cast<const uint4*>(keys) + i);
+        if (i * 4 + 4 > n) clear_from(four, n - i * 4);
+        seen.see(four.x), seen.see(four.y), seen.see(four.z), seen.see(four.w);
+        if (fits) reinterpret_cast<uint4*>(memory)[i] = four;
       }
-      page = next, next = find_page(tile + 2 * stride);
-      float scores[4];
-      rows.score(scores, split);
-      const float score = reduce_group(scores, group, p.reduce);
-      const int mine = tile * kMmaRows + r + c * 8;
-      const bool candidate = mine >= p.sink_pages && mine < n - p.recent_pages;
-      if (c < 2 && mine < n) keys[mine] = candidate ? sort_key(broken[c & 1] ? NAN : score) : kNoKey;
-      prefetch(tile + 2 * stride, next);
+      if (fits) keys = reinterpret_cast<const uint32_t*>(memory);
+      select_best<kStepThreads>(
+          n, p.K, p.sink_pages, p.recent_pages, seen, shared.select,
+          [&](int i) {
+            uint4 four = *reinterpret_cast<const uint4*>(keys + i);
+            if (i + 4 > n) clear_from(four, n - i);
+            return four;
+          },
+          [&](int place, int page) { chosen[place] = page; });
+      __syncthreads();
     }
-  }
-
-  __device__ ListedPage listed(int page, int physical, int length) const {
-    return {physical < 0 ? kBrokenPage : physical, min(p.paging.page_size(), length - (page << p.paging.page_shift))};
-  }
-
-  // By the first block, before it scores: the page table, so that the selection need not wait for it.
-  __device__ void prepare_selection(int n) const {
-    const int32_t* const from = p.paging.page_table + b * p.paging.page_table_stride;
-    for (int i = threadIdx.x; p.memory.table >= 0 && i < n; i += kStepThreads)
-      __pipeline_memcpy_async(at<int>(p.memory.table) + i, from + i, sizeof(int));
-    __pipeline_commit();
-  }
-
-  // By the first block: the best pages, to the blocks that read them.
-  __device__ void select(int n, int length) {
-    const uint32_t* const keys = at<uint32_t>(p.memory.keys);
-    int* const chosen = at<int>(p.memory.chosen);
-    __pipeline_wait_prior(0);
-    select_best<kStepThreads>(
-        n, p.K, p.sink_pages, p.recent_pages, shared.select, [&](int i) { return keys[i]; },
-        [&](int place, int page) { chosen[place] = page; });
-    __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < p.K; i += kStepThreads) {
-      const int page = chosen[i];
-      int physical = p.memory.table < 0 ? p.paging.physical(b, page) : at<int>(p.memory.table)[page];
-      if (physical >= p.paging.N) physical = -1;
-      p.pages[int64_t{row} * p.K + i] = page;
-      of_block<ListedPage>(i / entries, p.memory.list)[i % entries] = listed(page, physical, length);
+      const int page = n > p.K ? chosen[i] : i < n ? i : -1;
+      pages[i] = page;
+      if (page < 0) continue;
+      const int physical = p.paging.physical(at.b, page);
+      const int tokens = min(p.paging.page_size(), at.length - (page << p.paging.page_shift));
+      list[i] = {physical < 0 ? kBrokenPage : physical, tokens};
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) store_release(&progress_of(at).listed, 1);
+  }
+
+  __device__ void score_stretch(const Work& at) const {
+    const int n = pages_of(at);
+    const int tiles = is_scored(n) ? min(stretch_tiles, tiles_of(n) - at.i * stretch_tiles) : 0;
+    const int head = score_head(at), r = lane / 4;
+    const T* const heads = static_cast<const T*>(p.q.data) + at.b * p.q.stride_b + head * group * p.q.stride_h;
+    SplitQuery<T, Bound, D> query;
+    query.positive.load(r < group ? heads + r * p.q.stride_h : nullptr);
+    const NewToken token = load_new_token(at);
+    int pages[kAhead + 1];  // of the tiles that are on their way, the latest last
+#pragma unroll
+    for (int i = 0; i <= kAhead; ++i) pages[i] = -1;
+    int two = find_pages(at, 0, tiles), next_two = find_pages(at, 2, tiles);
+#pragma unroll 1
+    for (int tile = -kAhead; tile < tiles; ++tile) {
+      const int coming = tile + kAhead;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) pages[i] = pages[i + 1];
+      if (coming > 0 && coming % 2 == 0) two = next_two, next_two = find_pages(at, coming + 2, tiles);
+      const int page = __shfl_sync(kFullMask, two, coming % 2 * kMmaRows + lane % kMmaRows);
+      pages[kAhead] = page;
+      if (coming < tiles) copy_first(head, page, coming % (kAhead + 1));
+      end_copies();
+      if (tile >= 0) {
+        if (tile == 0) query.split();
+        wait_copies<kAhead>();
+        score(at, first_page(at, tile), pages[0], tile % (kAhead + 1), query);
+      }
+      if constexpr (!kBytes) {
+        if (coming < tiles) copy_bounds(head, page, slot(2), 1);
+        end_copies();
+      }
+    }
+    store_new_token(at, token);
+  }
+
+  __device__ void score_rows() {
+    for (;;) {
+      const Work at = shared.stretch;
+      if (at.row < 0) return;
+      int next = 0;
+      if (is_second()) next = atomicAdd(&p.progress->stretches, 1);
+      score_stretch(at);
+      __syncthreads();
+      if (is_first()) add_acquire_release(&progress_of(at).scored, 1);
+      if (is_second()) describe_stretch(next);
+      __syncthreads();
     }
   }
 
-  // Where the list has room for every page: by each block, its own part.
-  __device__ void list_all(int n, int length) {
-    for (int i = threadIdx.x; i < entries; i += kStepThreads) {
-      const int page = rank * entries + i;
-      if (page < p.K) p.pages[int64_t{row} * p.K + page] = page < n ? page : -1;
-      if (page < n) at<ListedPage>(p.memory.list)[i] = listed(page, p.paging.physical(b, page), length);
+  __device__ void make_lists() {
+    for (int row = shared.list; row < p.size.B * p.size.Hkv; row = shared.list) {
+      Work at{};
+      at.row = row, at.b = row / p.size.Hkv, at.length = shared.lengths[at.b];
+      const int head = row % p.size.Hkv, stretches = (tiles_of(pages_of(at)) + stretch_tiles - 1) / stretch_tiles;
+      if (is_first())
+        while (load_acquire(&p.progress->rows[row - (head & (score_heads() - 1))].scored) < stretches) {
+        }
+      __syncthreads();
+      make_list(at);
+      if (is_third()) shared.list = atomicAdd(&p.progress->lists, 1);
+      __syncthreads();
     }
   }
 
-  __device__ float* part_out(std::byte* base, int part) const {
-    return reinterpret_cast<float*>(base + p.memory.parts) + part * group * D;
-  }
-  __device__ int num_parts() const {
-    const int chunks = blocks * p.part_chunks;
-    return p.part_chunks < kSpanChunks ? chunks : chunks / kSpanChunks;
-  }
-  __device__ float* part_scalars(std::byte* base, int part) const {
-    return part_out(base, num_parts()) + part * group * 2;
+  // The bounds of the pages that the new tokens are in, a warp a row. Nobody reads them in this step, and while lists
+  // are made there is time: by those blocks that came last, who make none.
+  __device__ void renew_rows(int block) const {
+#pragma unroll 1
+    for (int row = block * kStepWarps + warp; row < p.size.B * p.size.Hkv; row += gridDim.x * kStepWarps) {
+      const int b = row / p.size.Hkv, head = row - b * p.size.Hkv, start = shared.starts[b];
+      const int page = p.paging.physical(b, start >> p.paging.page_shift);
+      if (start >= shared.lengths[b] || page < 0) continue;
+      const T* const fresh =
+          static_cast<const T*>(p.append.k.data) + b * p.append.k.stride_b + head * p.append.k.stride_h;
+      renew_page_bounds_by_warp<T, Bound, D>(
+          p.append.k_cache, p.append.k_bounds, page, head, (start & (p.paging.page_size() - 1)) + 1, fresh);
+    }
   }
 
-  __device__ void send(int part, const typename Merge::Chunk& result) const {
-    std::byte* const first_block = of_block<std::byte>(0, 0);
-    const int h = Merge::head();
+  // -------------------------------------------------------------------------------------------------------- attention
+
+  // This lane's token of a row's list, by its place there.
+  __device__ int find_token(const Work& at, int token) const {
+    const int entry = token >> p.paging.page_shift;
+    if (entry >= min(pages_of(at), p.K)) return kNoToken;
+    const int2 page = __ldcg(reinterpret_cast<const int2*>(p.list) + int64_t{at.row} * p.K + entry);
+    return (token & (p.paging.page_size() - 1)) < page.y ? page.x : kNoToken;
+  }
+
+  __device__ void store_part(int row, int part, const typename Merge::Chunk& result) const {
+    if (Merge::head() >= group) return;
+    const int64_t at = (int64_t{row} * p.most_parts + part) * group + Merge::head();
 #pragma unroll
     for (int i = 0; i < Merge::kColumns; ++i) {
       const int column = Merge::first_column() + i * Merge::kHeadThreads;
-      if (column * 4 < D) reinterpret_cast<float4*>(part_out(first_block, part) + h * D)[column] = result.out[i];
+      if (column * 4 < D) __stcg(reinterpret_cast<float4*>(p.outs + at * D) + column, result.out[i]);
     }
-    if (Merge::first_column() == 0)
-      *reinterpret_cast<float2*>(part_scalars(first_block, part) + h * 2) = {result.top, result.sum};
+    if (Merge::first_column() == 0) __stcg(p.sums + at, float2{result.top, result.sum});
   }
 
-  // This block's part of the list of `count` pages, to the first block.
-  __device__ void attend(int count) {
-    const Softmax softmax(p.scale);
-    const Cache &k = p.append.k_cache, &v = p.append.v_cache;
-    const ListedPage* const list = at<ListedPage>(p.memory.list);
-    float* const warp_out = at<float>(p.memory.warp_out);
-    const int listed = min(count - rank * entries, entries), tokens = listed << p.paging.page_shift;
-    const int page_size = p.paging.page_size(), warp_token = warp * Attend::kTokens;
-    const auto find = [&](int offset) {
-      const int i = warp_token + offset + lane % Attend::kTokens, entry = i >> p.paging.page_shift;
-      if (entry >= listed) return kNoToken;
-      const ListedPage page = list[entry];
-      return (i & (page_size - 1)) < page.tokens ? page.physical : kNoToken;
-    };
-    if (tokens <= 0) return;
-    const bool spans = p.part_chunks >= kSpanChunks;
-    typename Merge::Chunk partial;
-    typename Attend::Shared none;
-    Attend warp_tokens(query, D, none);
-    warp_tokens.load(k, v, query, find(0), warp_token, page_size);
-    Attend::prefetch(k, v, query, find(kChunkTokens), warp_token + kChunkTokens, page_size);
-    for (int offset = 0; offset < tokens; offset += kChunkTokens) {
-      __syncthreads();
-      warp_tokens.attend(
-          softmax, k, v, query, warp_out + warp * group * D, shared.results.max[warp], shared.results.sum[warp], none);
-      const int next = offset + kChunkTokens;
-      if (next < tokens) {
-        warp_tokens.load(k, v, query, find(next), warp_token + next, page_size);
-        Attend::prefetch(k, v, query, find(next + kChunkTokens), warp_token + next + kChunkTokens, page_size);
-      }
-      __syncthreads();
-      if (Merge::head() >= group) continue;
-      const int chunk = rank * p.part_chunks + offset / kChunkTokens;
-      const auto merged = Merge::merge(softmax, shared.results, warp_out, group, D);
-      if (!spans) {
-        send(chunk, merged);
-        continue;
-      }
-      partial.fold(merged, softmax);
-      if (chunk % kSpanChunks == kSpanChunks - 1 || next >= tokens) {
-        send(chunk / kSpanChunks, partial);
-        partial = {};
-      }
-    }
-  }
-
-  // The fold of all parts, as decode_combine_kernel does it: its weights first, by a thread a head and span.
-  __device__ void combine(int count) {
-    const Softmax softmax(p.scale);
-    const int in_span = p.part_chunks < kSpanChunks ? kSpanChunks : 1;
-    const int part_tokens = kChunkTokens * kSpanChunks / in_span;
-    const int parts = ((count << p.paging.page_shift) + part_tokens - 1) / part_tokens;
+  // The fold of a row's parts, as decode_combine_kernel does it. The slots are free.
+  __device__ void fold_row(const Work& row, const Softmax& softmax) const {
+    constexpr int kColumns = D / 4, kSlices = kCombineThreads / kColumns;
+    const int in_span = p.part_chunks == 1 ? kSpanChunks : 1;
+    const int parts = (chunks_of(pages_of(row)) + p.part_chunks - 1) / p.part_chunks;
     const int spans = (parts + in_span - 1) / in_span;
-    FoldWeights* const weights = at<FoldWeights>(p.memory.warp_out);  // [parts, G], then of all spans [spans, G]
-    FoldWeights* const span_weights = weights + parts * group;
-    float2* const span_scalars = reinterpret_cast<float2*>(span_weights + spans * group);  // maximum, sum
-    float2* const totals = span_scalars + spans * group;
-    const auto fold = [&](float2& x, float2 next) {
-      const float both = fmaxf(x.x, next.x);
-      const FoldWeights w{softmax.weight(x.x, both), softmax.weight(next.x, both)};
-      x = {both, __fmaf_rn(w.keep, x.y, __fmul_rn(w.add, next.y))};
-      return w;
-    };
-    if (threadIdx.x < group * spans) {
-      const int h = threadIdx.x % group, span = threadIdx.x / group;
-      float2 total{-INFINITY, 0.f};
-#pragma unroll 2
-      for (int part = span * in_span; part < min((span + 1) * in_span, parts); ++part)
-        weights[part * group + h] = fold(total, *reinterpret_cast<const float2*>(part_scalars(memory, part) + h * 2));
-      span_scalars[span * group + h] = total;
-    }
-    __syncthreads();
-    if (threadIdx.x < group) {
-      const int h = threadIdx.x;
-      float2 total{-INFINITY, 0.f};
+    const int slices = min(kSlices, spans), width = kColumns * slices;
+    const int at_a_time = min(group, Attend::shared_bytes(D) / (width * static_cast<int>(sizeof(Partial<1>))));
+    Partial<1>* const sums = reinterpret_cast<Partial<1>*>(memory);
 #pragma unroll 1
-      for (int span = 0; span < spans; ++span)
-        span_weights[span * group + h] = fold(total, span_scalars[span * group + h]);
-      totals[h] = total;
-    }
-    __syncthreads();
-    constexpr int kColumns = D / 4;
+    for (int first = 0; first < group; first += at_a_time) {
+      const int heads = min(at_a_time, group - first);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < group * kColumns; i += kStepThreads) {
-      const int h = i / kColumns, column = i % kColumns;
-      const auto mix = [](float4& x, FoldWeights w, float4 y) {
-        x.x = __fmaf_rn(w.keep, x.x, __fmul_rn(w.add, y.x)), x.y = __fmaf_rn(w.keep, x.y, __fmul_rn(w.add, y.y));
-        x.z = __fmaf_rn(w.keep, x.z, __fmul_rn(w.add, y.z)), x.w = __fmaf_rn(w.keep, x.w, __fmul_rn(w.add, y.w));
-      };
-      Partial<1> total;
+      for (int i = threadIdx.x; i < heads * width; i += kStepThreads) {
+        const int column = i % kColumns, slice = i / kColumns % slices, h = first + i / width;
+        const int64_t at = int64_t{row.row} * p.most_parts * group + h;
+        Partial<1> total;
 #pragma unroll 1
-      for (int span = 0; span < spans; ++span) {
-        float4 sum{};
-#pragma unroll 4
-        for (int part = span * in_span; part < min((span + 1) * in_span, parts); ++part)
-          mix(sum, weights[part * group + h], reinterpret_cast<const float4*>(part_out(memory, part) + h * D)[column]);
-        mix(total.out[0], span_weights[span * group + h], sum);
+        for (int span = slice; span < spans; span += slices) {
+          Partial<1> folded;
+#pragma unroll 8
+          for (int part = span * in_span; part < min((span + 1) * in_span, parts); ++part) {
+            const float2 scalars = __ldcg(p.sums + at + part * group);
+            Partial<1> x;
+            x.top = scalars.x, x.sum = scalars.y;
+            x.out[0] = __ldcg(reinterpret_cast<const float4*>(p.outs + (at + part * group) * D) + column);
+            folded.fold(x, softmax);
+          }
+          total.fold(folded, softmax);
+        }
+        sums[i] = total;
       }
-      total.top = totals[h].x, total.sum = totals[h].y;
-      const int64_t q = int64_t{b} * p.size.Hq + head * group + h;
-      total.write(static_cast<T*>(p.out) + q * D + column * 4, 0);
-      if (column == 0) p.lse[q] = total.lse(softmax);
+      __syncthreads();
+#pragma unroll 1
+      for (int i = threadIdx.x; i < heads * kColumns; i += kStepThreads) {
+        const int column = i % kColumns, h = i / kColumns;
+        Partial<1> total = sums[h * width + column];
+#pragma unroll 1
+        for (int s = 1; s < slices; ++s) total.fold(sums[h * width + s * kColumns + column], softmax);
+        const int64_t q = int64_t{row.b} * p.size.Hq + row.head * group + first + h;
+        total.write(static_cast<T*>(p.out) + q * D + column * 4, 0);
+        if (column == 0) p.lse[q] = total.lse(softmax);
+      }
+      __syncthreads();
+    }
+  }
+
+  __device__ void attend_rows() {
+    const Softmax softmax(p.scale);
+    Attend tokens(D, shared.attend, memory);
+    for (;;) {
+      const Work at = shared.run;
+      if (at.row < 0) return;
+      int next = 0;
+      if (is_second()) next = atomicAdd(&p.progress->runs, 1);
+      if (is_first())
+        while (!load_acquire(&progress_of(at).listed)) {
+        }
+      __syncthreads();
+      const int first_chunk = at.i * run_chunks, chunks = min(run_chunks, chunks_of(pages_of(at)) - first_chunk);
+      const int first = first_chunk * kChunkTokens, own = first + warp * Attend::kTokens + lane % Attend::kTokens;
+      typename Merge::Chunk partial;
+      attend_chunks(
+          tokens, softmax, p.append.k_cache, p.append.v_cache, query_of(at), D, first, first + chunks * kChunkTokens,
+          p.paging.page_size(), shared.results, shared.attend, [&](int offset) { return find_token(at, own + offset); },
+          [&](int chunk, const typename Merge::Chunk& merged) {
+            if (p.part_chunks == 1)
+              store_part(at.row, first_chunk + chunk, merged);
+            else
+              partial.fold(merged, softmax);
+          });
+      if (p.part_chunks > 1) {
+        store_part(at.row, at.i, partial);
+        __syncthreads();
+      }
+      if (is_first()) shared.last = add_acquire_release(&progress_of(at).attended, 1) == at.count - 1;
+      if (is_second()) describe_run(next);
+      __syncthreads();
+      if (shared.last) fold_row(at, softmax);
     }
   }
 
   __device__ void run() {
-    cluster.barrier_arrive();  // so that no block sends before the other is there
     wait_for_previous_kernel();
-    const int length = p.paging.length(b), n = p.paging.pages_of(length), count = min(n, p.K);
-    const int start = p.append.paging.length(b);
-    // Asked for before the lengths are there.
-    const int tile = rank * kStepWarps + warp, page = find_page(tile), next = find_page(tile + blocks * kStepWarps);
-    NewToken token;
-    if (start < length) token = load_new_token(start);
-    const bool scored = n > p.K && p.sink_pages + p.recent_pages < p.K;
-    if (rank == 0 && n > p.K) prepare_selection(n);
-    // The last page's bounds matter to the scores only where it is not read in any case.
-    const bool bounds_first = p.recent_pages == 0;
-    if (bounds_first) {
-      store_new_token(token);
-      __syncthreads();
-      renew_bounds(token);
-    }
-    cluster.barrier_wait();
-    if (bounds_first) cluster.sync();
-    if (n <= p.K) list_all(n, length);
-    if (scored) estimate(n, page, next);
-    if (!bounds_first) store_new_token(token);
-    cluster.sync();
-    if (n > p.K && rank == 0) select(n, length);
-    if (!bounds_first) {
-      if (rank == 0) __syncthreads();  // it may be the last block too
-      renew_bounds(token);
-      __syncthreads();
-    }
-    if (n > p.K) cluster.sync();
-    attend(count);
+    int item = 0;
+    if (is_first()) item = atomicAdd(&p.progress->stretches, 1);
+    if (is_second()) item = atomicAdd(&p.progress->runs, 1);
+    if (is_third()) shared.list = atomicAdd(&p.progress->lists, 1);
+    if (is_fourth()) shared.place = atomicAdd(&p.progress->blocks, 1);
+    plan();
+    if (is_first()) describe_stretch(item);
+    if (is_second()) describe_run(item);
+    __syncthreads();
+    score_rows();
+    make_lists();
+    renew_rows(gridDim.x - 1 - shared.place);
     start_next_kernel();
-    cluster.sync();
-    if (rank != 0) return;
-    combine(count);
+    attend_rows();
   }
 };
 
-#endif
-
 template <class T, class Bound, int D>
 __global__ void __launch_bounds__(kStepThreads, D <= 128 ? 2 : 1) decode_step_kernel(const StepParams p) {
-#if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) std::byte memory[];
   __shared__ typename StepBlock<T, Bound, D>::Shared shared;
   StepBlock<T, Bound, D> block{.p = p, .shared = shared, .memory = memory};
   block.run();
-#endif
 }
 
 }  // namespace quest::cuda

@@ -11,6 +11,7 @@
 
 #include "../checks.h"
 #include "elements.cuh"
+#include "softmax.cuh"
 
 namespace quest::cuda {
 
@@ -62,44 +63,50 @@ void allow_shared(void (*kernel)(Params), size_t shared) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
 }
 
+// Whether a block can have so many bytes of shared memory.
+inline bool has_shared(int device, size_t bytes) {
+  return bytes <= static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+}
+
 // Launches a kernel that begins with wait_for_previous_kernel() (launch_order.cuh): on Hopper and newer its blocks may
-// be put in place while the kernel before it drains. cluster: blocks of a thread block cluster, 0 for none.
+// be put in place while the kernel before it drains.
 template <class Params>
 void launch_in_order(
-    void (*kernel)(Params), unsigned blocks, int threads, size_t shared, cudaStream_t stream, const Params& p,
-    unsigned cluster = 0) {
+    void (*kernel)(Params), unsigned blocks, int threads, size_t shared, cudaStream_t stream, const Params& p) {
   int device = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
   allow_shared(kernel, shared);
-  if (cluster > 8) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {cluster, 1, 1};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = stream;
-  config.attrs = attributes;
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9) config.numAttrs = cluster ? 2 : 1;
+  config.attrs = &attribute;
+  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
 }
 
-// Clusters of so many blocks that the device can hold at once; 0 where it has none of that size.
+// Blocks that a multiprocessor of the current device holds at once.
 template <class Params>
-int active_clusters(void (*kernel)(Params), int threads, size_t shared, unsigned cluster) {
+int blocks_a_processor(void (*kernel)(Params), int threads, size_t shared) {
   allow_shared(kernel, shared);
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {cluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = cluster, config.blockDim = threads, config.dynamicSmemBytes = shared;
-  config.attrs = &attribute, config.numAttrs = 1;
   int count = 0;
-  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) return count;
-  cudaGetLastError();  // forgets it
-  return 0;
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, shared));
+  return count;
 }
+
+// How lists of chunks are cut: into parts that are folded together later, a chunk or a span of them, and runs of whole
+// parts, each one block's work at a time, where `blocks` run at once.
+struct ChunkSplit {
+  int32_t parts, part_chunks, runs, run_chunks;  // of a list
+  ChunkSplit(int64_t lists, int64_t chunks, int64_t blocks) {
+    const int64_t spans = (chunks + kSpanChunks - 1) / kSpanChunks;
+    const bool large = lists * spans >= blocks * 9 / 10;
+    const int64_t run = large ? kSpanChunks : std::max<int64_t>(1, (lists * chunks + blocks - 1) / blocks);
+    run_chunks = static_cast<int32_t>(run), runs = static_cast<int32_t>((chunks + run - 1) / run);
+    part_chunks = large ? kSpanChunks : 1, parts = static_cast<int32_t>(large ? spans : chunks);
+  }
+};
 
 // Device integers copied to the host, so that the CPU's value checks can read them.
 class HostCopies {

@@ -15,22 +15,21 @@ int64_t list_tiles(const DecodeParams& p) {
 }
 
 template <class T>
-void launch_decode(const DecodeParams& p, cudaStream_t stream) {
-  const unsigned blocks = grid_size(list_tiles(p) * p.parts, "sparse_decode");
+void launch_decode(const DecodeParams& p, int device, cudaStream_t stream) {
+  const unsigned blocks = grid_size(list_tiles(p) * p.runs, "sparse_decode");
   const unsigned rows = grid_size(int64_t{p.size.B} * p.size.T * p.size.Hq, "sparse_decode");
   const auto launch = [&]<class Attend>(std::type_identity<Attend>) {
-    const size_t heads = std::min(kMmaHeads, p.size.Hq / p.Hs);
-    const size_t shared = sizeof(float) * Attend::kWarps * heads * p.size.D;  // 64 KiB at most
-    launch_in_order(decode_kernel<Attend>, blocks, Attend::kThreads, shared, stream, p);
+    launch_in_order(decode_kernel<Attend>, blocks, Attend::kThreads, Attend::shared_bytes(p.size.D), stream, p);
   };
-  const bool aligned = p.q.aligned && p.k_cache.aligned && p.v_cache.aligned;
-  if (sizeof(T) == 2 && aligned) {
-    if constexpr (sizeof(T) == 2)
-      dispatch_head_dim(
-          p.size.D, [&]<int D>(std::integral_constant<int, D>) { launch(std::type_identity<MmaAttend<T, D>>{}); });
-  } else {
-    launch(std::type_identity<SimtAttend<T>>{});
-  }
+  bool launched = false;
+  if constexpr (sizeof(T) == 2)
+    if (p.q.aligned && p.k_cache.aligned && p.v_cache.aligned)
+      dispatch_head_dim(p.size.D, [&]<int D>(std::integral_constant<int, D>) {
+        using Attend = MmaAttend<T, D>;
+        launched = has_shared(device, Attend::shared_bytes(D) + sizeof(WarpResults<Attend::kWarps>));
+        if (launched) launch(std::type_identity<Attend>{});
+      });
+  if (!launched) launch(std::type_identity<SimtAttend<T>>{});
   if (p.parts == 1) return;
   if (p.part_chunks == 1)
     launch_in_order(decode_combine_kernel<T, kSpanChunks>, rows, kCombineThreads, 0, stream, p);
@@ -57,15 +56,12 @@ std::tuple<Tensor, Tensor> sparse_decode(
   if (lse.numel() == 0) return {out, lse};
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  // A block takes a span where that makes blocks enough for the machine, else a chunk. One part at least: an empty list
-  // still has its rows of zeros to write.
-  const int64_t chunks =
-      std::max<int64_t>(1, ((int64_t{p.K} << p.paging.page_shift) + kChunkTokens - 1) / kChunkTokens);
-  const int64_t spans = (chunks + kSpanChunks - 1) / kSpanChunks;
-  const bool large =
-      list_tiles(p) * spans >= 4 * device_attribute(cudaDevAttrMultiProcessorCount, q.get_device_index());
-  p.parts = static_cast<int32_t>(large ? spans : chunks);
-  p.part_chunks = large ? kSpanChunks : 1;
+  // One part at least: an empty list still has its rows of zeros to write.
+  const int64_t tokens = int64_t{p.K} << p.paging.page_shift;
+  const ChunkSplit split(
+      list_tiles(p), std::max<int64_t>(1, (tokens + kChunkTokens - 1) / kChunkTokens),
+      2 * device_attribute(cudaDevAttrMultiProcessorCount, q.get_device_index()));
+  p.parts = split.parts, p.part_chunks = split.part_chunks, p.runs = split.runs, p.run_chunks = split.run_chunks;
   std::optional<Tensor> partial;
   if (p.parts > 1) {
     const int64_t parts = lse.numel() * p.parts;
@@ -74,7 +70,7 @@ std::tuple<Tensor, Tensor> sparse_decode(
     p.partial_max = p.partial_out + parts * p.size.D;
     p.partial_sum = p.partial_max + parts;
   }
-  dispatch_dtype(p.dtype, [&](auto element) { launch_decode<decltype(element)>(p, stream); });
+  dispatch_dtype(p.dtype, [&](auto element) { launch_decode<decltype(element)>(p, q.get_device_index(), stream); });
   return {out, lse};
 }
 

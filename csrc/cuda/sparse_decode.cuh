@@ -1,8 +1,8 @@
 // sparse_decode: attention over the tokens of a list of pages, split over the list and combined.
 //
-// Small calls give every chunk (softmax.cuh) a block of its own and leave the folding to the combine kernel; large ones
-// give a block a whole span, which it folds as it goes: the same arithmetic, so the same bits. What holds no token is
-// an exact identity of the fold.
+// A block attends to a run of chunks (softmax.cuh). Where there are few of them it leaves each chunk to the combine
+// kernel; else its run is a span, which it folds as it goes: the same arithmetic, so the same bits. What holds no token
+// is an exact identity of the fold.
 #pragma once
 
 #include "attend_chunk.cuh"
@@ -10,13 +10,13 @@
 
 namespace quest::cuda {
 
-// The block's place: one list of pages, a tile of the query heads that share it, one part (chunk or span) of the list.
+// The block's place: one list of pages, a tile of the query heads that share it, one run of the list's chunks.
 struct DecodeTile {
-  int part, b, t, list, first_head, heads, kv_head, visible;
+  int run, b, t, list, first_head, heads, kv_head, visible;
   __device__ explicit DecodeTile(const DecodeParams& p) {
     const int share = p.size.Hq / p.Hs, tiles = (share + kMmaHeads - 1) / kMmaHeads;
     int i = blockIdx.x;
-    part = i % p.parts, i /= p.parts;
+    run = i % p.runs, i /= p.runs;
     const int tile = i % tiles;
     i /= tiles;
     list = i % p.Hs, i /= p.Hs;
@@ -53,7 +53,7 @@ template <class Attend>
 __global__ void __launch_bounds__(Attend::kThreads, Attend::kMaxD <= 128 ? 2 : 1) decode_kernel(const DecodeParams p) {
   using T = typename Attend::Element;
   using Merge = ChunkMerge<Attend>;
-  extern __shared__ __align__(16) float warp_out[];  // [kWarps, heads, D]
+  extern __shared__ __align__(16) std::byte memory[];
   __shared__ WarpResults<Attend::kWarps> results;
   __shared__ typename Attend::Shared shared;
   const int warp = threadIdx.x / kWarpSize, D = p.size.D, page_size = p.paging.page_size();
@@ -62,62 +62,45 @@ __global__ void __launch_bounds__(Attend::kThreads, Attend::kMaxD <= 128 ? 2 : 1
   wait_for_previous_kernel();
   const DecodeTile tile(p);
   const int list_tokens = p.pages ? p.K << p.paging.page_shift : tile.visible;
-  const int first_token = tile.part * p.part_chunks * kChunkTokens;
-  const int end_token = min(first_token + p.part_chunks * kChunkTokens, list_tokens);
+  const int first_token = tile.run * p.run_chunks * kChunkTokens;
+  const int end_token = min(first_token + p.run_chunks * kChunkTokens, list_tokens);
   if (first_token >= end_token && p.parts > 1) return;  // the combine kernel does not look there either
 
   const Softmax softmax(p.scale);
   const QueryTile<T> query{
       static_cast<const T*>(p.q.data) + tile.b * p.q.stride_b + tile.t * p.q.stride_t + tile.first_head * p.q.stride_h,
       p.q.stride_h, tile.heads, tile.kv_head};
-  const int warp_token = first_token + warp * Attend::kTokens, own_token = threadIdx.x % Attend::kTokens;
-  const auto find = [&](int offset) { return find_token(p, tile, warp_token + offset + own_token); };
-  const auto prefetch = [&](int page, int offset) {
-    Attend::prefetch(p.k_cache, p.v_cache, query, page, warp_token + offset, page_size);
+  const int own_token = first_token + warp * Attend::kTokens + threadIdx.x % Attend::kTokens;
+  const int64_t row = query_index(p, tile.b, tile.t, tile.first_head + head);
+  const auto store = [&](int part, const typename Merge::Chunk& result) {
+    const int64_t at = row * p.parts + part;
+    if (Merge::first_column() == 0) p.partial_max[at] = result.top, p.partial_sum[at] = result.sum;
+#pragma unroll
+    for (int i = 0; i < Merge::kColumns; ++i) {
+      const int d = (Merge::first_column() + i * Merge::kHeadThreads) * 4;
+      if (d < D) *reinterpret_cast<float4*>(p.partial_out + at * D + d) = result.out[i];
+    }
   };
-
-  // A chunk is in registers, the next one on its way to the L2 cache.
+  Attend tokens(D, shared, memory);
   typename Merge::Chunk partial;
-  int page = find(0);
-  Attend tokens(query, D, shared);
-  tokens.load(p.k_cache, p.v_cache, query, page, warp_token, page_size);
-  const bool many = first_token + kChunkTokens < end_token;
-  int next = many ? find(kChunkTokens) : kNoToken;
-  prefetch(next, kChunkTokens);
-  for (int offset = 0; first_token + offset < end_token; offset += kChunkTokens) {
-    const int left = end_token - first_token - offset;
-    const bool any = __syncthreads_or(page != kNoToken);
-    page = next;
-    if (left > 2 * kChunkTokens) next = find(offset + 2 * kChunkTokens);
-    if (any)
-      tokens.attend(
-          softmax, p.k_cache, p.v_cache, query, warp_out + warp * tile.heads * D, results.max[warp], results.sum[warp],
-          shared);
-    if (left > kChunkTokens)
-      tokens.load(p.k_cache, p.v_cache, query, page, warp_token + offset + kChunkTokens, page_size);
-    if (left > 2 * kChunkTokens) prefetch(next, offset + 2 * kChunkTokens);
-    __syncthreads();
-    if (any && head < tile.heads) partial.fold(Merge::merge(softmax, results, warp_out, tile.heads, D), softmax);
-  }
+  attend_chunks(
+      tokens, softmax, p.k_cache, p.v_cache, query, D, first_token, end_token, page_size, results, shared,
+      [&](int offset) { return find_token(p, tile, own_token + offset); },
+      [&](int chunk, const typename Merge::Chunk& merged) {
+        if (p.part_chunks == 1 && p.parts > 1)
+          store(tile.run * p.run_chunks + chunk, merged);
+        else
+          partial.fold(merged, softmax);
+      });
   start_next_kernel();
 
-  if (head >= tile.heads) return;
-  const int64_t row = query_index(p, tile.b, tile.t, tile.first_head + head);
-  const int64_t part = row * p.parts + tile.part;
-  if (Merge::first_column() == 0) {
-    if (p.parts == 1)
-      p.lse[row] = partial.lse(softmax);
-    else
-      p.partial_max[part] = partial.top, p.partial_sum[part] = partial.sum;
-  }
+  if (head >= tile.heads || (p.part_chunks == 1 && p.parts > 1)) return;
+  if (p.parts > 1) return store(tile.run, partial);
+  if (Merge::first_column() == 0) p.lse[row] = partial.lse(softmax);
 #pragma unroll
   for (int i = 0; i < Merge::kColumns; ++i) {
     const int d = (Merge::first_column() + i * Merge::kHeadThreads) * 4;
-    if (d >= D) continue;
-    if (p.parts == 1)
-      partial.write(static_cast<T*>(p.out) + row * D + d, i);
-    else
-      *reinterpret_cast<float4*>(p.partial_out + part * D + d) = partial.out[i];
+    if (d < D) partial.write(static_cast<T*>(p.out) + row * D + d, i);
   }
 }
 

@@ -9,21 +9,16 @@ namespace quest::cuda {
 
 namespace {
 
-void launch_topk(const TopkParams& p, cudaStream_t stream) {
+void launch_topk(const TopkParams& p, int device, cudaStream_t stream) {
   const unsigned rows = grid_size(int64_t{p.size.B} * p.size.T * p.Hs, "topk_pages");
-  const size_t shared = 2 * sizeof(float) * (p.size.Hq / p.Hs);
-  const int rounds = (p.paging.P + kTopkThreads - 1) / kTopkThreads;
-  const auto launch = [&](auto per_thread) {
-    launch_in_order(topk_pages_kernel<per_thread.value>, rows, kTopkThreads, shared, stream, p);
-  };
-  if (rounds <= 2)
-    launch(std::integral_constant<int, 2>{});
-  else if (rounds <= 8)
-    launch(std::integral_constant<int, 8>{});
-  else if (rounds <= 16)
-    launch(std::integral_constant<int, 16>{});
-  else
-    launch(std::integral_constant<int, 0>{});
+  const int64_t heads = 2 * sizeof(float) * (p.size.Hq / p.Hs);
+  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) -
+                       static_cast<int64_t>(sizeof(SelectShared<kTopkThreads>) + 1024) - heads;
+  const int64_t kept = std::max<int64_t>(0, std::min<int64_t>(p.paging.P + kLaneKeys - 1, room / sizeof(uint32_t))) /
+                       kLaneKeys * kLaneKeys;
+  launch_in_order(
+      topk_pages_kernel, rows, kTopkThreads, kept * sizeof(uint32_t) + heads, stream,
+      TopkLaunch{p, static_cast<int32_t>(kept)});
 }
 
 }  // namespace
@@ -43,7 +38,7 @@ Tensor topk_pages(
   Tensor pages = torch::stable::empty(shape, ScalarType::Int, std::nullopt, scores.device());
   if (pages.numel() == 0) return pages;
   p.pages = static_cast<int32_t*>(pages.mutable_data_ptr());
-  launch_topk(p, stream);
+  launch_topk(p, scores.get_device_index(), stream);
   return pages;
 }
 

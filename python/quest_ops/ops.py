@@ -185,9 +185,9 @@ def decode_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's whole step: append_kv, estimate, topk_pages and sparse_decode, with their results bit for bit.
 
-    One kernel where it can be: on Hopper and newer, one new token in fp16 or bf16, at most 8 query heads a KV head,
-    "max" or "sum" (anything but "soft" where each KV head has one query head), caches aligned to 16 bytes, and at most
-    1,024 pages of capacity a block. Else the four in a row.
+    On a GPU one kernel where it can be: one new token in fp16 or bf16, at most 8 query heads a KV head, "max" or "sum"
+    ("none" too where each KV head has one query head), recent_pages >= 1, at most 256 sequences, all aligned to 16
+    bytes, and 768 bytes of shared memory a head dimension. Else the four in a row.
 
     Args:
         q: [B, Hq, D], or [B, T, Hq, D] for the T new tokens of each sequence.

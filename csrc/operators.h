@@ -1,0 +1,40 @@
+// The operators as functions, for the one that is made of the others. QUEST_BACKEND is the namespace of their kernels,
+// cpu or cuda; the build sets it.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace quest::QUEST_BACKEND {
+
+using torch::stable::Tensor;
+
+void append_kv(
+    Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
+    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales);
+Tensor estimate(
+    Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size, std::optional<Tensor> k_scales);
+Tensor topk_pages(
+    Tensor scores, Tensor seq_lens, int64_t page_size, int64_t k, int64_t num_kv_heads, int64_t group_reduce,
+    int64_t sink_pages, int64_t recent_pages, double scale);
+std::tuple<Tensor, Tensor> sparse_decode(
+    Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, std::optional<Tensor> pages,
+    std::optional<double> scale);
+
+// What decode_step is by definition.
+inline std::tuple<Tensor, Tensor, Tensor> four_operators(
+    Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor start_lens,
+    Tensor seq_lens, int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, double scale,
+    std::optional<Tensor> k_scales) {
+  append_kv(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, std::nullopt, k_scales);
+  const int64_t page_size = k_cache.size(2);
+  const Tensor scores = estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales);
+  Tensor pages = topk_pages(
+      scores, seq_lens, page_size, num_pages, k_cache.size(1), group_reduce, sink_pages, recent_pages, scale);
+  auto [out, lse] = sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale);
+  return {out, lse, pages};
+}
+
+}  // namespace quest::QUEST_BACKEND
