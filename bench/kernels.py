@@ -288,7 +288,13 @@ def measure(w: Workload, with_flex: bool) -> dict[str, object]:
     }
     dense = min((name for name in times if name in ("pages=None", *DENSE)), key=lambda name: times[name].median)
     return {
-        "workload": {**asdict(w), "dtype": str(w.dtype), "selected_pages": w.selected, "name": str(w)},
+        "workload": {
+            **asdict(w),
+            "dtype": str(w.dtype),
+            "pages": w.pages,
+            "selected_pages": w.selected,
+            "name": str(w),
+        },
         "bytes": {"sparse": w.sparse_bytes, "dense": w.dense_bytes, "bounds": w.bounds_bytes},
         "layers": len(layers),
         "microseconds": {name: asdict(t) for name, t in times.items()},
@@ -299,6 +305,56 @@ def measure(w: Workload, with_flex: bool) -> dict[str, object]:
 
 
 DENSE = ("cuDNN", "flash", "FlexAttention", "FlashInfer")
+
+
+def measure_topk(rows: int, n: int, k: int) -> dict[str, object]:
+    """topk_pages of ``rows`` lists by themselves, each from one head's scores, beside torch.topk."""
+    count = max(2, math.ceil(5 * torch.cuda.get_device_properties(0).L2_cache_size / (4 * rows * n)))
+    scores = [torch.randn(1, rows, n, device=DEVICE) for _ in range(count)]
+    lens = torch.tensor([n * 16], dtype=torch.int32, device=DEVICE)
+    expected = scores[0][..., :-1].topk(k - 1).indices.sort().values  # and the last page, which is forced
+    assert torch.equal(topk_pages(scores[0], lens, 16, k, rows)[..., :-1], expected.int()), "topk_pages is wrong"
+    times = {
+        "topk_pages": time_calls([lambda x=x: topk_pages(x, lens, 16, k, rows) for x in scores]),
+        "torch.topk": time_calls([lambda x=x: x.topk(k) for x in scores]),
+    }
+    return {"rows": rows, "n": n, "k": k, "microseconds": {name: asdict(t) for name, t in times.items()}}
+
+
+def targets(result: dict[str, list[dict[str, object]]]) -> list[tuple[str, str, str, bool]]:
+    """What was aimed at: (what, target, measured, met)."""
+    rows = {row["workload"]["name"]: row for row in result["rows"]}
+
+    def time(row: dict[str, object], name: str) -> float:
+        return row["microseconds"][name]["median"]
+
+    found: list[tuple[str, str, str, bool]] = []
+
+    def at_most(what: str, most: float, values: list[float], unit: str) -> None:
+        if values:
+            spread = f"{min(values):.2f}" if len(values) == 1 else f"{min(values):.2f} to {max(values):.2f}"
+            found.append((what, f"at most {most:g}{unit}", spread + unit, max(values) <= most))
+
+    mha, gqa = Workload(32, 32, 32768, 2048), Workload(32, 8, 32768, 2048)
+    speedups = ((mha, 8), (replace(mha, context=131072), 16), (gqa, 5), (replace(gqa, context=131072), 13))
+    for w, least in (*speedups, (replace(gqa, batch=8), 8)):
+        if str(w) in rows:
+            speedup = rows[str(w)]["speedup"]
+            found.append((f"{w}: over the fastest dense", f"at least {least}x", f"{speedup:.2f}x", speedup >= least))
+    selects = [row for row in rows.values() if row["workload"]["budget"] and row["workload"]["context"] > 8192]
+    large = [row for row in selects if row["bytes"]["sparse"] >= 64 << 20]
+    at_most("step over the limit, 64 MiB and more", 1.25, [row["over_limit"] for row in large], "x")
+    small = [row for row in selects if row["bytes"]["sparse"] < 64 << 20]
+    at_most("step above the limit, less", 5, [time(row, "pipeline") - time(row, "limit") for row in small], " us")
+    for row, most in zip(result["topk"], (3, 8), strict=True):
+        at_most(f"topk_pages, {row['rows']} rows, n {row['n']}, k {row['k']}", most, [time(row, "topk_pages")], " us")
+    dense = [row for row in rows.values() if row["workload"]["context"] >= 8192]
+    peers = [time(row, "pages=None") / min(time(row, x) for x in DENSE if x in row["microseconds"]) for row in dense]
+    at_most("dense mode over the fastest dense, 8K and longer", 1.05, peers, "x")
+    whole = [row for row in rows.values() if row["workload"]["selected_pages"] == row["workload"]["pages"]]
+    ratios = [time(row, "pipeline") / time(row, "pages=None") for row in whole]
+    at_most("budget >= context, over our dense mode", 1.03, ratios, "x")
+    return found
 
 
 def machine() -> dict[str, object]:
@@ -329,19 +385,29 @@ def print_table(rows: list[dict[str, object]]) -> None:
     Console(width=200).print(table)
 
 
+def print_targets(result: dict[str, list[dict[str, object]]]) -> None:
+    table = Table("what", "target", "measured", "")
+    for what, target, measured, met in targets(result):
+        table.add_row(what, target, measured, "met" if met else "missed")
+    Console(width=120).print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="only the workloads that have targets")
     parser.add_argument("--out", type=Path, default=Path("bench/results/kernels.json"))
     options = parser.parse_args()
     torch.manual_seed(0)
-    result = {"machine": machine(), "rows": []}
-    for w in workloads(options.quick):
-        result["rows"].append(measure(w, with_flex=w.context == 32768 and w.batch == 1 and w.budget == 2048))
+    topk = [measure_topk(32, 2048, 128), measure_topk(32, 65536, 256)]
+    result = {"machine": machine(), "topk": topk, "rows": []}
+    for i, w in enumerate(workloads(options.quick)):
+        # FlexAttention compiles for each shape, and takes 20 times as long as the others: once a head layout.
+        result["rows"].append(measure(w, with_flex=i in (0, 2)))
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1))
     print(json.dumps(result["machine"]))
     print_table(result["rows"])
+    print_targets(result)
     draw(result, options.out)
 
 
