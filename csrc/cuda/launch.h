@@ -30,7 +30,7 @@ void dispatch_dtype(DType dtype, Launch&& launch) {
   }
 }
 
-// check_head_dim in checks.h admits these and no others.
+// check_head_dim in check_tensors.h admits these and no others.
 template <class Launch>
 void dispatch_head_dim(int32_t D, Launch&& launch) {
   switch (D) {
