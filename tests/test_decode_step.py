@@ -201,6 +201,13 @@ def test_batches_and_layouts(device: str, batch: int, layouts: tuple[int, int, i
     assert_same_step(before_step(shape), device, 8, group_reduce="sum")
 
 
+@pytest.mark.parametrize("batch", [256, 257])
+def test_as_many_sequences_as_one_launch_takes_and_one_more(device: str, batch: int) -> None:
+    lengths = tuple(1 + 7 * b % 90 for b in range(batch))
+    shape = Shape(torch.float16, 64, 8, 2, 1, lengths=lengths, int8=True, seed=15)
+    assert_same_step(before_step(shape), device, 4)
+
+
 @BOTH_BOUNDS
 @pytest.mark.parametrize("num_pages", [8, 400])
 def test_a_capacity_of_20_000_pages(device: str, num_pages: int, int8: bool) -> None:
@@ -285,6 +292,32 @@ def test_nothing_to_do(device: str) -> None:
 
 @needs_cuda
 class TestOnTheGPU:
+    @BOTH_BOUNDS
+    @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+    def test_several_tiles_a_block(self, head_dim: int, int8: bool) -> None:
+        """More pages and chunks than the GPU holds blocks for: each has several in flight."""
+        lengths = (9000 if head_dim <= 128 else 4500, 3001)
+        shape = Shape(torch.bfloat16, head_dim, 8, 32, 1, lengths=lengths, int8=int8, seed=16)
+        case = before_step(shape)
+        for num_pages in (40, 200):
+            assert_same_step(case, "cuda", num_pages)
+
+    def test_steps_on_two_streams_do_not_wait_for_each_other(self) -> None:
+        """Each has more blocks than there is room for beside the other's."""
+        case = before_step(Shape(torch.bfloat16, 128, 16, 8, 4, lengths=(6000,) * 8, int8=True, seed=17))
+        alone, streams = one_step(on(case, "cuda"), 128), [torch.cuda.Stream() for _ in range(2)]
+        inputs = [[on(case, "cuda") for _ in range(10)] for _ in streams]
+        torch.cuda.synchronize()
+        results = []
+        for i in range(10):
+            for stream, cases in zip(streams, inputs, strict=True):
+                with torch.cuda.stream(stream):
+                    results.append(one_step(cases[i], 128))
+        torch.cuda.synchronize()
+        for result in results:
+            for actual, expected in zip(result, alone, strict=True):
+                assert_same_bits(actual, expected)
+
     @BOTH_BOUNDS
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     def test_one_launch(self, dtype: torch.dtype, int8: bool) -> None:
