@@ -1,132 +1,28 @@
-"""quest_attention over a cache: against dense attention in float64, against the reference's Quest, and compiled."""
+"""quest_attention over a cache: against dense attention in float64, and against the reference's Quest."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections.abc import Callable
 from typing import Any
 
-import naive
 import pytest
 import torch
-from history import History, numbers, poison, same_snapshot, snapshot
+from attending import BOUNDS, HKV, D, Model, S
+from history import same_snapshot, snapshot
 from quest_ops import (
-    PagedKVCache,
     QuestConfig,
     append_kv,
     attention,
     attention_path,
     estimate,
     quest_attention,
-    reference,
     select_pages,
     sparse_decode,
     topk_pages,
-    update_bounds,
 )
-from quest_ops.page_bounds import new_bounds
 from support import DTYPES, assert_accurate, assert_same_bits
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor.utils import run_and_get_code
-
-S, HKV, D = 8, 2, 64
-BOUNDS = pytest.mark.parametrize("bounds", ["cache", "int8"])
-
-
-class Model(History):
-    """A history whose steps attend; ``exact`` and ``plain`` say what the last step should have given."""
-
-    def __init__(self, device: str, heads: int = 4, layers: int = 2, batch: int = 2, seed: int = 0, **cache: Any):
-        options = {"max_tokens": 96, "page_size": S, "dtype": torch.float32} | cache
-        super().__init__(PagedKVCache(layers, HKV, D, batch_size=batch, device=device, **options), seed)
-        for pool in self.cache.pools:
-            poison(pool)
-        self.heads, self.lens = heads, [0] * batch
-
-    def inputs(self, T: int, new_lens: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of all layers, [L, B, T, heads, D], on the device; recorded."""
-        k, v = self.new_tokens(T, new_lens)
-        q = self.randn(*k.shape[:3], self.heads, D)
-        self.q, self.lens = q, [T] * len(self.k) if new_lens is None else new_lens
-        self.record(k, v, new_lens)
-        return tuple(x.to(self.cache.device) for x in (q, k, v))
-
-    def attend(
-        self, T: int, config: QuestConfig, new_lens: list[int] | None = None, scale: float | None = None
-    ) -> Tensor:
-        q, k, v = self.inputs(T, new_lens)
-        self.cache.advance(T, new_lens)
-        layers = range(self.cache.num_layers)
-        return torch.stack([quest_attention(q[i], k[i], v[i], self.cache, i, config, scale) for i in layers])
-
-    def expected(self, config: QuestConfig, layer: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
-        """The last step's output of a layer [B, T, Hq, D] from the history alone; padding gives 0.
-
-        Once in float64, and in the cache's dtype as plain PyTorch has it, in several orders of summation.
-        """
-        path = attention_path(self.cache, layer, config, self.q.shape[2])
-        scale = D**-0.5 if scale is None else scale
-        exact = torch.zeros_like(self.q[layer], dtype=torch.float64)
-        plain = torch.zeros((naive.RUNS, *exact.shape), dtype=self.q.dtype)
-        for b, n in enumerate(self.lens):
-            if n == 0:
-                continue
-            q, k, v = self.q[layer, b, :n], self.k[b][layer], self.v[b][layer]
-            if path == "sparse":
-                exact[b, :n], plain[:, b, :n] = quest(q, k, v, config, scale)
-                continue
-            exact[b, :n] = dense(*(x.double() for x in (q, k, v)), scale)
-            attend = dense if path == "dense" else torch_attention
-            device = "cpu" if path == "dense" else self.cache.device
-            (runs,) = naive.in_several_orders(lambda *x: (attend(*x),), *(x.to(device) for x in (q, k, v)), scale)  # noqa: B023
-            plain[:, b, :n] = runs.cpu()
-        return exact, plain
-
-    def assert_right(self, out: Tensor, config: QuestConfig, scale: float | None = None) -> None:
-        for layer in range(self.cache.num_layers):
-            assert_accurate(out[layer], *self.expected(config, layer, scale), self.cache.k_cache.dtype)
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention of q [n, Hq, D], the last n tokens of k, v [tokens, Hkv, D]."""
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
-    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~causal(q.shape[1], k.shape[1]), -math.inf)
-    return (scores.softmax(-1) @ v).transpose(0, 1)
-
-
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same by PyTorch's own kernels, which are what a prefill is left to."""
-    mask = causal(len(q), len(k)).to(q.device)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)
-
-
-def causal(new: int, tokens: int) -> Tensor:
-    return torch.ones(new, tokens, dtype=torch.bool).tril(tokens - new)
-
-
-def quest(q: Tensor, k: Tensor, v: Tensor, config: QuestConfig, scale: float) -> tuple[Tensor, Tensor]:
-    """The reference's selection, then attention by the reference and by plain PyTorch in several orders."""
-    pages = -(-len(k) // S)
-    table, length = torch.arange(pages, dtype=torch.int32)[None], torch.tensor([len(k)], dtype=torch.int32)
-    padded = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pages * S - len(x))) for x in (k, v))
-    k, v = (x.unflatten(0, (pages, S)).transpose(1, 2) for x in padded)
-    if config.bounds == "cache":
-        bounds = reference.update_bounds(k, k.new_zeros(pages, HKV, 2, D), table, length)
-    else:
-        rounded, scales = new_bounds((pages, HKV), D, "int8", k.dtype, "cpu")
-        update_bounds(k, rounded, table, length, k_scales=scales)
-        bounds = numbers(rounded, scales)
-    scores = reference.estimate(q[None], bounds, table, length, S)
-    how = (config.group_reduce, config.sink_pages, config.recent_pages, scale)
-    chosen = reference.topk_pages(scores, length, S, config.num_pages, HKV, *how)
-    arguments = (q[None], k, v, table, length, chosen, scale)
-    return reference.sparse_decode(*arguments)[0][0], naive.in_several_orders(naive.sparse_decode, *arguments)[0][:, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -377,134 +273,3 @@ def test_a_budget_is_whole_pages() -> None:
     assert [QuestConfig(budget, 16).num_pages for budget in (16, 31, 32, 2048)] == [1, 1, 2, 128]
     with pytest.raises(dataclasses.FrozenInstanceError):
         QuestConfig().budget = 1  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("inside", [False, True], ids=["advance_before", "advance_inside"])
-@BOUNDS
-def test_compiled_steps(device: str, backend: str, inside: bool, bounds: str) -> None:
-    """One graph for any number of steps and whatever the lengths, with the eager result bit for bit."""
-    torch._dynamo.reset()
-    config = QuestConfig(24, S, dense_layers=1, bounds=bounds)
-    eager, compiled = (Model(device, bounds=bounds) for _ in range(2))
-    counter = CompileCounterWithBackend(backend)
-
-    def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if inside:
-            compiled.cache.advance(1)
-        outs = [quest_attention(q[i], k[i], v[i], compiled.cache, i, config) for i in range(compiled.cache.num_layers)]
-        return torch.stack(outs)
-
-    step = torch.compile(layers, fullgraph=True, backend=counter)
-    for model in (eager, compiled):
-        model.attend(29, config, [29, 3])
-        model.attend(1, config)
-    compiled.cache.reserve(40)
-    for _ in range(20):
-        expected = eager.attend(1, config)
-        q, k, v = compiled.inputs(1)
-        if not inside:
-            compiled.cache.advance(1)
-        assert_same_bits(step(q, k, v), expected)
-    assert counter.frame_count == 1
-    if inside:
-        assert compiled.cache.sync_lengths() == [50, 24]
-    compiled.check()
-
-
-@BOUNDS
-def test_a_compiled_step_copies_no_cache(device: str, bounds: str) -> None:
-    torch._dynamo.reset()
-    model, config = Model(device, layers=3, bounds=bounds), QuestConfig(24, S, dense_layers=1, bounds=bounds)
-    model.attend(29, config)
-
-    @torch.compile(fullgraph=True)
-    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.stack([quest_attention(q[i], k[i], v[i], model.cache, i, config) for i in range(3)])
-
-    model.cache.advance(1)
-    out, (code, *_) = run_and_get_code(step, *model.inputs(1))
-    model.assert_right(out, config)
-    assert [code.count(f"{name}.default(") for name in ("append_kv", "decode_step")] == [1, 2]
-    pools = "|".join(re.escape(str(tuple(t.shape))) for t in model.cache.pools)
-    assert re.search(rf"assert_size_stride\(\w+, ({pools})", code)
-    assert not re.search(rf"empty_strided\w*\(({pools})", code)
-
-
-def test_compiled_prefill_and_ragged_steps(device: str) -> None:
-    """Steps of several tokens compile whole as well, also where the compiled code sees no host lengths."""
-    torch._dynamo.reset()
-    model, config = Model(device, batch=3), QuestConfig(24, S, dense_layers=1)
-    lens = torch.zeros(3, dtype=torch.int32, device=device)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def step(q: Tensor, k: Tensor, v: Tensor, new_lens: Tensor) -> Tensor:
-        model.cache.advance(q.shape[2], new_lens)
-        return torch.stack([quest_attention(q[i], k[i], v[i], model.cache, i, config) for i in range(2)])
-
-    model.cache.reserve(96)
-    for T, real in ((20, [20, 7, 0]), (16, [0, 16, 9]), (4, [4, 0, 3]), (1, [1, 1, 0])):
-        q, k, v = model.inputs(T, real)
-        lens.copy_(torch.tensor(real))
-        model.assert_right(step(q, k, v, lens), config)
-    model.cache.sync_lengths()
-    model.check()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-@pytest.mark.parametrize("inside", [False, True], ids=["advance_before", "advance_inside"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@BOUNDS
-def test_steps_in_a_cuda_graph(inside: bool, dtype: torch.dtype, bounds: str) -> None:
-    """In bfloat16 a step may be one launch."""
-    config, device = QuestConfig(24, S, dense_layers=1, bounds=bounds), "cuda"
-    eager, captured = (Model(device, dtype=dtype, bounds=bounds) for _ in range(2))
-    for model in (eager, captured):
-        model.attend(29, config, [29, 3])
-        model.attend(1, config)
-    captured.cache.reserve(40)
-    q, k, v = (torch.zeros(2, 2, 1, heads, D, dtype=dtype, device=device) for heads in (4, HKV, HKV))
-
-    def step() -> Tensor:
-        if inside:
-            captured.cache.advance(1)
-        return torch.stack([quest_attention(q[i], k[i], v[i], captured.cache, i, config) for i in range(2)])
-
-    graph = torch.cuda.CUDAGraph()
-    if not inside:
-        captured.cache.advance(1)  # what is captured runs only when it is replayed
-    with torch.cuda.graph(graph):
-        out = step()
-    for i in range(20):
-        expected = eager.attend(1, config)
-        for static, new in zip((q, k, v), captured.inputs(1), strict=True):
-            static.copy_(new)
-        if not inside and i:
-            captured.cache.advance(1)
-        graph.replay()
-        assert_same_bits(out, expected)
-    assert captured.cache.sync_lengths() == [50, 24]
-    captured.check()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@BOUNDS
-def test_decode_never_waits_for_the_gpu(dtype: torch.dtype, bounds: str) -> None:
-    model = Model("cuda", batch=2, dtype=dtype, bounds=bounds)
-    config = QuestConfig(24, S, dense_layers=1, bounds=bounds)
-    model.attend(40, config)
-    steps = [model.inputs(1) for _ in range(20)]
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for q, k, v in steps:
-            model.cache.advance(1)
-            for layer in range(2):
-                out = quest_attention(q[layer], k[layer], v[layer], model.cache, layer, config)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert_accurate(out, *model.expected(config, 1), dtype)
-    model.check()
