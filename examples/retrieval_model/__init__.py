@@ -1,0 +1,1 @@
+"""Parts of ``train_retrieval_model.py``, which says what they are for."""

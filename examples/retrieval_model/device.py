@@ -1,0 +1,7 @@
+"""Where the computation runs, and in which type."""
+
+import torch
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+COMPUTE = torch.bfloat16 if CUDA else torch.float32
