@@ -24,9 +24,11 @@ from retrieval_model.batches import Batches
 from retrieval_model.corpus import build_corpus, words_of
 from retrieval_model.device import CUDA, DEVICE
 from retrieval_model.documents import Source
-from retrieval_model.judge import bits_per_byte, check_against_transformers, recall
+from retrieval_model.judge import bits_per_byte, check_against_transformers, recall, shortest_length
 from retrieval_model.model import Model
 from retrieval_model.train import parse_plan, train
+
+FACTS = (1, 8)
 
 
 def arguments() -> argparse.Namespace:
@@ -42,7 +44,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--report-every", type=int, default=200, help="steps between two lines of progress (200)")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 4096, 8192, 16384, 32768], help="to judge at")
     parser.add_argument("--questions", type=int, default=100, help="of each length and number of facts (100)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    facts, shortest = max(FACTS), min(options.lengths, default=None)
+    least = shortest_length(facts)
+    if shortest is not None and shortest < least:
+        parser.error(f"--lengths must be at least {least}, to hold {facts} facts and a question, got {shortest}")
+    return options
 
 
 def main() -> None:
@@ -77,7 +84,7 @@ def main() -> None:
     difference = check_against_transformers(model, options.out, held_out, 2048 if CUDA else 256)
     print(f"saved to {options.out}; logits differ from transformers' in float32 by {difference:.1e}", flush=True)
     for length in options.lengths:
-        rates = [recall(model, held_out_text, length, facts, options.questions) for facts in (1, 8)]
+        rates = [recall(model, held_out_text, length, facts, options.questions) for facts in FACTS]
         bits = bits_per_byte(model, held_out, length, max(1, min(64, 2**19 // length)))
         print(
             f"{length} tokens: {rates[0]:.2f} of 1 fact, {rates[1]:.2f} of 8 facts found; {bits:.3f} bits per byte",

@@ -99,6 +99,16 @@ def test_texts_and_documents_do_not_depend_on_the_hash_seed():
     assert runs[0] == runs[1]
 
 
+def test_training_refuses_lengths_that_do_not_hold_the_facts(tmp_path):
+    """At once: there is no corpus to read, and nothing is written."""
+    command = [sys.executable, str(EXAMPLES / "train_retrieval_model.py"), "--out", "model", "--lengths", "1024", "256"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.endswith("error: --lengths must be at least 358, to hold 8 facts and a question, got 256\n")
+    assert run.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
 # Bytes read
 
 

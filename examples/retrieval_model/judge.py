@@ -16,6 +16,15 @@ from .documents import IGNORED, PASS_KEY, Source, make_digits, make_names
 from .model import Model
 
 
+def shortest_length(facts: int) -> int:
+    """The least length of a document that holds the facts and the question, whatever their names.
+
+    A name has at most four syllables of three letters.
+    """
+    line = len(PASS_KEY.line("x" * 12, "00000", IGNORED)[0])
+    return (facts + 1) * line - len(PASS_KEY.after)
+
+
 def question_documents(text: np.ndarray, length: int, facts: int, count: int, seed: int = 7) -> Tensor:
     """``count`` documents of held-out text with facts at random depths, one asked for and answered at the very end.
 
