@@ -21,7 +21,15 @@ settings.load_profile("quest_ops")
 # What several threads could get wrong is tested in test_determinism.py.
 torch.set_num_threads(1)
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"))
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)  # `pytest -m gpu` runs all that needs one
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
 
 
 @pytest.fixture(scope="session", params=["cpu", CUDA])

@@ -87,7 +87,6 @@ def test_compiled_prefill_and_ragged_steps(device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("inside", [False, True], ids=["advance_before", "advance_inside"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @BOUNDS
@@ -124,7 +123,6 @@ def test_steps_in_a_cuda_graph(inside: bool, dtype: torch.dtype, bounds: str) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @BOUNDS
 def test_decode_never_waits_for_the_gpu(dtype: torch.dtype, bounds: str) -> None:

@@ -87,7 +87,7 @@ def test_last_stride(device: str, name: str, key: str) -> None:
     assert_refused(name, good, {key: bad}, f"{key} must have stride 1 in its last dimension", "got 3")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("name", "key"), TENSORS)
 def test_device(name: str, key: str) -> None:
     good = arguments(name, "cuda")
@@ -121,7 +121,7 @@ def test_scales_of_another_pool(device: str, name: str) -> None:
     )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("name", "key"), WITH_SCALES)
 def test_device_of_8_bit_bounds(name: str, key: str) -> None:
     good = arguments(name, "cuda", int8=True)
@@ -328,7 +328,7 @@ def test_append_past_the_capacity_without_new_lens() -> None:
     assert_refused("append_kv", good, bad, "page_table must have room", "62 + 3 for sequence 1", "got 4 pages of 16")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.gpu
 class TestUncheckedOnTheGPU:
     """Without QUEST_OPS_CHECK values are not looked at: whatever they are, no kernel leaves its tensors."""
 

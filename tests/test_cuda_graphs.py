@@ -11,7 +11,7 @@ from quest_ops import PagedKVCache, QuestConfig, quest_attention
 from test_decoder import assert_same_cache, decoder, make, prompts
 from torch import Tensor
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+pytestmark = pytest.mark.gpu
 
 STEPS = 500
 # A page at first and 32 at last; over the budget of 8 the second layer reads sparsely.

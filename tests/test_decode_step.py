@@ -25,7 +25,6 @@ from support import (
 )
 from torch import Tensor
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 HALF = (torch.float16, torch.bfloat16)
 REDUCES = ("none", "max", "sum", "soft")
 BOTH_BOUNDS = pytest.mark.parametrize("int8", [False, True], ids=["16-bit", "8-bit"])
@@ -290,7 +289,7 @@ def test_nothing_to_do(device: str) -> None:
         assert_same_bits(actual._base, expected)
 
 
-@needs_cuda
+@pytest.mark.gpu
 class TestOnTheGPU:
     @BOTH_BOUNDS
     @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -180,7 +180,6 @@ def test_the_compiled_step_copies_no_cache(device: str, config: DecoderConfig) -
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_the_compiled_step_needs_no_memory_of_the_caches_size() -> None:
     torch._dynamo.reset()
     model = make("cuda")

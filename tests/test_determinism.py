@@ -8,8 +8,6 @@ from quest_ops import ops
 from support import DTYPES, UNREAD_BYTE, Case, Shape, assert_same_bits, shapes
 from torch import Tensor
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-
 
 def run(x: Case, k: int = 6, reduce: str = "max") -> dict[str, Tensor]:
     """The three operators in a row, and dense attention."""
@@ -89,7 +87,7 @@ def test_threads(dtype: torch.dtype, int8: bool) -> None:
         torch.set_num_threads(before)
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stream(dtype: torch.dtype) -> None:
     """On another stream than the default one the operators wait for what that stream does before them."""
@@ -108,7 +106,7 @@ def test_stream(dtype: torch.dtype) -> None:
     assert_same(actual, expected)
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_graph_replays_follow_the_lengths() -> None:
     """Captured once, replayed as the sequences grow in place: what eager gives at each length."""
     shape = Shape(torch.bfloat16, 64, 16, 2, 2, lengths=(200, 90))
