@@ -41,7 +41,13 @@ def against_budget(cells: list[Cell], path: Path) -> None:
             axes.set_title(f"{length:,} tokens", loc="left", fontsize=10)
             axes.grid(alpha=0.3)
         row[0].set_ylabel(f"{metric} of {task}" if task != metric else metric)
-        row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, frameon=False)
+        # A policy may have been run at one of the lengths only.
+        handles = {
+            label: handle for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        row[-1].legend(
+            handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, frameon=False
+        )
     first = panels[0][0]
     first.set_xscale("log", base=2)
     first.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
