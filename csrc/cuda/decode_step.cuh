@@ -97,7 +97,6 @@ struct StepBlock {
   __device__ int tiles_of(int pages) const {
     return is_scored(pages) ? (((pages + kMmaRows - 1) / kMmaRows << p.score_shift) + kStepWarps - 1) / kStepWarps : 1;
   }
-  __device__ int listed_pages(const Work& at) const { return min(pages_of(at), p.K); }
   // Whether scores decide anything.
   __device__ bool is_scored(int pages) const { return pages > p.K && p.sink_pages + p.recent_pages < p.K; }
 
