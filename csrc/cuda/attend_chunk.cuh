@@ -261,22 +261,30 @@ struct WarpResults {
 template <class Attend>
 struct ChunkMerge {
   static constexpr int kHeadThreads = Attend::kThreads / kMmaHeads;
+  static_assert(kWarpSize % kHeadThreads == 0 && kHeadThreads % Attend::kWarps == 0);
   static constexpr int kColumns = (Attend::kMaxD / 4 + kHeadThreads - 1) / kHeadThreads;
   using Chunk = Partial<kColumns>;
 
   static __device__ __forceinline__ int head() { return threadIdx.x / kHeadThreads; }
+  static __device__ __forceinline__ int first_head() { return threadIdx.x / kWarpSize * kWarpSize / kHeadThreads; }
   static __device__ __forceinline__ int first_column() { return threadIdx.x % kHeadThreads; }
 
-  // warp_out: [kWarps] of [heads, D], stride apart.
+  // warp_out: [kWarps] of [heads, D], stride apart. By whole warps: what those past the last head get is of no use.
   static __device__ __forceinline__ Chunk
   merge(const Softmax& softmax, const WarpResults<Attend::kWarps>& results, const float* warp_out, int stride, int D) {
     Chunk chunk;
+    // A lane weighs one warp.
+    const int lane = threadIdx.x % kWarpSize, own = lane % Attend::kWarps;
+    const float max = results.max[own][head()];
+    chunk.top = max;
+#pragma unroll
+    for (int step = 1; step < Attend::kWarps; step *= 2)
+      chunk.top = fmaxf(chunk.top, __shfl_xor_sync(kFullMask, chunk.top, step));
+    const float own_weight = softmax.weight(max, chunk.top);
     float weight[Attend::kWarps];
 #pragma unroll
-    for (int w = 0; w < Attend::kWarps; ++w) chunk.top = fmaxf(chunk.top, results.max[w][head()]);
-#pragma unroll
     for (int w = 0; w < Attend::kWarps; ++w) {
-      weight[w] = softmax.weight(results.max[w][head()], chunk.top);
+      weight[w] = __shfl_sync(kFullMask, own_weight, lane - own + w);
       chunk.sum = __fmaf_rn(weight[w], results.sum[w][head()], chunk.sum);
     }
 #pragma unroll
@@ -322,10 +330,11 @@ __device__ __forceinline__ void attend_chunks(
     end_copies();
     if (offset >= 0) {
       __syncthreads();
-      if (Merge::head() < query.heads)
-        take(
-            offset / kChunkTokens,
-            Merge::merge(softmax, results, tokens.results(turn ^ 1), tokens.results_stride(query.heads, D), D));
+      if (Merge::first_head() < query.heads) {
+        const typename Merge::Chunk merged =
+            Merge::merge(softmax, results, tokens.results(turn ^ 1), tokens.results_stride(query.heads, D), D);
+        if (Merge::head() < query.heads) take(offset / kChunkTokens, merged);
+      }
       __syncthreads();
     } else {
       tokens.load_query(query);

@@ -56,6 +56,7 @@ struct StepBlock {
   static constexpr bool kBytes = sizeof(Bound) == 1;
   using BoundsSlot = RowSlot<D * sizeof(Bound), ReadBy::row>;
 
+  static constexpr int kMostChosen = 512;        // pages of a list whose numbers are kept in shared memory
   static constexpr int kAhead = kBytes ? 2 : 1;  // tiles whose bounds are on their way while one is scored
 
   // A stretch or run that the block has taken; row is -1 past the last.
@@ -74,6 +75,7 @@ struct StepBlock {
       SelectShared<kStepThreads> select;
       WarpResults<kStepWarps> results;
     };
+    int chosen[kMostChosen];
     typename Attend::Shared attend;
   };
 
@@ -165,8 +167,8 @@ struct StepBlock {
           low = middle + 1;
       }
       const int before = low ? ends[low - 1] : 0;
-      at.b = low, at.count = (ends[low] - before) / groups;
-      const int group = (item - before) / at.count;
+      at.b = low, at.count = groups == 1 ? ends[low] - before : (ends[low] - before) / groups;
+      const int group = groups == 1 ? 0 : (item - before) / at.count;
       at.head = group * heads, at.i = item - before - group * at.count;
       at.row = at.b * groups * heads + at.head, at.length = lengths[low];
     }
@@ -244,7 +246,7 @@ struct StepBlock {
     const bool candidate = mine >= p.sink_pages && mine < n - p.recent_pages;
     if (c < 2 && mine < n)
       p.keys[(at.b * p.size.Hkv + score_head(at)) * p.keys_stride + mine] =
-          candidate ? sort_key(broken ? NAN : score) : kNoKey;
+          candidate ? sort_key(broken ? NAN : score) : kForcedKey;
     __syncwarp();  // the slots may be copied to anew
   }
 
@@ -282,43 +284,49 @@ struct StepBlock {
     }
   }
 
-  static __device__ __forceinline__ void clear_from(uint4& keys, int count) {
-    if (count < 2) keys.y = kNoKey;
-    if (count < 3) keys.z = kNoKey;
-    if (count < 4) keys.w = kNoKey;
-  }
-
   // The row's list, to device memory. The slots are free.
   __device__ void make_list(const Work& at) {
     const int n = pages_of(at);
     int32_t* const pages = p.pages + int64_t{at.row} * p.K;
     ListedPage* const list = p.list + int64_t{at.row} * p.K;
-    int* const chosen = p.K <= kSelectBins ? shared.select.bins : pages;
-    if (n > p.K) {
-      const uint32_t* keys = p.keys + at.row * p.keys_stride;
-      const bool fits = n * 4 <= Attend::shared_bytes(D);
+    const bool scored = is_scored(n), here = p.K <= kMostChosen;
+    if (scored) {
+      const int fours = own_fours<kStepThreads>(n);
+      const uint4* const keys = reinterpret_cast<const uint4*>(p.keys + at.row * p.keys_stride);
+      uint4* const kept = reinterpret_cast<uint4*>(memory);
+      const bool fits = four_place(fours * kStepThreads) * int{sizeof(uint4)} <= Attend::shared_bytes(D);
+      const auto load = [&](int i) {
+        const int left = n - i * kLaneKeys;
+        uint4 four{kNoKey, kNoKey, kNoKey, kNoKey};
+        if (left > 0) four = __ldcg(keys + i);
+        if (left < 2) four.y = kNoKey;
+        if (left < 3) four.z = kNoKey;
+        if (left < 4) four.w = kNoKey;
+        return four;
+      };
       SeenKeys seen;
 #pragma unroll 4
-      for (int i = threadIdx.x; i < (n + 3) / 4; i += kStepThreads) {
-        uint4 four = __ldcg(reinterpret_cast<const uint4*>(keys) + i);
-        if (i * 4 + 4 > n) clear_from(four, n - i * 4);
+      for (int i = threadIdx.x; i < fours * kStepThreads; i += kStepThreads) {
+        const uint4 four = load(i);
         seen.see(four.x), seen.see(four.y), seen.see(four.z), seen.see(four.w);
-        if (fits) reinterpret_cast<uint4*>(memory)[i] = four;
+        if (fits) kept[four_place(i)] = four;
       }
-      if (fits) keys = reinterpret_cast<const uint32_t*>(memory);
       select_best<kStepThreads>(
-          n, p.K, p.sink_pages, p.recent_pages, seen, shared.select,
-          [&](int i) {
-            uint4 four = *reinterpret_cast<const uint4*>(keys + i);
-            if (i + 4 > n) clear_from(four, n - i);
-            return four;
+          n, p.K, p.sink_pages + p.recent_pages, seen, shared.select,
+          [&](int j) {
+            const int i = fours * threadIdx.x + j;
+            return fits ? kept[four_place(i)] : load(i);
           },
-          [&](int place, int page) { chosen[place] = page; });
+          [&](int place, int page) { here ? shared.chosen[place] = page : pages[place] = page; });
       __syncthreads();
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.K; i += kStepThreads) {
-      const int page = n > p.K ? chosen[i] : i < n ? i : -1;
+      int page = i < n ? i : -1;
+      if (scored)
+        page = here ? shared.chosen[i] : pages[i];
+      else if (n > p.K && i >= p.sink_pages)
+        page = n - p.K + i;
       pages[i] = page;
       if (page < 0) continue;
       const int physical = p.paging.physical(at.b, page);
@@ -383,9 +391,7 @@ struct StepBlock {
       Work at{};
       at.row = row, at.b = row / p.size.Hkv, at.length = shared.lengths[at.b];
       const int head = row % p.size.Hkv, stretches = (tiles_of(pages_of(at)) + stretch_tiles - 1) / stretch_tiles;
-      if (is_first())
-        while (load_acquire(&p.progress->rows[row - (head & (score_heads() - 1))].scored) < stretches) {
-        }
+      if (is_first()) wait_for(&p.progress->rows[row - (head & (score_heads() - 1))].scored, stretches);
       __syncthreads();
       make_list(at);
       if (is_third()) shared.list = atomicAdd(&p.progress->lists, 1);
@@ -429,46 +435,77 @@ struct StepBlock {
     if (Merge::first_column() == 0) __stcg(p.sums + at, float2{result.top, result.sum});
   }
 
-  // The fold of a row's parts, as decode_combine_kernel does it. The slots are free.
+  // A span's parts of one head, from part `first` on, folded for one column by each lane. The lanes share the weights
+  // out: what fold() would do part by part, each lane does once, for all columns.
+  __device__ Partial<1> fold_span(
+      const float2* sums, const float* outs, int first, int parts, int column, const Softmax& softmax) const {
+    const int part = lane / 2;
+    float2 scalars{-INFINITY, 0.f};
+    if (part < parts) scalars = __ldcg(sums + (first + part) * group);
+    float4 out[kSpanChunks];
+#pragma unroll
+    for (int i = 0; i < kSpanChunks; ++i)
+      if (i < parts && column * 4 < D)
+        out[i] = __ldcg(reinterpret_cast<const float4*>(outs + (first + i) * group * D) + column);
+    float both = scalars.x;  // the largest up to this part
+#pragma unroll
+    for (int step = 2; step < 2 * kSpanChunks; step *= 2) {
+      const float other = __shfl_up_sync(kFullMask, both, step);
+      if (lane >= step) both = fmaxf(both, other);
+    }
+    const float before = __shfl_up_sync(kFullMask, both, 2);
+    // Even lanes weigh what is folded so far, odd ones the part.
+    const float weight = softmax.weight(lane % 2 ? scalars.x : lane ? before : -INFINITY, both);
+    Partial<1> span;
+#pragma unroll
+    for (int i = 0; i < kSpanChunks; ++i) {
+      if (i >= parts) break;
+      span.mix(
+          __shfl_sync(kFullMask, weight, 2 * i), __shfl_sync(kFullMask, weight, 2 * i + 1),
+          __shfl_sync(kFullMask, scalars.y, 2 * i), &out[i]);
+    }
+    span.top = __shfl_sync(kFullMask, both, 2 * parts - 2);
+    return span;
+  }
+
+  // The fold of a row's parts, as decode_combine_kernel does it: a warp takes a slice of a head's spans, and up to 32
+  // columns. The slots are free.
   __device__ void fold_row(const Work& row, const Softmax& softmax) const {
     constexpr int kColumns = D / 4, kSlices = kCombineThreads / kColumns;
-    const int in_span = p.part_chunks == 1 ? kSpanChunks : 1;
-    const int parts = (chunks_of(pages_of(row)) + p.part_chunks - 1) / p.part_chunks;
-    const int spans = (parts + in_span - 1) / in_span;
-    const int slices = min(kSlices, spans), width = kColumns * slices;
-    const int at_a_time = min(group, Attend::shared_bytes(D) / (width * static_cast<int>(sizeof(Partial<1>))));
-    Partial<1>* const sums = reinterpret_cast<Partial<1>*>(memory);
+    constexpr int kTurns = (kColumns + kWarpSize - 1) / kWarpSize;
+    static_assert(kStepWarps % kTurns == 0);
+    const bool by_chunk = p.part_chunks == 1;
+    const int chunks = chunks_of(pages_of(row)), spans = (chunks + kSpanChunks - 1) / kSpanChunks;
+    const int in_span = by_chunk ? kSpanChunks : 1, parts = by_chunk ? chunks : spans, slices = min(kSlices, spans);
+    const int head_bytes = slices * kColumns * static_cast<int>(sizeof(Partial<1>));
+    const int at_a_time = group * head_bytes <= Attend::shared_bytes(D) ? group : Attend::shared_bytes(D) / head_bytes;
+    Partial<1>* const folded = reinterpret_cast<Partial<1>*>(memory);  // [at_a_time, slices, kColumns]
 #pragma unroll 1
-    for (int first = 0; first < group; first += at_a_time) {
-      const int heads = min(at_a_time, group - first);
+    for (int first_head = 0; first_head < group; first_head += at_a_time) {
+      const int heads = min(at_a_time, group - first_head);
 #pragma unroll 1
-      for (int i = threadIdx.x; i < heads * width; i += kStepThreads) {
-        const int column = i % kColumns, slice = i / kColumns % slices, h = first + i / width;
-        const int64_t at = int64_t{row.row} * p.most_parts * group + h;
+      for (int unit = warp, h = 0, slice = warp / kTurns;; unit += kStepWarps, slice += kStepWarps / kTurns) {
+        for (; slice >= slices; slice -= slices) ++h;
+        if (h >= heads) break;
+        const int column = unit % kTurns * kWarpSize + lane;
+        const int64_t at = int64_t{row.row} * p.most_parts * group + first_head + h;
         Partial<1> total;
 #pragma unroll 1
         for (int span = slice; span < spans; span += slices) {
-          Partial<1> folded;
-#pragma unroll 8
-          for (int part = span * in_span; part < min((span + 1) * in_span, parts); ++part) {
-            const float2 scalars = __ldcg(p.sums + at + part * group);
-            Partial<1> x;
-            x.top = scalars.x, x.sum = scalars.y;
-            x.out[0] = __ldcg(reinterpret_cast<const float4*>(p.outs + (at + part * group) * D) + column);
-            folded.fold(x, softmax);
-          }
-          total.fold(folded, softmax);
+          const int first = span * in_span;
+          total.fold(
+              fold_span(p.sums + at, p.outs + at * D, first, min(in_span, parts - first), column, softmax), softmax);
         }
-        sums[i] = total;
+        if (column < kColumns) folded[(h * slices + slice) * kColumns + column] = total;
       }
       __syncthreads();
 #pragma unroll 1
       for (int i = threadIdx.x; i < heads * kColumns; i += kStepThreads) {
         const int column = i % kColumns, h = i / kColumns;
-        Partial<1> total = sums[h * width + column];
+        Partial<1> total = folded[h * slices * kColumns + column];
 #pragma unroll 1
-        for (int s = 1; s < slices; ++s) total.fold(sums[h * width + s * kColumns + column], softmax);
-        const int64_t q = int64_t{row.b} * p.size.Hq + row.head * group + first + h;
+        for (int s = 1; s < slices; ++s) total.fold(folded[(h * slices + s) * kColumns + column], softmax);
+        const int64_t q = int64_t{row.b} * p.size.Hq + row.head * group + first_head + h;
         total.write(static_cast<T*>(p.out) + q * D + column * 4, 0);
         if (column == 0) p.lse[q] = total.lse(softmax);
       }
@@ -484,9 +521,7 @@ struct StepBlock {
       if (at.row < 0) return;
       int next = 0;
       if (is_second()) next = atomicAdd(&p.progress->runs, 1);
-      if (is_first())
-        while (!load_acquire(&progress_of(at).listed)) {
-        }
+      if (is_first()) wait_for(&progress_of(at).listed, 1);
       __syncthreads();
       const int first_chunk = at.i * run_chunks, chunks = min(run_chunks, chunks_of(pages_of(at)) - first_chunk);
       const int first = first_chunk * kChunkTokens, own = first + warp * Attend::kTokens + lane % Attend::kTokens;

@@ -5,13 +5,17 @@
 
 namespace quest::cuda {
 
+constexpr float kLog2e = 1.4426950408889634f;
+
 // How scores become weights. A negative scale turns the scores round, so that the largest still has weight 1.
 struct Softmax {
-  float sign, scale;
-  __device__ explicit Softmax(float s) : sign(s < 0.f ? -1.f : 1.f), scale(fabsf(s)) {}
+  float sign, scale, log2_scale;
+  __device__ explicit Softmax(float s) : sign(s < 0.f ? -1.f : 1.f), scale(fabsf(s)), log2_scale(scale * kLog2e) {}
   // -inf is no token, whatever the largest score is and even where the scale is 0.
   __device__ __forceinline__ float weight(float score, float top) const {
-    return score == -INFINITY ? 0.f : expf((score - top) * scale);
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"((score - top) * log2_scale));
+    return score == -INFINITY ? 0.f : power;
   }
 };
 
@@ -26,14 +30,19 @@ struct Partial {
   __device__ __forceinline__ void fold(const Partial& next, const Softmax& softmax) {
     const float both = fmaxf(top, next.top);
     const float a = softmax.weight(top, both), b = softmax.weight(next.top, both);
+    top = both;
+    mix(a, b, next.sum, next.out);
+  }
+
+  // a of what there is, and b of another's sum and values.
+  __device__ __forceinline__ void mix(float a, float b, float other_sum, const float4* other_out) {
     // Rounded as written: kernels that fold must not contract it in different ways.
     const auto mix = [&](float& x, float y) { x = __fmaf_rn(a, x, __fmul_rn(b, y)); };
-    top = both;
-    mix(sum, next.sum);
+    mix(sum, other_sum);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      mix(out[i].x, next.out[i].x), mix(out[i].y, next.out[i].y);
-      mix(out[i].z, next.out[i].z), mix(out[i].w, next.out[i].w);
+      mix(out[i].x, other_out[i].x), mix(out[i].y, other_out[i].y);
+      mix(out[i].z, other_out[i].z), mix(out[i].w, other_out[i].w);
     }
   }
 
@@ -46,10 +55,9 @@ struct Partial {
   template <class T>
   __device__ __forceinline__ void write(T* to, int i) const {
     const float4 x = out[i];
-    to[0] = from_float<T>(empty() ? 0.f : x.x / sum);
-    to[1] = from_float<T>(empty() ? 0.f : x.y / sum);
-    to[2] = from_float<T>(empty() ? 0.f : x.z / sum);
-    to[3] = from_float<T>(empty() ? 0.f : x.w / sum);
+    const float share = empty() ? 0.f : 1.f / sum;
+    to[0] = from_float<T>(x.x * share), to[1] = from_float<T>(x.y * share);
+    to[2] = from_float<T>(x.z * share), to[3] = from_float<T>(x.w * share);
   }
 };
 

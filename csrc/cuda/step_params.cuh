@@ -56,6 +56,14 @@ __device__ __forceinline__ int load_acquire(const int* from) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
   return x;
 }
+// Waits until *at is `least`; what was there before it became so is then there for this thread. Looks without order
+// until then, for a load that acquires empties the multiprocessor's cache, and others are at work on it.
+__device__ __forceinline__ void wait_for(const int* at, int least) {
+  int x;
+  do asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+  while (x < least);
+  load_acquire(at);
+}
 __device__ __forceinline__ void store_release(int* to, int x) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }

@@ -9,15 +9,16 @@ namespace quest::cuda {
 
 namespace {
 
+template <int kThreads>
 void launch_topk(const TopkParams& p, int device, cudaStream_t stream) {
   const unsigned rows = grid_size(int64_t{p.size.B} * p.size.T * p.Hs, "topk_pages");
   const int64_t heads = 2 * sizeof(float) * (p.size.Hq / p.Hs);
   const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) -
-                       static_cast<int64_t>(sizeof(SelectShared<kTopkThreads>) + 1024) - heads;
-  const int64_t kept = std::max<int64_t>(0, std::min<int64_t>(p.paging.P + kLaneKeys - 1, room / sizeof(uint32_t))) /
-                       kLaneKeys * kLaneKeys;
+                       static_cast<int64_t>(sizeof(SelectShared<kThreads>) + 1024) - heads;
+  const int64_t kept = std::min<int64_t>(
+      int64_t{own_fours<kThreads>(p.paging.P)} * kThreads, room / static_cast<int64_t>(sizeof(uint4)) * 8 / 9);
   launch_in_order(
-      topk_pages_kernel, rows, kTopkThreads, kept * sizeof(uint32_t) + heads, stream,
+      topk_pages_kernel<kThreads>, rows, kThreads, four_place(static_cast<int>(kept)) * sizeof(uint4) + heads, stream,
       TopkLaunch{p, static_cast<int32_t>(kept)});
 }
 
@@ -38,7 +39,8 @@ Tensor topk_pages(
   Tensor pages = torch::stable::empty(shape, ScalarType::Int, std::nullopt, scores.device());
   if (pages.numel() == 0) return pages;
   p.pages = static_cast<int32_t*>(pages.mutable_data_ptr());
-  launch_topk(p, scores.get_device_index(), stream);
+  const bool few = own_fours<kFewTopkThreads>(p.paging.P) == 1;
+  (few ? launch_topk<kFewTopkThreads> : launch_topk<kTopkThreads>)(p, scores.get_device_index(), stream);
   return pages;
 }
 

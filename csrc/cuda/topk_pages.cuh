@@ -4,25 +4,27 @@
 
 #include "launch_order.cuh"
 #include "select.cuh"
+#include "softmax.cuh"
 
 namespace quest::cuda {
 
-constexpr int kTopkThreads = 1024;
-static_assert(kTopkThreads == kWarpSize * kWarpSize);
-constexpr float kLog2e = 1.4426950408889634f;
+// Of a block: few where they have four keys each at most.
+constexpr int kTopkThreads = 1024, kFewTopkThreads = 512;
 
-template <class T, class Op>
+template <int kThreads, class T, class Op>
 __device__ __forceinline__ T topk_block_reduce(T x, T* shared, Op op) {
   for (int step = 1; step < kWarpSize; step *= 2) x = op(x, __shfl_xor_sync(kFullMask, x, step));
   __syncthreads();
   if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = x;
   __syncthreads();
-  x = shared[threadIdx.x % kWarpSize];
-  for (int step = 1; step < kWarpSize; step *= 2) x = op(x, __shfl_xor_sync(kFullMask, x, step));
+  constexpr int kWarps = kThreads / kWarpSize;
+  x = shared[threadIdx.x % kWarps];
+  for (int step = 1; step < kWarps; step *= 2) x = op(x, __shfl_xor_sync(kFullMask, x, step));
   return x;
 }
 
 // The scores of one row, reduced over the heads that share its list.
+template <int kThreads>
 struct ReducedScores {
   const float* scores;  // of the first head
   int64_t stride;       // to the next head
@@ -36,10 +38,10 @@ struct ReducedScores {
     if (how != GroupReduce::soft) return;
     for (int h = 0; h < heads; ++h) {
       float m = -INFINITY, sum = 0.f;
-      for (int i = threadIdx.x; i < n; i += kTopkThreads) m = nan_max(m, scores[h * stride + i] * scale);
-      m = topk_block_reduce(m, shared, [](float a, float b) { return nan_max(a, b); });
-      for (int i = threadIdx.x; i < n; i += kTopkThreads) sum += exp2f(scores[h * stride + i] * scale - m);
-      sum = topk_block_reduce(sum, shared, [](float a, float b) { return a + b; });
+      for (int i = threadIdx.x; i < n; i += kThreads) m = nan_max(m, scores[h * stride + i] * scale);
+      m = topk_block_reduce<kThreads>(m, shared, [](float a, float b) { return nan_max(a, b); });
+      for (int i = threadIdx.x; i < n; i += kThreads) sum += exp2f(scores[h * stride + i] * scale - m);
+      sum = topk_block_reduce<kThreads>(sum, shared, [](float a, float b) { return a + b; });
       if (threadIdx.x == 0) top[h] = m, share[h] = 1.f / sum;
     }
     __syncthreads();
@@ -61,31 +63,34 @@ struct ReducedScores {
   }
 };
 
-// kept: keys that fit, a multiple of kLaneKeys, into the block's dynamic shared memory; those past them are reduced
-// anew each time.
+// kept: so many times four keys stay in the block's dynamic shared memory; those past them are reduced anew each time.
 struct TopkLaunch {
   TopkParams params;
   int32_t kept;
 };
 
-__global__ void __launch_bounds__(kTopkThreads) topk_pages_kernel(const TopkLaunch launch) {
-  extern __shared__ __align__(16) uint32_t kept_keys[];  // then the heads' [2, heads], for soft
-  __shared__ SelectShared<kTopkThreads> shared;
-  __shared__ float reduce_buffer[kTopkThreads / kWarpSize];
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) topk_pages_kernel(const TopkLaunch launch) {
+  extern __shared__ __align__(16) uint32_t kept_keys[];  // and the heads' [2, heads], for soft
+  __shared__ SelectShared<kThreads> shared;
+  __shared__ float reduce_buffer[kThreads / kWarpSize];
 
   wait_for_previous_kernel();
   const TopkParams& p = launch.params;
   const int row = blockIdx.x, h = row % p.Hs, t = row / p.Hs % p.size.T, b = row / p.Hs / p.size.T;
   int32_t* const pages = p.pages + int64_t{row} * p.K;
   const int n = p.paging.pages_of(p.paging.visible(b, t, p.size.T));
-  if (n <= p.K) {
-    for (int i = threadIdx.x; i < p.K; i += kTopkThreads) pages[i] = i < n ? i : -1;
+  const int forced = p.sink_pages + p.recent_pages;
+  if (n <= p.K || forced == p.K) {
+    for (int i = threadIdx.x; i < p.K; i += kThreads)
+      pages[i] = n <= p.K ? (i < n ? i : -1) : i < p.sink_pages ? i : n - p.K + i;
     return;
   }
 
-  const int heads = p.size.Hq / p.Hs, kept = launch.kept;
-  float* const head_stats = reinterpret_cast<float*>(kept_keys + kept);
-  ReducedScores reduced{
+  const int heads = p.size.Hq / p.Hs;
+  const int kept = launch.kept;
+  float* const head_stats = reinterpret_cast<float*>(kept_keys + four_place(kept) * kLaneKeys);
+  ReducedScores<kThreads> reduced{
       p.scores + b * p.stride_b + t * p.stride_t + int64_t{h} * heads * p.stride_h,
       p.stride_h,
       heads,
@@ -96,21 +101,24 @@ __global__ void __launch_bounds__(kTopkThreads) topk_pages_kernel(const TopkLaun
       head_stats + heads};
   reduced.prepare(reduce_buffer);
   const auto key = [&](int page) {
-    return page >= p.sink_pages && page < n - p.recent_pages ? sort_key(reduced(page)) : kNoKey;
+    if (page >= n) return kNoKey;
+    return page >= p.sink_pages && page < n - p.recent_pages ? sort_key(reduced(page)) : kForcedKey;
   };
+  const int fours = own_fours<kThreads>(n);
   SeenKeys seen;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < (n + kLaneKeys - 1) / kLaneKeys * kLaneKeys; i += kTopkThreads) {
-    const uint32_t x = i < n ? key(i) : kNoKey;
+  for (int i = 0; i < fours * kLaneKeys; ++i) {
+    const int page = fours == 1 ? kLaneKeys * threadIdx.x + i : i * kThreads + threadIdx.x;
+    const uint32_t x = key(page);
     seen.see(x);
-    if (i < kept) kept_keys[i] = x;
+    if (page / kLaneKeys < kept) kept_keys[four_place(page / kLaneKeys) * kLaneKeys + page % kLaneKeys] = x;
   }
-  select_best<kTopkThreads>(
-      n, p.K, p.sink_pages, p.recent_pages, seen, shared,
-      [&](int i) {
-        if (i < kept) return *reinterpret_cast<const uint4*>(kept_keys + i);
-        const auto there = [&](int j) { return j < n ? key(j) : kNoKey; };
-        return uint4{there(i), there(i + 1), there(i + 2), there(i + 3)};
+  select_best<kThreads>(
+      n, p.K, forced, seen, shared,
+      [&](int j) {
+        const int i = fours * threadIdx.x + j, page = i * kLaneKeys;
+        if (i < kept) return reinterpret_cast<const uint4*>(kept_keys)[four_place(i)];
+        return uint4{key(page), key(page + 1), key(page + 2), key(page + 3)};
       },
       [&](int place, int page) { pages[place] = page; });
   start_next_kernel();
