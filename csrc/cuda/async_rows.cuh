@@ -12,6 +12,13 @@
 
 namespace quest::cuda {
 
+// 16 bytes to shared memory.
+__device__ __forceinline__ void copy_piece(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
+
 enum class ReadBy { row, token };
 
 template <int kRowBytes, ReadBy kReadBy>

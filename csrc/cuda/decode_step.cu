@@ -25,20 +25,19 @@ bool fits_one_launch(const StepParams& p) {
 // The step's scratch memory: what is where follows from the sizes.
 Tensor lay_out(StepParams& p, const Tensor& like) {
   const int64_t rows = int64_t{p.size.B} * p.size.Hkv, chunk_heads = rows * p.most_parts * p.size.group();
-  p.keys_stride = (p.paging.P + 3) / 4 * 4;
+  p.keys_stride = int64_t{own_fours<kStepThreads>(p.paging.P)} * kLaneKeys * kStepThreads;
   int64_t bytes = 0;
   const auto reserve = [&](int64_t count, int64_t size) {
     const int64_t at = bytes;
     bytes += (count * size + 127) / 128 * 128;
     return at;
   };
-  const int64_t progress = reserve(rows + 2, sizeof(RowProgress)), list = reserve(rows * p.K, sizeof(ListedPage));
+  const int64_t progress = reserve(rows + 1, sizeof(RowProgress));
   const int64_t outs = reserve(chunk_heads * p.size.D, sizeof(float)), sums = reserve(chunk_heads, sizeof(float2));
   const int64_t keys = reserve(rows * p.keys_stride, sizeof(uint32_t));
   Tensor scratch = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, like.device());
   std::byte* const at = static_cast<std::byte*>(scratch.mutable_data_ptr());
   p.progress = reinterpret_cast<StepProgress*>(at + progress);
-  p.list = reinterpret_cast<ListedPage*>(at + list);
   p.outs = reinterpret_cast<float*>(at + outs);
   p.sums = reinterpret_cast<float2*>(at + sums);
   p.keys = reinterpret_cast<uint32_t*>(at + keys);
@@ -50,8 +49,8 @@ template <class T, class Bound, int D>
 bool launch_step(StepParams& p, const Tensor& q, cudaStream_t stream) {
   using Block = StepBlock<T, Bound, D>;
   const int device = q.get_device_index();
-  constexpr int kShared = Block::Attend::shared_bytes(D);
-  if (!has_shared(device, kShared + sizeof(typename Block::Shared))) return false;
+  constexpr int kShared = Block::kSharedBytes;
+  if (!has_shared(device, kShared)) return false;
   const int64_t rows = int64_t{p.size.B} * p.size.Hkv;
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount, device);
   const int64_t resident =
@@ -62,12 +61,15 @@ bool launch_step(StepParams& p, const Tensor& q, cudaStream_t stream) {
   p.part_chunks = split.part_chunks, p.most_parts = split.parts;
   while (2 << p.score_shift <= kStepWarps && p.size.Hkv % (2 << p.score_shift) == 0) ++p.score_shift;
   const int64_t tiles = p.paging.P > p.K ? (p.paging.P + kMmaRows - 1) / kMmaRows : 1;
-  const int64_t blocks = std::min(resident, std::max((rows * tiles + kStepWarps - 1) / kStepWarps, rows * chunks));
+  // And some that have nothing else to do, for the bounds of the newest pages.
+  const int64_t others = (rows + kStepWarps - 1) / kStepWarps;
+  const int64_t blocks =
+      std::min(resident, std::max((rows * tiles + kStepWarps - 1) / kStepWarps, rows * chunks) + others);
   const Tensor scratch = lay_out(p, q);
   launch_in_order(
       clear_progress_kernel, 1u, kStepThreads, 0, stream,
       ClearParams{
-          reinterpret_cast<int*>(p.progress), (rows + 2) * static_cast<int64_t>(sizeof(RowProgress) / sizeof(int))});
+          reinterpret_cast<int*>(p.progress), (rows + 1) * static_cast<int64_t>(sizeof(RowProgress) / sizeof(int))});
   launch_in_order(decode_step_kernel<T, Bound, D>, static_cast<unsigned>(blocks), kStepThreads, kShared, stream, p);
   return true;
 }

@@ -1,11 +1,11 @@
 // decode_step: append, estimate, selection and attention of one new token by one launch.
 //
-// A row is a sequence and KV head. The work is cut into stretches of pages to score, lists of rows to make and runs of
-// chunks to attend to; of stretches and runs there are about as many as blocks, by the lengths as they are. Blocks take
-// them as they get to them: first stretches, then lists, then runs. A list waits for its row's stretches, a run for its
-// row's list, and the block that is done last with a row's runs folds what they left. Work is only ever taken by a
-// block that runs and waits only for work of the kind before: however few blocks there are at a time, all comes to an
-// end.
+// A row is a sequence and KV head. The work is cut into stretches of pages to score and runs of chunks to attend to, by
+// the lengths as they are, about as many of each as there are blocks. Blocks take them as they get to them: first
+// stretches, then runs. A run waits for its row's stretches; then its block selects the row's pages, as the blocks of
+// the row's other runs do for themselves, for what one told the others would reach them no earlier. The block that is
+// done last with a row's runs folds what they left. Work is only ever taken by a block that runs, and waits only for
+// work of the kind before: however few blocks there are at a time, all comes to an end.
 //
 // A stretch is of several heads, a warp for each: the bounds of a page's heads lie together, and memory is faster where
 // neighbours are read together.
@@ -17,6 +17,7 @@
 
 #include "attend_chunk.cuh"
 #include "bounds_tile.cuh"
+#include "fold_parts.cuh"
 #include "page_bounds.cuh"
 #include "select.cuh"
 #include "step_params.cuh"
@@ -45,21 +46,24 @@ __device__ __forceinline__ float reduce_group(const float (&scores)[4], int grou
       reduced[half] = nan_max(x, __shfl_xor_sync(kFullMask, x, 2));
     }
   }
-  return reduced[c & 1];
+  return c & 1 ? reduced[1] : reduced[0];
 }
 
 template <class T, class Bound, int D>
 struct StepBlock {
   using Attend = MmaAttend<T, D>;
   using Merge = ChunkMerge<Attend>;
-  static_assert(Attend::kThreads == kStepThreads);
+  using Parts = RowParts<T, D>;
+  static_assert(Attend::kThreads == kStepThreads && kCombineThreads == kStepThreads);
+  static_assert(Parts::shared_bytes(kMmaHeads) <= Attend::shared_bytes(D));
   static constexpr bool kBytes = sizeof(Bound) == 1;
   using BoundsSlot = RowSlot<D * sizeof(Bound), ReadBy::row>;
 
-  static constexpr int kMostChosen = 512;        // pages of a list whose numbers are kept in shared memory
+  // Times four keys that a thread has room for.
+  static constexpr int kNearFours = Attend::shared_bytes(D) / int{sizeof(uint4)} / kStepThreads;
   static constexpr int kAhead = kBytes ? 2 : 1;  // tiles whose bounds are on their way while one is scored
 
-  // A stretch or run that the block has taken; row is -1 past the last.
+  // A stretch or run that the block has taken; past the last, row is -1 and i counts on from zero.
   struct Work {
     int row, b, head, i, count;  // the i-th of `count` of the row, or of the rows from it on
     int length;                  // of the sequence, with the new token
@@ -68,16 +72,20 @@ struct StepBlock {
     int lengths[kMostSequences], starts[kMostSequences];  // with the new token, and before it
     int ends[2][kMostSequences];                          // of the stretches, of the runs: of all sequences up to this
     int2 sums[kStepWarps];
+    int2 taken;      // the first stretch and run
     Work stretch, run;
-    int list, place, last;  // place: among the blocks, as they began
+    int last;
     float scales[kAhead + 1][kStepWarps][kMmaRows];
     union {
       SelectShared<kStepThreads> select;
       WarpResults<kStepWarps> results;
     };
-    int chosen[kMostChosen];
+    ListedPage list[kMostListed];  // of the run
     typename Attend::Shared attend;
   };
+
+  // Dynamic shared memory: the slots, and then `shared`.
+  static constexpr int kSharedAt = Attend::shared_bytes(D), kSharedBytes = kSharedAt + static_cast<int>(sizeof(Shared));
 
   const StepParams& p;
   Shared& shared;
@@ -106,8 +114,14 @@ struct StepBlock {
     return max(1, ((min(pages, p.K) << p.paging.page_shift) + kChunkTokens - 1) / kChunkTokens);
   }
 
-  // The lengths, how the work is cut, and where in its order each sequence begins. By a thread a sequence.
+  // The block's first stretch and run; the lengths, how the work is cut, and where in its order each sequence begins, by
+  // a thread a sequence.
   __device__ void plan() {
+    int2 taken{};
+    if (is_first()) {
+      const uint64_t both = atomicAdd(reinterpret_cast<unsigned long long*>(p.progress), (1ull << 32) + 1);
+      taken = {static_cast<int>(both), static_cast<int>(both >> 32)};
+    }
     const Paging& g = p.paging;
     const int b = threadIdx.x;
     int tiles = 0, chunks = 0;
@@ -119,11 +133,16 @@ struct StepBlock {
     const int2 all = sum(tiles * score_groups(), chunks * p.size.Hkv, kWarpSize);
     const int blocks = gridDim.x;
     stretch_tiles = (all.x + blocks - 1) / blocks;
-    run_chunks = p.part_chunks == 1 ? (all.y + blocks - 1) / blocks : p.part_chunks;
+    const int parts = p.part_chunks * blocks;
+    run_chunks = min((all.y + parts - 1) / parts * p.part_chunks, (kMostListed << p.paging.page_shift) / kChunkTokens);
     const int2 ends =
         sum(score_groups() * ((tiles + stretch_tiles - 1) / stretch_tiles),
             p.size.Hkv * ((chunks + run_chunks - 1) / run_chunks), warp + 1);
     if (b < p.size.B) shared.ends[0][b] = ends.x, shared.ends[1][b] = ends.y;
+    if (is_first()) shared.taken = taken;
+    __syncthreads();
+    if (is_first()) describe_stretch(shared.taken.x);
+    if (is_second()) describe_run(shared.taken.y);
     __syncthreads();
   }
   // The sums over the threads up to this one, or over all of so many warps if that is more. Threads past the sequences
@@ -155,8 +174,8 @@ struct StepBlock {
   static __device__ __noinline__ void describe(
       Work& work, const int* ends, const int* lengths, int sequences, int groups, int heads, int item) {
     Work at{};
-    at.row = -1;
-    if (item < ends[sequences - 1]) {
+    at.row = -1, at.i = item - ends[sequences - 1];
+    if (at.i < 0) {
       int low = 0, high = sequences - 1;
 #pragma unroll 1
       while (low < high) {
@@ -183,8 +202,6 @@ struct StepBlock {
   // Threads that do something by themselves, each in a warp of its own.
   __device__ bool is_first() const { return threadIdx.x == 0; }
   __device__ bool is_second() const { return threadIdx.x == kWarpSize; }
-  __device__ bool is_third() const { return threadIdx.x == 2 * kWarpSize; }
-  __device__ bool is_fourth() const { return threadIdx.x == 3 * kWarpSize; }
 
   // ---------------------------------------------------------------------------------------------------------- scoring
 
@@ -223,6 +240,12 @@ struct StepBlock {
     }
   }
 
+  // Where the key of a page is, of n: threads that select read each four of the keys that they own side by side.
+  static __device__ int key_place(int page, int n) {
+    const int four = page / kLaneKeys, fours = own_fours<kStepThreads>(n), thread = four / fours;
+    return ((four - thread * fours) * kStepThreads + thread) * kLaneKeys + page % kLaneKeys;
+  }
+
   // The keys of the warp's pages from `first` on.
   __device__ void score(const Work& at, int first, int physical, int turn, const SplitQuery<T, Bound, D>& query) const {
     const int r = lane / 4, c = lane % 4;
@@ -245,7 +268,7 @@ struct StepBlock {
     const int n = pages_of(at), mine = first + r + c * 8;
     const bool candidate = mine >= p.sink_pages && mine < n - p.recent_pages;
     if (c < 2 && mine < n)
-      p.keys[(at.b * p.size.Hkv + score_head(at)) * p.keys_stride + mine] =
+      p.keys[(at.b * p.size.Hkv + score_head(at)) * p.keys_stride + key_place(mine, n)] =
           candidate ? sort_key(broken ? NAN : score) : kForcedKey;
     __syncwarp();  // the slots may be copied to anew
   }
@@ -282,59 +305,6 @@ struct StepBlock {
       T* const row = static_cast<T*>(to.data) + token.physical * to.stride_n + head * to.stride_h + slot * to.stride_s;
       *reinterpret_cast<uint4*>(row + i % NewToken::kVecs * 8) = token.at[j];
     }
-  }
-
-  // The row's list, to device memory. The slots are free.
-  __device__ void make_list(const Work& at) {
-    const int n = pages_of(at);
-    int32_t* const pages = p.pages + int64_t{at.row} * p.K;
-    ListedPage* const list = p.list + int64_t{at.row} * p.K;
-    const bool scored = is_scored(n), here = p.K <= kMostChosen;
-    if (scored) {
-      const int fours = own_fours<kStepThreads>(n);
-      const uint4* const keys = reinterpret_cast<const uint4*>(p.keys + at.row * p.keys_stride);
-      uint4* const kept = reinterpret_cast<uint4*>(memory);
-      const bool fits = four_place(fours * kStepThreads) * int{sizeof(uint4)} <= Attend::shared_bytes(D);
-      const auto load = [&](int i) {
-        const int left = n - i * kLaneKeys;
-        uint4 four{kNoKey, kNoKey, kNoKey, kNoKey};
-        if (left > 0) four = __ldcg(keys + i);
-        if (left < 2) four.y = kNoKey;
-        if (left < 3) four.z = kNoKey;
-        if (left < 4) four.w = kNoKey;
-        return four;
-      };
-      SeenKeys seen;
-#pragma unroll 4
-      for (int i = threadIdx.x; i < fours * kStepThreads; i += kStepThreads) {
-        const uint4 four = load(i);
-        seen.see(four.x), seen.see(four.y), seen.see(four.z), seen.see(four.w);
-        if (fits) kept[four_place(i)] = four;
-      }
-      select_best<kStepThreads>(
-          n, p.K, p.sink_pages + p.recent_pages, seen, shared.select,
-          [&](int j) {
-            const int i = fours * threadIdx.x + j;
-            return fits ? kept[four_place(i)] : load(i);
-          },
-          [&](int place, int page) { here ? shared.chosen[place] = page : pages[place] = page; });
-      __syncthreads();
-    }
-#pragma unroll 1
-    for (int i = threadIdx.x; i < p.K; i += kStepThreads) {
-      int page = i < n ? i : -1;
-      if (scored)
-        page = here ? shared.chosen[i] : pages[i];
-      else if (n > p.K && i >= p.sink_pages)
-        page = n - p.K + i;
-      pages[i] = page;
-      if (page < 0) continue;
-      const int physical = p.paging.physical(at.b, page);
-      const int tokens = min(p.paging.page_size(), at.length - (page << p.paging.page_shift));
-      list[i] = {physical < 0 ? kBrokenPage : physical, tokens};
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) store_release(&progress_of(at).listed, 1);
   }
 
   __device__ void score_stretch(const Work& at) const {
@@ -386,42 +356,122 @@ struct StepBlock {
     }
   }
 
-  __device__ void make_lists() {
-    for (int row = shared.list; row < p.size.B * p.size.Hkv; row = shared.list) {
-      Work at{};
-      at.row = row, at.b = row / p.size.Hkv, at.length = shared.lengths[at.b];
-      const int head = row % p.size.Hkv, stretches = (tiles_of(pages_of(at)) + stretch_tiles - 1) / stretch_tiles;
-      if (is_first()) wait_for(&p.progress->rows[row - (head & (score_heads() - 1))].scored, stretches);
-      __syncthreads();
-      make_list(at);
-      if (is_third()) shared.list = atomicAdd(&p.progress->lists, 1);
-      __syncthreads();
-    }
+  static __device__ __noinline__ void renew_bounds(
+      Cache cache, Bounds bounds, int page, int head, int tokens, const T* fresh) {
+    renew_page_bounds_by_warp<T, Bound, D>(cache, bounds, page, head, tokens, fresh);
   }
 
-  // The bounds of the pages that the new tokens are in, a warp a row. Nobody reads them in this step, and while lists
-  // are made there is time: by those blocks that came last, who make none.
-  __device__ void renew_rows(int block) const {
-#pragma unroll 1
-    for (int row = block * kStepWarps + warp; row < p.size.B * p.size.Hkv; row += gridDim.x * kStepWarps) {
-      const int b = row / p.size.Hkv, head = row - b * p.size.Hkv, start = shared.starts[b];
-      const int page = p.paging.physical(b, start >> p.paging.page_shift);
-      if (start >= shared.lengths[b] || page < 0) continue;
-      const T* const fresh =
-          static_cast<const T*>(p.append.k.data) + b * p.append.k.stride_b + head * p.append.k.stride_h;
-      renew_page_bounds_by_warp<T, Bound, D>(
-          p.append.k_cache, p.append.k_bounds, page, head, (start & (p.paging.page_size() - 1)) + 1, fresh);
-    }
+  // The bounds of the pages that the new tokens are in, a warp a row. Nobody reads them in this step: they are taken
+  // after all runs.
+  __device__ void renew_rows(int part) const {
+    const int row = part * kStepWarps + warp, b = row / p.size.Hkv, head = row - b * p.size.Hkv;
+    if (b >= p.size.B) return;
+    const int start = shared.starts[b], page = p.paging.physical(b, start >> p.paging.page_shift);
+    if (start >= shared.lengths[b] || page < 0) return;
+    const T* const fresh =
+        static_cast<const T*>(p.append.k.data) + b * p.append.k.stride_b + head * p.append.k.stride_h;
+    renew_bounds(p.append.k_cache, p.append.k_bounds, page, head, (start & (p.paging.page_size() - 1)) + 1, fresh);
   }
 
   // -------------------------------------------------------------------------------------------------------- attention
 
-  // This lane's token of a row's list, by its place there.
-  __device__ int find_token(const Work& at, int token) const {
+  // What is needed of a row to list the entries [first, end) of its K.
+  struct RunList {
+    const uint32_t* keys;
+    int32_t* pages;
+    const int32_t* table;
+    int n, K, forced, first, end;
+    int P, N, page_shift, length;
+
+    __device__ void put(Shared& shared, int place, int page) const {
+      const int number = page < P ? table[page] : -1;
+      const int tokens = min(1 << page_shift, length - (page << page_shift));
+      shared.list[place - first] = {number < 0 || number >= N ? kBrokenPage : number, tokens};
+      pages[place] = page;
+    }
+  };
+  // Four keys that there is no room for in shared memory, of which `left` are not past the last.
+  static __device__ __noinline__ uint4 load_four(const uint4* keys, int left) {
+    uint4 four = __ldcg(keys);
+    if (left < 1) four.x = kNoKey;
+    if (left < 2) four.y = kNoKey;
+    if (left < 3) four.z = kNoKey;
+    if (left < 4) four.w = kNoKey;
+    return four;
+  }
+
+  // The slots are free. A function of its own, so that the registers that it wants are not taken from other parts.
+  static __device__ __noinline__ void select_pages(RunList run) {
+    extern __shared__ __align__(16) std::byte memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory + kSharedAt);
+    const int fours = own_fours<kStepThreads>(run.n), near = min(fours, kNearFours);
+    const uint4* const keys = reinterpret_cast<const uint4*>(run.keys) + threadIdx.x;
+    uint4* const own = reinterpret_cast<uint4*>(memory) + threadIdx.x;  // as far as there is room
+#pragma unroll 1
+    for (int j = 0; j < near; ++j) copy_piece(own + j * kStepThreads, keys + j * kStepThreads);
+    end_copies();
+    wait_copies<0>();
+    // Keys past the last are whatever was there.
+    const int left = run.n - fours * kLaneKeys * static_cast<int>(threadIdx.x);
+#pragma unroll 1
+    for (int i = max(0, left); i < near * kLaneKeys; ++i)
+      reinterpret_cast<uint32_t*>(own + i / kLaneKeys * kStepThreads)[i % kLaneKeys] = kNoKey;
+    const auto four = [&](int j) {
+      return j < kNearFours ? own[j * kStepThreads] : load_four(keys + j * kStepThreads, left - j * kLaneKeys);
+    };
+    SeenKeys seen;
+#pragma unroll 2
+    for (int j = 0; j < fours; ++j) seen.see(four(j));
+    select_best<kStepThreads>(
+        run.n, run.K, run.forced, seen, shared.select, four,
+        [&](int place, int page) {
+          if (place >= run.first && place < run.end) run.put(shared, place, page);
+        });
+  }
+
+  // A run's entries of its row's list, to shared memory and to device memory.
+  __device__ void list_pages(const Work& at, int first, int end) {
+    const int n = pages_of(at);
+    const bool scored = is_scored(n), last = at.i == at.count - 1;
+    const RunList run{
+        p.keys + at.row * p.keys_stride,
+        p.pages + int64_t{at.row} * p.K,
+        p.paging.page_table + at.b * p.paging.page_table_stride,
+        n,
+        p.K,
+        p.sink_pages + p.recent_pages,
+        first,
+        end,
+        p.paging.P,
+        p.paging.N,
+        p.paging.page_shift,
+        at.length};
+    // Where nothing was scored there is only the new token to wait for, in the last page.
+    if (scored || last) {
+      const int stretches = (tiles_of(n) + stretch_tiles - 1) / stretch_tiles;
+      if (is_first()) wait_for(&p.progress->rows[at.row - (at.head & (score_heads() - 1))].scored, stretches);
+      __syncthreads();
+    }
+    if (scored) {
+      select_pages(run);
+    } else {
+#pragma unroll 1
+      for (int i = first + threadIdx.x; i < (last ? p.K : end); i += kStepThreads) {
+        if (i < n)
+          run.put(shared, i, n > p.K && i >= p.sink_pages ? n - p.K + i : i);
+        else
+          run.pages[i] = -1;
+      }
+    }
+    __syncthreads();
+  }
+
+  // This lane's token of the run's list.
+  __device__ int find_token(int token, int entries) const {
     const int entry = token >> p.paging.page_shift;
-    if (entry >= min(pages_of(at), p.K)) return kNoToken;
-    const int2 page = __ldcg(reinterpret_cast<const int2*>(p.list) + int64_t{at.row} * p.K + entry);
-    return (token & (p.paging.page_size() - 1)) < page.y ? page.x : kNoToken;
+    if (entry >= entries) return kNoToken;
+    const ListedPage page = shared.list[entry];
+    return (token & (p.paging.page_size() - 1)) < page.tokens ? page.physical : kNoToken;
   }
 
   __device__ void store_part(int row, int part, const typename Merge::Chunk& result) const {
@@ -435,131 +485,61 @@ struct StepBlock {
     if (Merge::first_column() == 0) __stcg(p.sums + at, float2{result.top, result.sum});
   }
 
-  // A span's parts of one head, from part `first` on, folded for one column by each lane. The lanes share the weights
-  // out: what fold() would do part by part, each lane does once, for all columns.
-  __device__ Partial<1> fold_span(
-      const float2* sums, const float* outs, int first, int parts, int column, const Softmax& softmax) const {
-    const int part = lane / 2;
-    float2 scalars{-INFINITY, 0.f};
-    if (part < parts) scalars = __ldcg(sums + (first + part) * group);
-    float4 out[kSpanChunks];
-#pragma unroll
-    for (int i = 0; i < kSpanChunks; ++i)
-      if (i < parts && column * 4 < D)
-        out[i] = __ldcg(reinterpret_cast<const float4*>(outs + (first + i) * group * D) + column);
-    float both = scalars.x;  // the largest up to this part
-#pragma unroll
-    for (int step = 2; step < 2 * kSpanChunks; step *= 2) {
-      const float other = __shfl_up_sync(kFullMask, both, step);
-      if (lane >= step) both = fmaxf(both, other);
-    }
-    const float before = __shfl_up_sync(kFullMask, both, 2);
-    // Even lanes weigh what is folded so far, odd ones the part.
-    const float weight = softmax.weight(lane % 2 ? scalars.x : lane ? before : -INFINITY, both);
-    Partial<1> span;
-#pragma unroll
-    for (int i = 0; i < kSpanChunks; ++i) {
-      if (i >= parts) break;
-      span.mix(
-          __shfl_sync(kFullMask, weight, 2 * i), __shfl_sync(kFullMask, weight, 2 * i + 1),
-          __shfl_sync(kFullMask, scalars.y, 2 * i), &out[i]);
-    }
-    span.top = __shfl_sync(kFullMask, both, 2 * parts - 2);
-    return span;
-  }
-
-  // The fold of a row's parts, as decode_combine_kernel does it: a warp takes a slice of a head's spans, and up to 32
-  // columns. The slots are free.
-  __device__ void fold_row(const Work& row, const Softmax& softmax) const {
-    constexpr int kColumns = D / 4, kSlices = kCombineThreads / kColumns;
-    constexpr int kTurns = (kColumns + kWarpSize - 1) / kWarpSize;
-    static_assert(kStepWarps % kTurns == 0);
-    const bool by_chunk = p.part_chunks == 1;
-    const int chunks = chunks_of(pages_of(row)), spans = (chunks + kSpanChunks - 1) / kSpanChunks;
-    const int in_span = by_chunk ? kSpanChunks : 1, parts = by_chunk ? chunks : spans, slices = min(kSlices, spans);
-    const int head_bytes = slices * kColumns * static_cast<int>(sizeof(Partial<1>));
-    const int at_a_time = group * head_bytes <= Attend::shared_bytes(D) ? group : Attend::shared_bytes(D) / head_bytes;
-    Partial<1>* const folded = reinterpret_cast<Partial<1>*>(memory);  // [at_a_time, slices, kColumns]
-#pragma unroll 1
-    for (int first_head = 0; first_head < group; first_head += at_a_time) {
-      const int heads = min(at_a_time, group - first_head);
-#pragma unroll 1
-      for (int unit = warp, h = 0, slice = warp / kTurns;; unit += kStepWarps, slice += kStepWarps / kTurns) {
-        for (; slice >= slices; slice -= slices) ++h;
-        if (h >= heads) break;
-        const int column = unit % kTurns * kWarpSize + lane;
-        const int64_t at = int64_t{row.row} * p.most_parts * group + first_head + h;
-        Partial<1> total;
-#pragma unroll 1
-        for (int span = slice; span < spans; span += slices) {
-          const int first = span * in_span;
-          total.fold(
-              fold_span(p.sums + at, p.outs + at * D, first, min(in_span, parts - first), column, softmax), softmax);
-        }
-        if (column < kColumns) folded[(h * slices + slice) * kColumns + column] = total;
-      }
-      __syncthreads();
-#pragma unroll 1
-      for (int i = threadIdx.x; i < heads * kColumns; i += kStepThreads) {
-        const int column = i % kColumns, h = i / kColumns;
-        Partial<1> total = folded[h * slices * kColumns + column];
-#pragma unroll 1
-        for (int s = 1; s < slices; ++s) total.fold(folded[(h * slices + s) * kColumns + column], softmax);
-        const int64_t q = int64_t{row.b} * p.size.Hq + row.head * group + first_head + h;
-        total.write(static_cast<T*>(p.out) + q * D + column * 4, 0);
-        if (column == 0) p.lse[q] = total.lse(softmax);
-      }
-      __syncthreads();
-    }
-  }
-
   __device__ void attend_rows() {
     const Softmax softmax(p.scale);
     Attend tokens(D, shared.attend, memory);
     for (;;) {
       const Work at = shared.run;
-      if (at.row < 0) return;
+      if (at.row < 0 && at.i * kStepWarps >= p.size.B * p.size.Hkv) return;
       int next = 0;
       if (is_second()) next = atomicAdd(&p.progress->runs, 1);
-      if (is_first()) wait_for(&progress_of(at).listed, 1);
-      __syncthreads();
-      const int first_chunk = at.i * run_chunks, chunks = min(run_chunks, chunks_of(pages_of(at)) - first_chunk);
-      const int first = first_chunk * kChunkTokens, own = first + warp * Attend::kTokens + lane % Attend::kTokens;
-      typename Merge::Chunk partial;
-      attend_chunks(
-          tokens, softmax, p.append.k_cache, p.append.v_cache, query_of(at), D, first, first + chunks * kChunkTokens,
-          p.paging.page_size(), shared.results, shared.attend, [&](int offset) { return find_token(at, own + offset); },
-          [&](int chunk, const typename Merge::Chunk& merged) {
-            if (p.part_chunks == 1)
-              store_part(at.row, first_chunk + chunk, merged);
-            else
-              partial.fold(merged, softmax);
-          });
-      if (p.part_chunks > 1) {
-        store_part(at.row, at.i, partial);
+      if (at.row < 0) {
+        renew_rows(at.i);
         __syncthreads();
+        if (is_second()) describe_run(next);
+        __syncthreads();
+        continue;
       }
+      const int entries = min(pages_of(at), p.K), first_chunk = at.i * run_chunks;
+      const int chunks = min(run_chunks, chunks_of(pages_of(at)) - first_chunk), first_token = first_chunk * kChunkTokens;
+      const int first = first_token >> p.paging.page_shift;
+      const int end = min(entries, (first_token + chunks * kChunkTokens) >> p.paging.page_shift);
+      list_pages(at, first, end);
+      const int own = warp * Attend::kTokens + lane % Attend::kTokens;
+      typename Merge::Chunk part;
+      attend_chunks(
+          tokens, softmax, p.append.k_cache, p.append.v_cache, query_of(at), D, first_token,
+          first_token + chunks * kChunkTokens, p.paging.page_size(), shared.results, shared.attend,
+          [&](int offset) { return find_token(own + offset, end - first); },
+          [&](int chunk, const typename Merge::Chunk& merged) {
+            part.fold(merged, softmax);
+            if ((chunk + 1) % p.part_chunks != 0 && chunk != chunks - 1) return;
+            store_part(at.row, (first_chunk + chunk) / p.part_chunks, part);
+            part = {};
+          });
       if (is_first()) shared.last = add_acquire_release(&progress_of(at).attended, 1) == at.count - 1;
       if (is_second()) describe_run(next);
       __syncthreads();
-      if (shared.last) fold_row(at, softmax);
+      if (shared.last) {
+        const int spans = (chunks_of(pages_of(at)) + kSpanChunks - 1) / kSpanChunks;
+        const int64_t first_part = int64_t{at.row} * p.most_parts * group, q = int64_t{at.b} * p.size.Hq + at.head * group;
+        Parts::fold(
+            {.sums = p.sums + first_part,
+             .outs = p.outs + first_part * D,
+             .parts = p.part_chunks == 1 ? chunks_of(pages_of(at)) : spans,
+             .in_span = kSpanChunks / p.part_chunks,
+             .heads = group,
+             .scale = p.scale,
+             .out = static_cast<T*>(p.out) + q * D,
+             .lse = p.lse + q});
+      }
     }
   }
 
   __device__ void run() {
     wait_for_previous_kernel();
-    int item = 0;
-    if (is_first()) item = atomicAdd(&p.progress->stretches, 1);
-    if (is_second()) item = atomicAdd(&p.progress->runs, 1);
-    if (is_third()) shared.list = atomicAdd(&p.progress->lists, 1);
-    if (is_fourth()) shared.place = atomicAdd(&p.progress->blocks, 1);
     plan();
-    if (is_first()) describe_stretch(item);
-    if (is_second()) describe_run(item);
-    __syncthreads();
     score_rows();
-    make_lists();
-    renew_rows(gridDim.x - 1 - shared.place);
     start_next_kernel();
     attend_rows();
   }
@@ -568,8 +548,9 @@ struct StepBlock {
 template <class T, class Bound, int D>
 __global__ void __launch_bounds__(kStepThreads, D <= 128 ? 2 : 1) decode_step_kernel(const StepParams p) {
   extern __shared__ __align__(16) std::byte memory[];
-  __shared__ typename StepBlock<T, Bound, D>::Shared shared;
-  StepBlock<T, Bound, D> block{.p = p, .shared = shared, .memory = memory};
+  using Block = StepBlock<T, Bound, D>;
+  Block block{
+      .p = p, .shared = *reinterpret_cast<typename Block::Shared*>(memory + Block::kSharedAt), .memory = memory};
   block.run();
 }
 

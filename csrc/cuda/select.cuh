@@ -5,9 +5,11 @@
 // range is small already: where no more keys are wanted than there are threads, each thread's best is a candidate, so
 // the threshold is not below the worst of those. No candidate list is kept that could overflow where keys cluster.
 //
-// A thread owns a contiguous run of keys, so that the places of what gets in follow from one prefix sum. This is one
-// block's work for which others wait, and what it costs is the length of its longest chain of instructions: so warps
-// find the same thing by themselves where telling them would need a barrier, and nothing branches on a single key.
+// A thread owns a contiguous run of keys, so that the places of what gets in follow from prefix sums.
+//
+// This is one block's work for which others wait, and what it costs is the length of its longest chain of instructions:
+// so warps find the same thing by themselves where telling them would need a barrier, and a pass over all keys only
+// compares.
 #pragma once
 
 #include "elements.cuh"
@@ -19,9 +21,8 @@ constexpr uint32_t kNoKey = 0, kForcedKey = 0xffffffffu;
 
 // Unsigned keys in the order of the floats: -0 equals +0, NaN is above everything.
 __device__ __forceinline__ uint32_t sort_key(float x) {
-  if (x != x) return kForcedKey - 1;
   const uint32_t bits = __float_as_uint(x + 0.f);
-  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+  return x != x ? kForcedKey - 1 : bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
 constexpr int kSelectBins = 256;
@@ -33,31 +34,19 @@ struct SelectShared {
   static constexpr int kWarps = kThreads / kWarpSize;
   alignas(16) int bins[kSelectBins];
   uint32_t low[kWarps], worst_best[kWarps], high[kWarps];
-  int sums[kWarps];
-  uint2 few[kFewKeys];  // key and place
-  int num_few, last_tie;
-};
-
-// What a thread has seen of the candidates, whichever they are, when the threads have seen them all once.
-struct SeenKeys {
-  uint32_t best = kNoKey, least_less_one = 0xffffffffu;
-  __device__ __forceinline__ void see(uint32_t key) {
-    if (key != kForcedKey) best = max(best, key);
-    least_less_one = min(least_less_one, key - 1);  // kNoKey - 1 is the largest number
-  }
+  int above[kWarps], within[kWarps];
+  uint32_t few[kFewKeys];  // in order
 };
 
 constexpr int kLaneKeys = 4;
+// So many fours of a thread's keys have a bit each in one word.
+constexpr int kWordFours = 32 / kLaneKeys;
 
 // So many times four keys a thread owns.
 template <int kThreads>
 __host__ __device__ __forceinline__ int own_fours(int n) {
   return (n + kLaneKeys * kThreads - 1) / (kLaneKeys * kThreads);
 }
-
-// Where four keys are kept in shared memory, in units of four: with a gap after each eight, so that threads which read
-// their runs side by side meet in few banks.
-__host__ __device__ __forceinline__ int four_place(int i) { return i + i / 8; }
 
 __device__ __forceinline__ int sum_up_to_lane(int x) {
 #pragma unroll
@@ -68,27 +57,57 @@ __device__ __forceinline__ int sum_up_to_lane(int x) {
   return x;
 }
 
-// keys(i): the i-th four of this thread's keys, whose first is number 4 (own_fours * thread + i); kNoKey past n.
+// What a thread has seen of the candidates when it has seen its keys.
+struct SeenKeys {
+  uint32_t best = kNoKey, least_less_one = 0xffffffffu;
+  __device__ __forceinline__ void see(uint32_t key) {
+    if (key != kForcedKey) best = max(best, key);
+    least_less_one = min(least_less_one, key - 1);  // kNoKey - 1 is the largest number
+  }
+  __device__ __forceinline__ void see(uint4 keys) { see(keys.x), see(keys.y), see(keys.z), see(keys.w); }
+};
+
+// keys(j): the j-th four of this thread's keys, whose first is number 4 (own_fours * thread + j); kNoKey past n.
 template <int kThreads, class Keys, class Take>
 struct Selection {
   static constexpr int kWarps = kThreads / kWarpSize;
   static_assert(kWarps <= kWarpSize);
-  int n;
+  const int n;
   SelectShared<kThreads>& shared;
   Keys keys;
   Take take;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int fours = own_fours<kThreads>(n), first = fours * kLaneKeys * static_cast<int>(threadIdx.x);
+  uint32_t low = kNoKey, high = kNoKey;  // the range that holds the threshold
 
-  // visit(i, keys): keys i to i + 3.
+  __device__ __forceinline__ int words() const { return (fours + kWordFours - 1) / kWordFours; }
+  // visit(j, keys): the j-th four of word w.
   template <class Visit>
-  __device__ __forceinline__ void each(Visit&& visit) {
+  __device__ __forceinline__ void each_four(int w, Visit&& visit) const {
+    const int end = min(kWordFours, fours - w * kWordFours);
 #pragma unroll 2
-    for (int j = 0; j < fours; ++j) {
-      const uint4 four = keys(j);
+    for (int j = 0; j < end; ++j) {
+      const uint4 four = keys(w * kWordFours + j);
       const uint32_t x[kLaneKeys] = {four.x, four.y, four.z, four.w};
-      visit(first + j * kLaneKeys, x);
+      visit(j, x);
     }
+  }
+  // Which of the keys of a word are above the range, and which within.
+  struct Which {
+    unsigned above = 0, within = 0;
+  };
+  __device__ __forceinline__ Which which(int w) const {
+    Which bits;
+    each_four(w, [&](int j, const uint32_t (&x)[kLaneKeys]) {
+      unsigned above = 0, within = 0;
+#pragma unroll
+      for (int e = 0; e < kLaneKeys; ++e) {
+        if (x[e] > high) above |= 1u << e;
+        if (x[e] - low <= high - low) within |= 1u << e;
+      }
+      bits.above |= above << kLaneKeys * j, bits.within |= within << kLaneKeys * j;
+    });
+    return bits;
   }
 
   __device__ __forceinline__ void clear_bins() {
@@ -121,55 +140,39 @@ struct Selection {
         __shfl_sync(kFullMask, bin.count, owner)};
   }
 
-  // Those of the keys that are in [low, low + range], to shared.few.
-  __device__ __forceinline__ void keep_few(int i, const uint32_t (&x)[kLaneKeys], uint32_t low, uint32_t range) {
-    const unsigned count = static_cast<unsigned>(__cvta_generic_to_shared(&shared.num_few));
-    const unsigned few = static_cast<unsigned>(__cvta_generic_to_shared(shared.few));
-    unsigned at[kLaneKeys];
-#pragma unroll
-    for (int j = 0; j < kLaneKeys; ++j)
-      asm volatile("{.reg .pred p; setp.le.u32 p, %1, %2; @p atom.shared.add.u32 %0, [%3], 1;}"
-                   : "=r"(at[j])
-                   : "r"(x[j] - low), "r"(range), "r"(count)
-                   : "memory");
-#pragma unroll
-    for (int j = 0; j < kLaneKeys; ++j)
-      asm volatile("{.reg .pred p; setp.le.u32 p, %0, %1; @p st.shared.v2.u32 [%2], {%3, %4};}" ::"r"(x[j] - low),
-                   "r"(range), "r"(few + at[j] * static_cast<unsigned>(sizeof(uint2))), "r"(x[j]), "r"(i + j)
-                   : "memory");
-  }
-
-  // The sum of x over the threads before this one, after what the other warps have left in shared.sums.
-  __device__ __forceinline__ int sum_before(int until, int x) {
-    return __reduce_add_sync(kFullMask, lane < warp ? shared.sums[lane] : 0) + until - x;
-  }
-
-  // Calls take(place, i) for all that get in, forced keys among them, `count` < n; places in the order of i.
-  __device__ __forceinline__ void best(int count, int forced, const SeenKeys& seen) {
-    clear_bins();
-    if (threadIdx.x == 0) shared.num_few = 0;
+  // The first range, which holds the worst of the `count` best candidates.
+  __device__ __forceinline__ void find_range(int count, const SeenKeys& seen) {
     const bool some = seen.best != kNoKey;
     const uint32_t warp_low = __reduce_min_sync(kFullMask, seen.least_less_one + some);
     const uint32_t warp_worst = __reduce_min_sync(kFullMask, some ? seen.best : kForcedKey);
     const uint32_t warp_high = __reduce_max_sync(kFullMask, seen.best);
     if (lane == 0) shared.low[warp] = warp_low, shared.worst_best[warp] = warp_worst, shared.high[warp] = warp_high;
     // Threads that have candidates have one each that is no worse than the worst of their best.
-    const bool enough = __syncthreads_count(some) >= count - forced;
-    uint32_t low = __reduce_min_sync(kFullMask, (enough ? shared.worst_best : shared.low)[lane % kWarps]);
-    uint32_t high = __reduce_max_sync(kFullMask, shared.high[lane % kWarps]);
+    const bool enough = __syncthreads_count(some) >= count;
+    low = __reduce_min_sync(kFullMask, (enough ? shared.worst_best : shared.low)[lane % kWarps]);
+    high = __reduce_max_sync(kFullMask, shared.high[lane % kWarps]);
+  }
+
+  // Calls take(place, i) for all that get in, forced keys among them, `count` < n; places in the order of i.
+  __device__ __forceinline__ void best(int count, int forced, const SeenKeys& seen) {
+    clear_bins();
+    find_range(count - forced, seen);
     int above = forced, shift;  // keys above high
     Bin bin;
+#pragma unroll 1
     while (true) {
       const uint32_t range = high - low;
       shift = max(0, 32 - __clz(range) - 8);
-      each([&](int, const uint32_t (&x)[kLaneKeys]) {
-        const unsigned bins = static_cast<unsigned>(__cvta_generic_to_shared(shared.bins));
+#pragma unroll 1
+      for (int w = 0; w < words(); ++w)
+        each_four(w, [&](int, const uint32_t (&x)[kLaneKeys]) {
+          const unsigned bins = static_cast<unsigned>(__cvta_generic_to_shared(shared.bins));
 #pragma unroll
-        for (int j = 0; j < kLaneKeys; ++j)
-          asm volatile("{.reg .pred p; setp.le.u32 p, %0, %1; @p red.shared.add.u32 [%2], 1;}" ::"r"(x[j] - low),
-                       "r"(range), "r"(bins + ((x[j] - low) >> shift) * 4)
-                       : "memory");
-      });
+          for (int e = 0; e < kLaneKeys; ++e)
+            asm volatile("{.reg .pred p; setp.le.u32 p, %0, %1; @p red.shared.add.u32 [%2], 1;}" ::"r"(x[e] - low),
+                         "r"(range), "r"(bins + ((x[e] - low) >> shift) * 4)
+                         : "memory");
+        });
       __syncthreads();
       bin = find_bin(count - above);
       above += bin.above;
@@ -181,68 +184,68 @@ struct Selection {
       __syncthreads();
     }
 
-    // Of the bin.count keys from low to high so many get in, and all above.
+    // Of the bin.count keys within the range so many get in, and all above.
     const int left = count - above;
-    const bool are_few = bin.count <= kFewKeys;
-    int mine = 0;
-    each([&](int i, const uint32_t (&x)[kLaneKeys]) {
-#pragma unroll
-      for (int j = 0; j < kLaneKeys; ++j) mine += x[j] > high;
-      if (are_few) keep_few(i, x, low, high - low);
-    });
-    int until = sum_up_to_lane(mine);
-    if (lane == kWarpSize - 1) shared.sums[warp] = until;
-    __syncthreads();
-    int place = sum_before(until, mine), last_tie;
-    uint32_t threshold = high;
-    if (are_few) {
-      const uint2 own = lane < bin.count ? shared.few[lane] : uint2{kNoKey, 0xffffffffu};
-      int rank = 0;
-#pragma unroll 4
-      for (int i = 0; i < bin.count; ++i) {
-        const uint2 other = shared.few[i];
-        rank += other.x > own.x || (other.x == own.x && other.y < own.y);
-      }
-      const unsigned in = __ballot_sync(kFullMask, lane < bin.count && rank < left);
-      const int last = __ffs(__ballot_sync(kFullMask, lane < bin.count && rank == left - 1)) - 1;
-      threshold = __shfl_sync(kFullMask, own.x, last), last_tie = __shfl_sync(kFullMask, static_cast<int>(own.y), last);
-#pragma unroll 4
-      for (int i = 0; i < bin.count; ++i) place += (in >> i & 1) && static_cast<int>(shared.few[i].y) < first;
-    } else {
-      int ties = 0;
-      each([&](int, const uint32_t (&x)[kLaneKeys]) {
-#pragma unroll
-        for (int j = 0; j < kLaneKeys; ++j) ties += x[j] == threshold;
-      });
-      __syncthreads();
-      until = sum_up_to_lane(ties);
-      if (lane == kWarpSize - 1) shared.sums[warp] = until;
-      __syncthreads();
-      int tie = sum_before(until, ties);
-      place += min(tie, left);
-      each([&](int i, const uint32_t (&x)[kLaneKeys]) {
-#pragma unroll
-        for (int j = 0; j < kLaneKeys; ++j)
-          if (x[j] == threshold && ++tie == left) shared.last_tie = i + j;
-      });
-      __syncthreads();
-      last_tie = shared.last_tie;
+    Which bits;
+    int own_above = 0, own_within = 0;
+#pragma unroll 1
+    for (int w = 0; w < words(); ++w) {
+      bits = which(w);
+      own_above += __popc(bits.above), own_within += __popc(bits.within);
     }
-    each([&](int i, const uint32_t (&x)[kLaneKeys]) {
-#pragma unroll
-      for (int j = 0; j < kLaneKeys; ++j)
-        if (x[j] > threshold || (x[j] == threshold && i + j <= last_tie)) take(place++, i + j);
-    });
+    const int until_above = sum_up_to_lane(own_above), until_within = sum_up_to_lane(own_within);
+    if (lane == kWarpSize - 1) shared.above[warp] = until_above, shared.within[warp] = until_within;
+    __syncthreads();
+    int place = __reduce_add_sync(kFullMask, lane < warp ? shared.above[lane] : 0) + until_above - own_above;
+    int candidate = __reduce_add_sync(kFullMask, lane < warp ? shared.within[lane] : 0) + until_within - own_within;
+
+    // Which of them get in: those that are few are ranked, by each warp; the rest are all the same, and the first do.
+    const bool are_few = bin.count <= kFewKeys;
+    unsigned winners = 0;
+    if (are_few) {
+      int at = candidate;
+#pragma unroll 1
+      for (int w = 0; own_within && w < words(); ++w)
+#pragma unroll 1
+        for (unsigned in = words() == 1 ? bits.within : which(w).within; in; in &= in - 1)
+          shared.few[at++] = key_of(w, __ffs(in) - 1);
+      __syncthreads();
+      const uint32_t own = lane < bin.count ? shared.few[lane] : kNoKey;
+      int better = __popc(__match_any_sync(kFullMask, own) & ((1u << lane) - 1));
+#pragma unroll 4
+      for (int i = 0; i < bin.count; ++i) better += __shfl_sync(kFullMask, own, i) > own;
+      winners = __ballot_sync(kFullMask, lane < bin.count && better < left);
+      place += __popc(winners & ((1ull << candidate) - 1));
+    } else {
+      place += min(candidate, left);
+    }
+#pragma unroll 1
+    for (int w = 0; w < words(); ++w) {
+      if (words() > 1) bits = which(w);
+#pragma unroll 1
+      for (unsigned in = bits.above | bits.within; in; in &= in - 1) {
+        const int bit = __ffs(in) - 1;
+        bool gets_in = bits.above >> bit & 1;
+        if (!gets_in) {
+          gets_in = are_few ? winners >> candidate & 1 : candidate < left;
+          ++candidate;
+        }
+        if (gets_in) take(place++, first + w * kWordFours * kLaneKeys + bit);
+      }
+    }
+  }
+  __device__ __forceinline__ uint32_t key_of(int w, int bit) const {
+    const uint4 x = keys(w * kWordFours + bit / kLaneKeys);
+    return bit & 2 ? (bit & 1 ? x.w : x.z) : bit & 1 ? x.y : x.x;
   }
 };
 
 // Of n keys the forced ones and the best of the rest, `count` in all, more than the forced and less than n:
-// take(place, i), places in the order of i. By all threads of the block, each with what it has seen and, when it comes
-// here, no keys of other threads to read or write.
+// take(place, i), places in the order of i. By all threads of the block, each with what it has seen.
 template <int kThreads, class Keys, class Take>
 __device__ __forceinline__ void select_best(
     int n, int count, int forced, const SeenKeys& seen, SelectShared<kThreads>& shared, Keys keys, Take take) {
-  Selection<kThreads, Keys, Take>{n, shared, keys, take}.best(count, forced, seen);
+  Selection<kThreads, Keys, Take>{.n = n, .shared = shared, .keys = keys, .take = take}.best(count, forced, seen);
 }
 
 }  // namespace quest::cuda

@@ -9,6 +9,7 @@ namespace quest::cuda {
 constexpr int kStepThreads = 256;
 constexpr int kStepWarps = kStepThreads / kWarpSize;
 constexpr int kMostSequences = kStepThreads;
+constexpr int kMostListed = 512;  // pages of a run
 
 struct ListedPage {
   int physical;  // or kBrokenPage
@@ -18,14 +19,12 @@ struct ListedPage {
 // How far a row is.
 struct RowProgress {
   int scored;    // stretches, for the first row of those that are scored together
-  int listed;    // whether its list is there
   int attended;  // runs
 };
 
 // All of it zero when the kernel starts.
-struct StepProgress {
-  int stretches, lists, runs;  // taken so far
-  int blocks;                  // that have begun
+struct alignas(8) StepProgress {
+  int stretches, runs;  // taken so far
   RowProgress rows[1];
 };
 
@@ -46,7 +45,6 @@ struct StepParams {
   StepProgress* progress;
   uint32_t* keys;  // [rows, keys_stride]
   int64_t keys_stride;
-  ListedPage* list;  // [rows, K]
   float* outs;       // [rows, most_parts, G, D]
   float2* sums;      // [rows, most_parts, G]: largest score, sum of weights
 };
@@ -56,16 +54,9 @@ __device__ __forceinline__ int load_acquire(const int* from) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
   return x;
 }
-// Waits until *at is `least`; what was there before it became so is then there for this thread. Looks without order
-// until then, for a load that acquires empties the multiprocessor's cache, and others are at work on it.
+// Waits until *at is `least`; what was there before it became so is then there for this thread.
 __device__ __forceinline__ void wait_for(const int* at, int least) {
-  int x;
-  do asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
-  while (x < least);
-  load_acquire(at);
-}
-__device__ __forceinline__ void store_release(int* to, int x) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+  while (load_acquire(at) < least) {}
 }
 // What this thread wrote, and all that it saw before, is there for who reads the sum.
 __device__ __forceinline__ int add_acquire_release(int* to, int x) {
@@ -79,9 +70,9 @@ struct ClearParams {
   int64_t count;
 };
 __global__ void __launch_bounds__(kStepThreads) clear_progress_kernel(const ClearParams p) {
+  start_next_kernel();  // which has blocks to put in place, and waits for what is done here
   wait_for_previous_kernel();
   for (int64_t i = threadIdx.x; i < p.count; i += kStepThreads) p.progress[i] = 0;
-  start_next_kernel();
 }
 
 }  // namespace quest::cuda

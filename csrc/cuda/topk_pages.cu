@@ -9,17 +9,11 @@ namespace quest::cuda {
 
 namespace {
 
-template <int kThreads>
-void launch_topk(const TopkParams& p, int device, cudaStream_t stream) {
-  const unsigned rows = grid_size(int64_t{p.size.B} * p.size.T * p.Hs, "topk_pages");
-  const int64_t heads = 2 * sizeof(float) * (p.size.Hq / p.Hs);
-  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) -
-                       static_cast<int64_t>(sizeof(SelectShared<kThreads>) + 1024) - heads;
-  const int64_t kept = std::min<int64_t>(
-      int64_t{own_fours<kThreads>(p.paging.P)} * kThreads, room / static_cast<int64_t>(sizeof(uint4)) * 8 / 9);
-  launch_in_order(
-      topk_pages_kernel<kThreads>, rows, kThreads, four_place(static_cast<int>(kept)) * sizeof(uint4) + heads, stream,
-      TopkLaunch{p, static_cast<int32_t>(kept)});
+// Into how many segments a row is cut: if that leaves few candidates, no more than a block has room for.
+int32_t count_segments(const TopkParams& p) {
+  const int64_t segments = (int64_t{p.paging.P} + kTopkKeys - 1) / kTopkKeys, candidates = segments * p.K;
+  const bool few = candidates <= std::min(p.paging.P / 2, kTopkKeys);
+  return p.reduce != GroupReduce::soft && few && segments > 0 ? static_cast<int32_t>(segments) : 1;
 }
 
 }  // namespace
@@ -39,8 +33,24 @@ Tensor topk_pages(
   Tensor pages = torch::stable::empty(shape, ScalarType::Int, std::nullopt, scores.device());
   if (pages.numel() == 0) return pages;
   p.pages = static_cast<int32_t*>(pages.mutable_data_ptr());
-  const bool few = own_fours<kFewTopkThreads>(p.paging.P) == 1;
-  (few ? launch_topk<kFewTopkThreads> : launch_topk<kTopkThreads>)(p, scores.get_device_index(), stream);
+  const int64_t rows = int64_t{p.size.B} * p.size.T * p.Hs;
+  TopkLaunch launch{.params = p, .segments = count_segments(p), .best = nullptr, .keys = nullptr};
+  const int fours = own_fours<kTopkThreads>(p.paging.P) * kTopkThreads;
+  Tensor scratch;
+  if (launch.segments > 1) {
+    scratch = torch::stable::empty({rows * launch.segments * p.K}, ScalarType::Int, std::nullopt, scores.device());
+    launch.best = static_cast<int32_t*>(scratch.mutable_data_ptr());
+  } else if (p.paging.P > kTopkKeys) {
+    scratch = torch::stable::empty({rows * fours * kLaneKeys}, ScalarType::Int, std::nullopt, scores.device());
+    launch.keys = static_cast<uint32_t*>(scratch.mutable_data_ptr());
+  }
+  const size_t heads = (2 * sizeof(float) * (p.size.Hq / p.Hs) + 15) / 16 * 16;
+  const size_t shared = four_place(std::min(fours, kTopkKeys / kLaneKeys)) * sizeof(uint4) + heads;
+  launch_in_order(
+      topk_pages_kernel, grid_size(rows * launch.segments, "topk_pages"), kTopkThreads, shared, stream, launch);
+  if (launch.segments > 1)
+    launch_in_order(
+        topk_best_kernel, grid_size(rows, "topk_pages"), kTopkThreads, shared, stream, launch);
   return pages;
 }
 
