@@ -301,6 +301,19 @@ class TestOnTheGPU:
         for num_pages in (40, 200):
             assert_same_step(case, "cuda", num_pages)
 
+    @BOTH_BOUNDS
+    @pytest.mark.parametrize("equal", [False, True])
+    def test_more_pages_than_shared_memory_holds(self, equal: bool, int8: bool) -> None:
+        """Than it holds keys of, or keys and a page table of, or a thread has bits in a word for; ties among them all."""
+        lengths = (8 * 13_000 - 3, 8 * 9_000, 8 * 6_145 - 7, 8 * 300)
+        case = before_step(Shape(torch.bfloat16, 64, 8, 1, 2, lengths=lengths, int8=int8, seed=17))
+        if equal:
+            for x in (case.k_cache, case.k):
+                x.fill_(0.5)
+            ops.update_bounds(case.k_cache, case.k_bounds, case.page_table, case.start_lens, k_scales=case.k_scales)
+        for num_pages in (3, 700):
+            assert_same_step(case, "cuda", num_pages, sink_pages=1)
+
     def test_steps_on_two_streams_do_not_wait_for_each_other(self) -> None:
         """Each has more blocks than there is room for beside the other's."""
         case = before_step(Shape(torch.bfloat16, 128, 16, 8, 4, lengths=(6000,) * 8, int8=True, seed=17))

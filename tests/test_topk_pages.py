@@ -168,6 +168,15 @@ def test_a_million_tokens(device: str, kind: str, k: int) -> None:
     check(Selection(kind, (16 * 65_536 - 5,), k, kv_heads=1, group=2, spare_pages=0), device)
 
 
+@pytest.mark.parametrize("kind", ["normal", "equal", "lowest bits", "special"])
+@pytest.mark.parametrize("reduce", ["none", "max"])
+@pytest.mark.parametrize(("k", "sink", "recent"), [(40, 0, 1), (300, 100, 199), (500, 0, 0)])
+def test_ragged_lengths_up_to_many_pages(device: str, kind: str, reduce: str, k: int, sink: int, recent: int) -> None:
+    """Around 8,192 pages, where a row may be cut into segments, with forced pages in two of them."""
+    pages = (20_000, 16_385 + 50, 8_193, 8_192, 8_191, 2_049, 500, 1, 0)
+    check(Selection(kind, tuple(16 * n for n in pages), k, reduce, sink=sink, recent=recent, kv_heads=1, group=2), device)
+
+
 @pytest.mark.parametrize("reduce", ["sum", "soft"])
 def test_a_million_tokens_reduced(device: str, reduce: str) -> None:
     """By the values of what is taken and left only: the sums of a softmax over so many pages are no longer exact."""

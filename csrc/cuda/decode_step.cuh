@@ -19,8 +19,8 @@
 #include "bounds_tile.cuh"
 #include "fold_parts.cuh"
 #include "page_bounds.cuh"
-#include "select.cuh"
-#include "step_params.cuh"
+#include "run_list.cuh"
+#include "step_plan.cuh"
 
 namespace quest::cuda {
 
@@ -50,7 +50,7 @@ __device__ __forceinline__ float reduce_group(const float (&scores)[4], int grou
 }
 
 template <class T, class Bound, int D>
-struct StepBlock {
+struct StepBlock : StepPlan {
   using Attend = MmaAttend<T, D>;
   using Merge = ChunkMerge<Attend>;
   using Parts = RowParts<T, D>;
@@ -59,40 +59,29 @@ struct StepBlock {
   static constexpr bool kBytes = sizeof(Bound) == 1;
   using BoundsSlot = RowSlot<D * sizeof(Bound), ReadBy::row>;
 
-  // Times four keys that a thread has room for.
-  static constexpr int kNearFours = Attend::shared_bytes(D) / int{sizeof(uint4)} / kStepThreads;
   static constexpr int kAhead = kBytes ? 2 : 1;  // tiles whose bounds are on their way while one is scored
 
-  // A stretch or run that the block has taken; past the last, row is -1 and i counts on from zero.
-  struct Work {
-    int row, b, head, i, count;  // the i-th of `count` of the row, or of the rows from it on
-    int length;                  // of the sequence, with the new token
-  };
+  using List = RunList<Attend::shared_bytes(D)>;
   struct Shared {
-    int lengths[kMostSequences], starts[kMostSequences];  // with the new token, and before it
-    int ends[2][kMostSequences];                          // of the stretches, of the runs: of all sequences up to this
-    int2 sums[kStepWarps];
-    int2 taken;      // the first stretch and run
-    Work stretch, run;
+    typename List::Shared list;  // at the front, where RunList looks for it
+    typename StepPlan::Shared plan;
     int last;
     float scales[kAhead + 1][kStepWarps][kMmaRows];
-    union {
-      SelectShared<kStepThreads> select;
-      WarpResults<kStepWarps> results;
-    };
-    ListedPage list[kMostListed];  // of the run
+    WarpResults<kStepWarps> results;
     typename Attend::Shared attend;
   };
 
   // Dynamic shared memory: the slots, and then `shared`.
   static constexpr int kSharedAt = Attend::shared_bytes(D), kSharedBytes = kSharedAt + static_cast<int>(sizeof(Shared));
 
-  const StepParams& p;
   Shared& shared;
   std::byte* const memory;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int group = p.size.group();
-  int stretch_tiles, run_chunks;  // at most
+
+  __device__ StepBlock(const StepParams& params, std::byte* dynamic)
+      : StepPlan(params, reinterpret_cast<Shared*>(dynamic + kSharedAt)->plan),
+        shared(*reinterpret_cast<Shared*>(dynamic + kSharedAt)),
+        memory(dynamic) {}
 
   __device__ QueryTile<T> query_of(const Work& at) const {
     return {
@@ -100,109 +89,6 @@ struct StepBlock {
         at.head};
   }
   __device__ RowProgress& progress_of(const Work& at) const { return p.progress->rows[at.row]; }
-  __device__ int pages_of(const Work& at) const { return p.paging.pages_of(at.length); }
-  __device__ int tile_pages() const { return kStepWarps * kMmaRows >> p.score_shift; }
-  __device__ int score_heads() const { return 1 << p.score_shift; }
-  __device__ int score_groups() const { return p.size.Hkv >> p.score_shift; }
-  __device__ int tiles_of(int pages) const {
-    return is_scored(pages) ? (((pages + kMmaRows - 1) / kMmaRows << p.score_shift) + kStepWarps - 1) / kStepWarps : 1;
-  }
-  // Whether scores decide anything.
-  __device__ bool is_scored(int pages) const { return pages > p.K && p.sink_pages + p.recent_pages < p.K; }
-
-  __device__ int chunks_of(int pages) const {
-    return max(1, ((min(pages, p.K) << p.paging.page_shift) + kChunkTokens - 1) / kChunkTokens);
-  }
-
-  // The block's first stretch and run; the lengths, how the work is cut, and where in its order each sequence begins, by
-  // a thread a sequence.
-  __device__ void plan() {
-    int2 taken{};
-    if (is_first()) {
-      const uint64_t both = atomicAdd(reinterpret_cast<unsigned long long*>(p.progress), (1ull << 32) + 1);
-      taken = {static_cast<int>(both), static_cast<int>(both >> 32)};
-    }
-    const Paging& g = p.paging;
-    const int b = threadIdx.x;
-    int tiles = 0, chunks = 0;
-    if (b < p.size.B) {
-      const int length = g.length(b), pages = g.pages_of(length);
-      shared.lengths[b] = length, shared.starts[b] = p.append.paging.length(b);
-      tiles = tiles_of(pages), chunks = chunks_of(pages);
-    }
-    const int2 all = sum(tiles * score_groups(), chunks * p.size.Hkv, kWarpSize);
-    const int blocks = gridDim.x;
-    stretch_tiles = (all.x + blocks - 1) / blocks;
-    const int parts = p.part_chunks * blocks;
-    run_chunks = min((all.y + parts - 1) / parts * p.part_chunks, (kMostListed << p.paging.page_shift) / kChunkTokens);
-    const int2 ends =
-        sum(score_groups() * ((tiles + stretch_tiles - 1) / stretch_tiles),
-            p.size.Hkv * ((chunks + run_chunks - 1) / run_chunks), warp + 1);
-    if (b < p.size.B) shared.ends[0][b] = ends.x, shared.ends[1][b] = ends.y;
-    if (is_first()) shared.taken = taken;
-    __syncthreads();
-    if (is_first()) describe_stretch(shared.taken.x);
-    if (is_second()) describe_run(shared.taken.y);
-    __syncthreads();
-  }
-  // The sums over the threads up to this one, or over all of so many warps if that is more. Threads past the sequences
-  // have zeros.
-  __device__ int2 sum(int x, int y, int warps) const {
-    if (p.size.B == 1) {
-      // Thread 0 alone has something.
-      if (warps < kWarpSize) return {x, y};
-      if (threadIdx.x == 0) shared.sums[0] = {x, y};
-      __syncthreads();
-      return shared.sums[0];
-    }
-#pragma unroll
-    for (int step = 1; step < kWarpSize; step *= 2) {
-      const int a = __shfl_up_sync(kFullMask, x, step), b = __shfl_up_sync(kFullMask, y, step);
-      if (lane >= step) x += a, y += b;
-    }
-    __syncthreads();
-    if (lane == kWarpSize - 1) shared.sums[warp] = {x, y};
-    __syncthreads();
-    const bool all = warps == kWarpSize;
-    if (all) x = y = 0;
-#pragma unroll 1
-    for (int w = 0; w < (all ? kStepWarps : warp); ++w) x += shared.sums[w].x, y += shared.sums[w].y;
-    return {x, y};
-  }
-
-  // By one thread, to the block. One copy of the code: what runs once waits for its instructions.
-  static __device__ __noinline__ void describe(
-      Work& work, const int* ends, const int* lengths, int sequences, int groups, int heads, int item) {
-    Work at{};
-    at.row = -1, at.i = item - ends[sequences - 1];
-    if (at.i < 0) {
-      int low = 0, high = sequences - 1;
-#pragma unroll 1
-      while (low < high) {
-        const int middle = (low + high) / 2;
-        if (item < ends[middle])
-          high = middle;
-        else
-          low = middle + 1;
-      }
-      const int before = low ? ends[low - 1] : 0;
-      at.b = low, at.count = groups == 1 ? ends[low] - before : (ends[low] - before) / groups;
-      const int group = groups == 1 ? 0 : (item - before) / at.count;
-      at.head = group * heads, at.i = item - before - group * at.count;
-      at.row = at.b * groups * heads + at.head, at.length = lengths[low];
-    }
-    work = at;
-  }
-  __device__ void describe_stretch(int item) const {
-    describe(shared.stretch, shared.ends[0], shared.lengths, p.size.B, score_groups(), score_heads(), item);
-  }
-  __device__ void describe_run(int item) const {
-    describe(shared.run, shared.ends[1], shared.lengths, p.size.B, p.size.Hkv, 1, item);
-  }
-  // Threads that do something by themselves, each in a warp of its own.
-  __device__ bool is_first() const { return threadIdx.x == 0; }
-  __device__ bool is_second() const { return threadIdx.x == kWarpSize; }
-
   // ---------------------------------------------------------------------------------------------------------- scoring
 
   __device__ std::byte* slot(int i) const { return memory + (i * kStepWarps + warp) * Attend::kSlotBytes; }
@@ -240,12 +126,6 @@ struct StepBlock {
     }
   }
 
-  // Where the key of a page is, of n: threads that select read each four of the keys that they own side by side.
-  static __device__ int key_place(int page, int n) {
-    const int four = page / kLaneKeys, fours = own_fours<kStepThreads>(n), thread = four / fours;
-    return ((four - thread * fours) * kStepThreads + thread) * kLaneKeys + page % kLaneKeys;
-  }
-
   // The keys of the warp's pages from `first` on.
   __device__ void score(const Work& at, int first, int physical, int turn, const SplitQuery<T, Bound, D>& query) const {
     const int r = lane / 4, c = lane % 4;
@@ -268,7 +148,7 @@ struct StepBlock {
     const int n = pages_of(at), mine = first + r + c * 8;
     const bool candidate = mine >= p.sink_pages && mine < n - p.recent_pages;
     if (c < 2 && mine < n)
-      p.keys[(at.b * p.size.Hkv + score_head(at)) * p.keys_stride + key_place(mine, n)] =
+      p.keys[(at.b * p.size.Hkv + score_head(at)) * p.keys_stride + List::key_place(mine, n)] =
           candidate ? sort_key(broken ? NAN : score) : kForcedKey;
     __syncwarp();  // the slots may be copied to anew
   }
@@ -282,7 +162,7 @@ struct StepBlock {
   };
   __device__ NewToken load_new_token(const Work& work) const {
     NewToken token;
-    const int start = shared.starts[work.b], head = score_head(work);
+    const int start = planned.starts[work.b], head = score_head(work);
     if (warp >= score_heads() || work.i != work.count - 1 || start >= work.length) return token;
     token.physical = p.paging.physical(work.b, start >> p.paging.page_shift);
 #pragma unroll
@@ -296,7 +176,7 @@ struct StepBlock {
   }
   __device__ void store_new_token(const Work& work, const NewToken& token) const {
     if (token.physical < 0) return;
-    const int slot = shared.starts[work.b] & (p.paging.page_size() - 1), head = score_head(work);
+    const int slot = planned.starts[work.b] & (p.paging.page_size() - 1), head = score_head(work);
 #pragma unroll
     for (int j = 0; j < NewToken::kCount; ++j) {
       const int i = j * kWarpSize + lane;
@@ -344,13 +224,13 @@ struct StepBlock {
 
   __device__ void score_rows() {
     for (;;) {
-      const Work at = shared.stretch;
+      const Work at = planned.stretch;
       if (at.row < 0) return;
       int next = 0;
       if (is_second()) next = atomicAdd(&p.progress->stretches, 1);
       score_stretch(at);
       __syncthreads();
-      if (is_first()) add_acquire_release(&progress_of(at).scored, 1);
+      if (is_first()) add_release(&progress_of(at).scored, 1);
       if (is_second()) describe_stretch(next);
       __syncthreads();
     }
@@ -366,8 +246,8 @@ struct StepBlock {
   __device__ void renew_rows(int part) const {
     const int row = part * kStepWarps + warp, b = row / p.size.Hkv, head = row - b * p.size.Hkv;
     if (b >= p.size.B) return;
-    const int start = shared.starts[b], page = p.paging.physical(b, start >> p.paging.page_shift);
-    if (start >= shared.lengths[b] || page < 0) return;
+    const int start = planned.starts[b], page = p.paging.physical(b, start >> p.paging.page_shift);
+    if (start >= planned.lengths[b] || page < 0) return;
     const T* const fresh =
         static_cast<const T*>(p.append.k.data) + b * p.append.k.stride_b + head * p.append.k.stride_h;
     renew_bounds(p.append.k_cache, p.append.k_bounds, page, head, (start & (p.paging.page_size() - 1)) + 1, fresh);
@@ -375,65 +255,11 @@ struct StepBlock {
 
   // -------------------------------------------------------------------------------------------------------- attention
 
-  // What is needed of a row to list the entries [first, end) of its K.
-  struct RunList {
-    const uint32_t* keys;
-    int32_t* pages;
-    const int32_t* table;
-    int n, K, forced, first, end;
-    int P, N, page_shift, length;
-
-    __device__ void put(Shared& shared, int place, int page) const {
-      const int number = page < P ? table[page] : -1;
-      const int tokens = min(1 << page_shift, length - (page << page_shift));
-      shared.list[place - first] = {number < 0 || number >= N ? kBrokenPage : number, tokens};
-      pages[place] = page;
-    }
-  };
-  // Four keys that there is no room for in shared memory, of which `left` are not past the last.
-  static __device__ __noinline__ uint4 load_four(const uint4* keys, int left) {
-    uint4 four = __ldcg(keys);
-    if (left < 1) four.x = kNoKey;
-    if (left < 2) four.y = kNoKey;
-    if (left < 3) four.z = kNoKey;
-    if (left < 4) four.w = kNoKey;
-    return four;
-  }
-
-  // The slots are free. A function of its own, so that the registers that it wants are not taken from other parts.
-  static __device__ __noinline__ void select_pages(RunList run) {
-    extern __shared__ __align__(16) std::byte memory[];
-    Shared& shared = *reinterpret_cast<Shared*>(memory + kSharedAt);
-    const int fours = own_fours<kStepThreads>(run.n), near = min(fours, kNearFours);
-    const uint4* const keys = reinterpret_cast<const uint4*>(run.keys) + threadIdx.x;
-    uint4* const own = reinterpret_cast<uint4*>(memory) + threadIdx.x;  // as far as there is room
-#pragma unroll 1
-    for (int j = 0; j < near; ++j) copy_piece(own + j * kStepThreads, keys + j * kStepThreads);
-    end_copies();
-    wait_copies<0>();
-    // Keys past the last are whatever was there.
-    const int left = run.n - fours * kLaneKeys * static_cast<int>(threadIdx.x);
-#pragma unroll 1
-    for (int i = max(0, left); i < near * kLaneKeys; ++i)
-      reinterpret_cast<uint32_t*>(own + i / kLaneKeys * kStepThreads)[i % kLaneKeys] = kNoKey;
-    const auto four = [&](int j) {
-      return j < kNearFours ? own[j * kStepThreads] : load_four(keys + j * kStepThreads, left - j * kLaneKeys);
-    };
-    SeenKeys seen;
-#pragma unroll 2
-    for (int j = 0; j < fours; ++j) seen.see(four(j));
-    select_best<kStepThreads>(
-        run.n, run.K, run.forced, seen, shared.select, four,
-        [&](int place, int page) {
-          if (place >= run.first && place < run.end) run.put(shared, place, page);
-        });
-  }
-
   // A run's entries of its row's list, to shared memory and to device memory.
   __device__ void list_pages(const Work& at, int first, int end) {
     const int n = pages_of(at);
     const bool scored = is_scored(n), last = at.i == at.count - 1;
-    const RunList run{
+    List run{
         p.keys + at.row * p.keys_stride,
         p.pages + int64_t{at.row} * p.K,
         p.paging.page_table + at.b * p.paging.page_table_stride,
@@ -446,19 +272,20 @@ struct StepBlock {
         p.paging.N,
         p.paging.page_shift,
         at.length};
+    if (scored) run.fetch_table();
     // Where nothing was scored there is only the new token to wait for, in the last page.
     if (scored || last) {
-      const int stretches = (tiles_of(n) + stretch_tiles - 1) / stretch_tiles;
-      if (is_first()) wait_for(&p.progress->rows[at.row - (at.head & (score_heads() - 1))].scored, stretches);
+      const int first_scored = at.row - (at.head & (score_heads() - 1));
+      if (is_first()) wait_for(&p.progress->rows[first_scored].scored, stretches_of(n));
       __syncthreads();
     }
     if (scored) {
-      select_pages(run);
+      List::select(run);
     } else {
 #pragma unroll 1
       for (int i = first + threadIdx.x; i < (last ? p.K : end); i += kStepThreads) {
         if (i < n)
-          run.put(shared, i, n > p.K && i >= p.sink_pages ? n - p.K + i : i);
+          run.put(i, n > p.K && i >= p.sink_pages ? n - p.K + i : i);
         else
           run.pages[i] = -1;
       }
@@ -470,7 +297,7 @@ struct StepBlock {
   __device__ int find_token(int token, int entries) const {
     const int entry = token >> p.paging.page_shift;
     if (entry >= entries) return kNoToken;
-    const ListedPage page = shared.list[entry];
+    const ListedPage page = shared.list.pages[entry];
     return (token & (p.paging.page_size() - 1)) < page.tokens ? page.physical : kNoToken;
   }
 
@@ -489,7 +316,7 @@ struct StepBlock {
     const Softmax softmax(p.scale);
     Attend tokens(D, shared.attend, memory);
     for (;;) {
-      const Work at = shared.run;
+      const Work at = planned.run;
       if (at.row < 0 && at.i * kStepWarps >= p.size.B * p.size.Hkv) return;
       int next = 0;
       if (is_second()) next = atomicAdd(&p.progress->runs, 1);
@@ -501,7 +328,8 @@ struct StepBlock {
         continue;
       }
       const int entries = min(pages_of(at), p.K), first_chunk = at.i * run_chunks;
-      const int chunks = min(run_chunks, chunks_of(pages_of(at)) - first_chunk), first_token = first_chunk * kChunkTokens;
+      const int chunks = min(run_chunks, chunks_of(pages_of(at)) - first_chunk),
+                first_token = first_chunk * kChunkTokens;
       const int first = first_token >> p.paging.page_shift;
       const int end = min(entries, (first_token + chunks * kChunkTokens) >> p.paging.page_shift);
       list_pages(at, first, end);
@@ -522,7 +350,8 @@ struct StepBlock {
       __syncthreads();
       if (shared.last) {
         const int spans = (chunks_of(pages_of(at)) + kSpanChunks - 1) / kSpanChunks;
-        const int64_t first_part = int64_t{at.row} * p.most_parts * group, q = int64_t{at.b} * p.size.Hq + at.head * group;
+        const int64_t first_part = int64_t{at.row} * p.most_parts * group,
+                      q = int64_t{at.b} * p.size.Hq + at.head * group;
         Parts::fold(
             {.sums = p.sums + first_part,
              .outs = p.outs + first_part * D,
@@ -538,7 +367,7 @@ struct StepBlock {
 
   __device__ void run() {
     wait_for_previous_kernel();
-    plan();
+    cut();
     score_rows();
     start_next_kernel();
     attend_rows();
@@ -548,10 +377,7 @@ struct StepBlock {
 template <class T, class Bound, int D>
 __global__ void __launch_bounds__(kStepThreads, D <= 128 ? 2 : 1) decode_step_kernel(const StepParams p) {
   extern __shared__ __align__(16) std::byte memory[];
-  using Block = StepBlock<T, Bound, D>;
-  Block block{
-      .p = p, .shared = *reinterpret_cast<typename Block::Shared*>(memory + Block::kSharedAt), .memory = memory};
-  block.run();
+  StepBlock<T, Bound, D>(p, memory).run();
 }
 
 }  // namespace quest::cuda

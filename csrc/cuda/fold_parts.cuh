@@ -56,11 +56,11 @@ struct RowParts {
     return span;
   }
 
-  // By a block of kCombineThreads, which has no other use for its dynamic shared memory: a warp takes a slice of a head's
-  // spans, and up to 32 columns.
+  // By a block of kCombineThreads, which has no other use for its dynamic shared memory: a warp takes a slice of a
+  // head's spans, and up to 32 columns.
   static __device__ __forceinline__ void fold(const RowParts& row) {
     extern __shared__ __align__(16) std::byte memory[];
-    float4* const values = reinterpret_cast<float4*>(memory);                                       // [heads, slices, kColumns]
+    float4* const values = reinterpret_cast<float4*>(memory);  // [heads, slices, kColumns]
     float2* const scalars = reinterpret_cast<float2*>(values + row.heads * kSlices * kColumns);  // [heads, slices]
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int spans = (row.parts + row.in_span - 1) / row.in_span, slices = min(kSlices, spans);

@@ -11,11 +11,6 @@ constexpr int kStepWarps = kStepThreads / kWarpSize;
 constexpr int kMostSequences = kStepThreads;
 constexpr int kMostListed = 512;  // pages of a run
 
-struct ListedPage {
-  int physical;  // or kBrokenPage
-  int tokens;    // that are in it
-};
-
 // How far a row is.
 struct RowProgress {
   int scored;    // stretches, for the first row of those that are scored together
@@ -45,8 +40,8 @@ struct StepParams {
   StepProgress* progress;
   uint32_t* keys;  // [rows, keys_stride]
   int64_t keys_stride;
-  float* outs;       // [rows, most_parts, G, D]
-  float2* sums;      // [rows, most_parts, G]: largest score, sum of weights
+  float* outs;   // [rows, most_parts, G, D]
+  float2* sums;  // [rows, most_parts, G]: largest score, sum of weights
 };
 
 __device__ __forceinline__ int load_acquire(const int* from) {
@@ -56,9 +51,13 @@ __device__ __forceinline__ int load_acquire(const int* from) {
 }
 // Waits until *at is `least`; what was there before it became so is then there for this thread.
 __device__ __forceinline__ void wait_for(const int* at, int least) {
-  while (load_acquire(at) < least) {}
+  while (load_acquire(at) < least) {
+  }
 }
 // What this thread wrote, and all that it saw before, is there for who reads the sum.
+__device__ __forceinline__ void add_release(int* to, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
 __device__ __forceinline__ int add_acquire_release(int* to, int x) {
   int before;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(x) : "memory");

@@ -49,8 +49,7 @@ Tensor topk_pages(
   launch_in_order(
       topk_pages_kernel, grid_size(rows * launch.segments, "topk_pages"), kTopkThreads, shared, stream, launch);
   if (launch.segments > 1)
-    launch_in_order(
-        topk_best_kernel, grid_size(rows, "topk_pages"), kTopkThreads, shared, stream, launch);
+    launch_in_order(topk_best_kernel, grid_size(rows, "topk_pages"), kTopkThreads, shared, stream, launch);
   return pages;
 }
 

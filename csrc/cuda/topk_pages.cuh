@@ -85,8 +85,8 @@ struct TopkRow {
   }
 };
 
-// Where four keys are in shared memory, in units of four: with a gap after each eight, so that threads which read their runs side
-// by side meet in few banks.
+// Where four keys are in shared memory, in units of four: with a gap after each eight, so that threads which read their
+// runs side by side meet in few banks.
 __host__ __device__ __forceinline__ int four_place(int i) { return i + i / 8; }
 
 // The best of `count` candidates of a row, of which page_of(i) tells the page, or -1. What shared memory does not hold
@@ -141,7 +141,8 @@ __device__ __forceinline__ void select_pages(
   if (fours > 1) __syncthreads();
   const auto load = [&](int j) {
     const int four = fours * threadIdx.x + j;
-    return are_near ? reinterpret_cast<const uint4*>(near)[four_place(four)] : reinterpret_cast<const uint4*>(far)[four];
+    return are_near ? reinterpret_cast<const uint4*>(near)[four_place(four)]
+                    : reinterpret_cast<const uint4*>(far)[four];
   };
   SeenKeys seen;
 #pragma unroll 1
@@ -181,9 +182,9 @@ __global__ void __launch_bounds__(kTopkThreads, 2) topk_best_kernel(const TopkLa
   const TopkRow row(p, blockIdx.x);
   if (!row.is_cut(launch)) return;
   const int32_t* const best = launch.best + int64_t{blockIdx.x} * launch.segments * p.K;
-  select_pages(
-      p, row, launch.segments * p.K, row.forced, nullptr, p.pages + int64_t{blockIdx.x} * p.K,
-      [=](int i) { return best[i]; });
+  select_pages(p, row, launch.segments * p.K, row.forced, nullptr, p.pages + int64_t{blockIdx.x} * p.K, [=](int i) {
+    return best[i];
+  });
 }
 
 }  // namespace quest::cuda
