@@ -149,8 +149,7 @@ struct DecodeParams {
   float* lse;  // [B, T, Hq] contiguous
   // Scratch: a partial result for each part of the list. Sizes and meaning are the kernel's own.
   int32_t parts, part_chunks;
-  int32_t runs, run_chunks;  // what a block does of a list, or the least that it does
-  int32_t lists, blocks;     // in all; that run at a time
+  int32_t runs, run_chunks;  // what a block does of a list
   float* partial_out;        // [B, T, Hq, parts, D]
   float* partial_max;        // [B, T, Hq, parts]
   float* partial_sum;        // [B, T, Hq, parts]

@@ -58,9 +58,9 @@ std::tuple<Tensor, Tensor> sparse_decode(
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   // One part at least: an empty list still has its rows of zeros to write.
   const int64_t tokens = int64_t{p.K} << p.paging.page_shift;
-  p.lists = static_cast<int32_t>(list_tiles(p));
-  p.blocks = 2 * device_attribute(cudaDevAttrMultiProcessorCount, q.get_device_index());
-  const ChunkSplit split(p.lists, std::max<int64_t>(1, (tokens + kChunkTokens - 1) / kChunkTokens), p.blocks);
+  const ChunkSplit split(
+      list_tiles(p), std::max<int64_t>(1, (tokens + kChunkTokens - 1) / kChunkTokens),
+      2 * device_attribute(cudaDevAttrMultiProcessorCount, q.get_device_index()));
   p.parts = split.parts, p.part_chunks = split.part_chunks, p.runs = split.runs, p.run_chunks = split.run_chunks;
   std::optional<Tensor> partial;
   if (p.parts > 1) {

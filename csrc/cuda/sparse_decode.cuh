@@ -1,8 +1,8 @@
 // sparse_decode: attention over the tokens of a list of pages, split over the list and combined.
 //
 // A block attends to a run of chunks (softmax.cuh). Where there are few of them it leaves each chunk to the combine
-// kernel; else its run is of whole spans, which it folds as it goes: the same arithmetic, so the same bits. What holds
-// no token is an exact identity of the fold.
+// kernel; else its run is a span, which it folds as it goes: the same arithmetic, so the same bits. What holds no token
+// is an exact identity of the fold.
 #pragma once
 
 #include "attend_chunk.cuh"
@@ -45,15 +45,6 @@ __device__ __forceinline__ int find_token(const DecodeParams& p, const DecodeTil
   return physical < 0 ? kBrokenPage : physical;
 }
 
-// Of a list of so many tokens. Where it is spans, as many as leave each block that runs at a time about one run, if all
-// lists are as long: the grid is for runs of one span of the longest list that there may be.
-__device__ __forceinline__ int run_chunks(const DecodeParams& p, int list_tokens) {
-  if (p.part_chunks == 1) return p.run_chunks;
-  constexpr int kSpanTokens = kSpanChunks * kChunkTokens;
-  const int64_t spans = int64_t{p.lists} * ((list_tokens + kSpanTokens - 1) / kSpanTokens);
-  return kSpanChunks * max(1, static_cast<int>((spans + p.blocks - 1) / p.blocks));
-}
-
 __device__ __forceinline__ int64_t query_index(const DecodeParams& p, int b, int t, int head) {
   return (int64_t{b} * p.size.T + t) * p.size.Hq + head;
 }
@@ -71,8 +62,8 @@ __global__ void __launch_bounds__(Attend::kThreads, Attend::kMaxD <= 128 ? 2 : 1
   wait_for_previous_kernel();
   const DecodeTile tile(p);
   const int list_tokens = p.pages ? p.K << p.paging.page_shift : tile.visible;
-  const int first_token = tile.run * run_chunks(p, list_tokens) * kChunkTokens;
-  const int end_token = min(first_token + run_chunks(p, list_tokens) * kChunkTokens, list_tokens);
+  const int first_token = tile.run * p.run_chunks * kChunkTokens;
+  const int end_token = min(first_token + p.run_chunks * kChunkTokens, list_tokens);
   if (first_token >= end_token && p.parts > 1) return;  // the combine kernel does not look there either
 
   const Softmax softmax(p.scale);
@@ -96,16 +87,15 @@ __global__ void __launch_bounds__(Attend::kThreads, Attend::kMaxD <= 128 ? 2 : 1
       tokens, softmax, p.k_cache, p.v_cache, query, D, first_token, end_token, page_size, results, shared,
       [&](int offset) { return find_token(p, tile, own_token + offset); },
       [&](int chunk, const typename Merge::Chunk& merged) {
-        partial.fold(merged, softmax);
-        const bool part_ends =
-            (chunk + 1) % p.part_chunks == 0 || first_token + (chunk + 1) * kChunkTokens >= end_token;
-        if (p.parts == 1 || !part_ends) return;
-        store((first_token / kChunkTokens + chunk) / p.part_chunks, partial);
-        partial = {};
+        if (p.part_chunks == 1 && p.parts > 1)
+          store(tile.run * p.run_chunks + chunk, merged);
+        else
+          partial.fold(merged, softmax);
       });
   start_next_kernel();
 
-  if (head >= tile.heads || p.parts > 1) return;
+  if (head >= tile.heads || (p.part_chunks == 1 && p.parts > 1)) return;
+  if (p.parts > 1) return store(tile.run, partial);
   if (Merge::first_column() == 0) p.lse[row] = partial.lse(softmax);
 #pragma unroll
   for (int i = 0; i < Merge::kColumns; ++i) {

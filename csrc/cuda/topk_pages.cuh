@@ -52,7 +52,7 @@ struct ReducedScores {
   // Of kCount pages at a time, so that their loads wait together.
   template <int kCount>
   __device__ __forceinline__ void reduce(const int (&pages)[kCount], float (&x)[kCount]) const {
-#pragma unroll 1
+#pragma unroll 4
     for (int h = 0; h < heads; ++h) {
       float y[kCount];
 #pragma unroll
