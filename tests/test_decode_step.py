@@ -304,7 +304,7 @@ class TestOnTheGPU:
     @BOTH_BOUNDS
     @pytest.mark.parametrize("equal", [False, True])
     def test_more_pages_than_shared_memory_holds(self, equal: bool, int8: bool) -> None:
-        """Than it holds keys of, or keys and a page table of, or a thread has bits in a word for; ties among them all."""
+        """Than it holds keys of, or keys and a table of, or a thread has bits in a word for; ties among them all."""
         lengths = (8 * 13_000 - 3, 8 * 9_000, 8 * 6_145 - 7, 8 * 300)
         case = before_step(Shape(torch.bfloat16, 64, 8, 1, 2, lengths=lengths, int8=int8, seed=17))
         if equal:

@@ -174,7 +174,8 @@ def test_a_million_tokens(device: str, kind: str, k: int) -> None:
 def test_ragged_lengths_up_to_many_pages(device: str, kind: str, reduce: str, k: int, sink: int, recent: int) -> None:
     """Around 8,192 pages, where a row may be cut into segments, with forced pages in two of them."""
     pages = (20_000, 16_385 + 50, 8_193, 8_192, 8_191, 2_049, 500, 1, 0)
-    check(Selection(kind, tuple(16 * n for n in pages), k, reduce, sink=sink, recent=recent, kv_heads=1, group=2), device)
+    lengths = tuple(16 * n for n in pages)
+    check(Selection(kind, lengths, k, reduce, sink=sink, recent=recent, kv_heads=1, group=2), device)
 
 
 @pytest.mark.parametrize("reduce", ["sum", "soft"])
