@@ -8,8 +8,8 @@
 // A thread owns a contiguous run of keys, so that the places of what gets in follow from prefix sums.
 //
 // This is one block's work for which others wait, and what it costs is the length of its longest chain of instructions:
-// so warps find the same thing by themselves where telling them would need a barrier, and a pass over all keys only
-// compares.
+// so warps find the same thing by themselves where telling them would need a barrier, and passes over all keys do not
+// branch on any.
 #pragma once
 
 #include "elements.cuh"
