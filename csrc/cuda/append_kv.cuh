@@ -27,6 +27,7 @@ __device__ __forceinline__ void append_to_page(
     T* const k_cache = cached(p.k_cache);
     T* const v_cache = cached(p.v_cache);
     const int tokens = min(g.page_size(), end - first);
+#pragma unroll 4
     for (int s = bounds.row; s < tokens; s += bounds.rows) {
       const int64_t t = first + s - start;
       if (t < 0) {
@@ -46,6 +47,7 @@ __device__ __forceinline__ void append_to_page(
 template <class T>
 __global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendParams p) {
   __shared__ typename PageBounds<T, kBoundsThreads>::Shared shared;
+  start_next_kernel();  // which has blocks to put in place, and waits for what is done here
   wait_for_previous_kernel();
   const int touched = blockIdx.x % p.max_touched;
   const int head = blockIdx.x / p.max_touched % p.size.Hkv;
@@ -55,7 +57,6 @@ __global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendP
   const int page = (start >> p.paging.page_shift) + touched;
   if (page << p.paging.page_shift >= end || start == end) return;
   append_to_page<T, kBoundsThreads>(p, b, head, page, start, end, shared);
-  start_next_kernel();
 }
 
 }  // namespace quest::cuda

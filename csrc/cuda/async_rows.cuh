@@ -38,15 +38,14 @@ struct RowSlot {
     static_assert(kRows * kPieces % kWarpSize == 0);
     const int lane = threadIdx.x % kWarpSize;
     const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(slot));
-    const int bytes = row ? 16 : 0;
+    const unsigned there = __ballot_sync(kFullMask, row != nullptr);
     const uint64_t from = reinterpret_cast<uint64_t>(row ? row : base);
 #pragma unroll
     for (int i = 0; i < kRows * kPieces / kWarpSize; ++i) {
       const int at = i * kWarpSize + lane, owner = at / kPieces, piece = at % kPieces;
-      const int there = __shfl_sync(kFullMask, bytes, owner);
-      const uint64_t source = __shfl_sync(kFullMask, from, owner) + piece * there;
+      const uint64_t source = __shfl_sync(kFullMask, from, owner) + piece * 16;
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + place(owner, piece)), "l"(source),
-                   "r"(there)
+                   "r"(static_cast<int>(there >> owner & 1) * 16)
                    : "memory");
     }
   }

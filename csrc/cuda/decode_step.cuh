@@ -315,15 +315,15 @@ struct StepBlock : StepPlan {
   __device__ void attend_rows() {
     const Softmax softmax(p.scale);
     Attend tokens(D, shared.attend, memory);
-    for (;;) {
-      const Work at = planned.run;
+    for (int turn = 0;; turn ^= 1) {
+      const Work& at = planned.runs[turn];
       if (at.row < 0 && at.i * kStepWarps >= p.size.B * p.size.Hkv) return;
       int next = 0;
       if (is_second()) next = atomicAdd(&p.progress->runs, 1);
       if (at.row < 0) {
         renew_rows(at.i);
         __syncthreads();
-        if (is_second()) describe_run(next);
+        if (is_second()) describe_run(next, turn ^ 1);
         __syncthreads();
         continue;
       }
@@ -346,7 +346,7 @@ struct StepBlock : StepPlan {
             part = {};
           });
       if (is_first()) shared.last = add_acquire_release(&progress_of(at).attended, 1) == at.count - 1;
-      if (is_second()) describe_run(next);
+      if (is_second()) describe_run(next, turn ^ 1);
       __syncthreads();
       if (shared.last) {
         const int spans = (chunks_of(pages_of(at)) + kSpanChunks - 1) / kSpanChunks;

@@ -12,6 +12,16 @@ namespace quest::cuda {
 
 constexpr int kBoundsThreads = 128;
 
+// Whole multiples of the scale: the largest that is no more, the smallest that is no less.
+__device__ __forceinline__ int8_t units_below(float x, float scale) {
+  return static_cast<int8_t>(floorf(__fdiv_rd(x, scale)));
+}
+__device__ __forceinline__ int8_t units_above(float x, float scale) {
+  return static_cast<int8_t>(ceilf(__fdiv_ru(x, scale)));
+}
+// Else bounds are zeros: scores are 0, or NaN as the scale is.
+__device__ __forceinline__ bool is_scale(float x) { return x > 0.f && x < INFINITY; }
+
 // kVec dimensions from d on, of a page whose keys' largest magnitude is `largest`.
 template <int kVec>
 __device__ __forceinline__ void store_byte_bounds(
@@ -19,11 +29,10 @@ __device__ __forceinline__ void store_byte_bounds(
     float largest) {
   const float scale = __fdiv_ru(largest, 127.f);
   int8_t* const to = static_cast<int8_t*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h + d;
-  const bool some = scale > 0.f && scale < INFINITY;  // else zeros: scores are 0, or NaN as the scale is
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    to[i] = some ? static_cast<int8_t>(floorf(__fdiv_rd(lower[i], scale))) : 0;
-    to[i + bounds.stride_c] = some ? static_cast<int8_t>(ceilf(__fdiv_ru(upper[i], scale))) : 0;
+    to[i] = is_scale(scale) ? units_below(lower[i], scale) : 0;
+    to[i + bounds.stride_c] = is_scale(scale) ? units_above(upper[i], scale) : 0;
   }
   if (d == 0) bounds.scales[page * bounds.scales_stride_n + head * bounds.scales_stride_h] = scale;
 }
@@ -33,11 +42,11 @@ struct PageBounds {
   static constexpr int kVec = Vec<T>::kSize;
   struct Shared {
     Vec<T> lower[kThreads], upper[kThreads];
-    float largest[kThreads];
+    float largest[kThreads / kWarpSize];
   };
 
-  int vecs, rows, vec, row;  // a row of threads covers head_dim once
-  bool active;
+  int vecs, rows, vec, row;   // a row of threads covers head_dim once
+  bool active, some = false;  // whether any key was added
   float lower[kVec], upper[kVec];
 
   __device__ explicit PageBounds(int D) {
@@ -53,6 +62,7 @@ struct PageBounds {
   __device__ int offset() const { return vec * kVec; }
 
   __device__ void add(const Vec<T>& key) {
+    some = true;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       const float x = to_float(key.at[i]);
@@ -63,10 +73,20 @@ struct PageBounds {
 
   // By all threads of the block, of which those past `rows` have nothing to add.
   __device__ void store(const Bounds& bounds, int64_t page, int head, Shared& shared) {
+    float largest = 0.f;
     Vec<T> low, high;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) low.at[i] = from_float<T>(lower[i]), high.at[i] = from_float<T>(upper[i]);
+    for (int i = 0; i < kVec; ++i) {
+      low.at[i] = from_float<T>(lower[i]), high.at[i] = from_float<T>(upper[i]);
+      if (some) largest = nan_max(largest, nan_max(fabsf(lower[i]), fabsf(upper[i])));
+    }
     shared.lower[threadIdx.x] = low, shared.upper[threadIdx.x] = high;
+    if (bounds.scales) {
+#pragma unroll
+      for (int step = 1; step < kWarpSize; step *= 2)
+        largest = nan_max(largest, __shfl_xor_sync(kFullMask, largest, step));
+      if (threadIdx.x % kWarpSize == 0) shared.largest[threadIdx.x / kWarpSize] = largest;
+    }
     __syncthreads();
     for (int r = 1; row == 0 && r < rows; ++r) {
       low = shared.lower[r * vecs + vec], high = shared.upper[r * vecs + vec];
@@ -76,11 +96,15 @@ struct PageBounds {
         upper[i] = nan_max(upper[i], to_float(high.at[i]));
       }
     }
-    if (bounds.scales) {
-      store_bytes(bounds, page, head, shared);
-    } else if (row == 0) {
+    if (row == 0) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) low.at[i] = from_float<T>(lower[i]), high.at[i] = from_float<T>(upper[i]);
+    }
+    if (bounds.scales) {
+      if (row == 0) shared.lower[vec] = low, shared.upper[vec] = high;
+      __syncthreads();
+      store_bytes(bounds, page, head, shared);
+    } else if (row == 0) {
       T* const to = static_cast<T*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h + offset();
       store_vec(to, low, bounds.aligned);
       store_vec(to + bounds.stride_c, high, bounds.aligned);
@@ -88,15 +112,17 @@ struct PageBounds {
   }
 
  private:
-  __device__ void store_bytes(const Bounds& bounds, int64_t page, int head, Shared& shared) {
+  // By all threads, for a directed division takes long.
+  __device__ void store_bytes(const Bounds& bounds, int64_t page, int head, const Shared& shared) {
     float largest = 0.f;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) largest = nan_max(largest, nan_max(fabsf(lower[i]), fabsf(upper[i])));
-    if (row == 0) shared.largest[vec] = largest;
-    __syncthreads();
-    if (row != 0) return;
-    for (int i = 0; i < vecs; ++i) largest = nan_max(largest, shared.largest[i]);
-    store_byte_bounds(bounds, page, head, offset(), lower, upper, largest);
+    for (int w = 0; w < kThreads / kWarpSize; ++w) largest = nan_max(largest, shared.largest[w]);
+    const float scale = __fdiv_ru(largest, 127.f);
+    int8_t* const to = static_cast<int8_t*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h;
+    for (int d = threadIdx.x; d < vecs * kVec; d += kThreads) {
+      to[d] = is_scale(scale) ? units_below(to_float(shared.lower[d / kVec].at[d % kVec]), scale) : 0;
+      to[d + bounds.stride_c] = is_scale(scale) ? units_above(to_float(shared.upper[d / kVec].at[d % kVec]), scale) : 0;
+    }
+    if (threadIdx.x == 0) bounds.scales[page * bounds.scales_stride_n + head * bounds.scales_stride_h] = scale;
   }
 };
 

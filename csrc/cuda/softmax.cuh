@@ -77,15 +77,21 @@ template <int kPartsInSpan, class Load>
 __device__ __forceinline__ Partial<1> fold_slice(
     int slice, int slices, int parts, const Softmax& softmax, Load&& part) {
   Partial<1> total;
-#pragma unroll(8 / kPartsInSpan)
-  for (int first = slice * kPartsInSpan; first < parts; first += slices * kPartsInSpan) {
-    Partial<1> span;
-    Partial<1> loaded[kPartsInSpan];
+  constexpr int kBatch = 8 / kPartsInSpan;  // spans that are loaded at once
+#pragma unroll 1
+  for (int first = slice * kPartsInSpan; first < parts; first += kBatch * slices * kPartsInSpan) {
+    Partial<1> loaded[kBatch][kPartsInSpan];
 #pragma unroll
-    for (int i = 0; i < kPartsInSpan; ++i) loaded[i] = part(first + i);
+    for (int j = 0; j < kBatch; ++j)
 #pragma unroll
-    for (int i = 0; i < kPartsInSpan; ++i) span.fold(loaded[i], softmax);
-    total.fold(span, softmax);
+      for (int i = 0; i < kPartsInSpan; ++i) loaded[j][i] = part(first + j * slices * kPartsInSpan + i);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      Partial<1> span;
+#pragma unroll
+      for (int i = 0; i < kPartsInSpan; ++i) span.fold(loaded[j][i], softmax);
+      total.fold(span, softmax);
+    }
   }
   return total;
 }

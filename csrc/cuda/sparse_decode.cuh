@@ -10,16 +10,17 @@
 
 namespace quest::cuda {
 
-// The block's place: one list of pages, a tile of the query heads that share it, one run of the list's chunks.
+// The block's place: one list of pages, a tile of the query heads that share it, one run of the list's chunks. Blocks
+// of the same run are neighbours: a page's heads lie together, and memory is faster where neighbours are read together.
 struct DecodeTile {
   int run, b, t, list, first_head, heads, kv_head, visible;
   __device__ explicit DecodeTile(const DecodeParams& p) {
     const int share = p.size.Hq / p.Hs, tiles = (share + kMmaHeads - 1) / kMmaHeads;
     int i = blockIdx.x;
-    run = i % p.runs, i /= p.runs;
     const int tile = i % tiles;
     i /= tiles;
     list = i % p.Hs, i /= p.Hs;
+    run = i % p.runs, i /= p.runs;
     t = i % p.size.T;
     b = i / p.size.T;
     first_head = list * share + tile * kMmaHeads;
@@ -118,12 +119,12 @@ __global__ void __launch_bounds__(kCombineThreads) decode_combine_kernel(const D
   constexpr int kPartTokens = kChunkTokens * kSpanChunks / kPartsInSpan;
   const int parts = (tokens + kPartTokens - 1) / kPartTokens;
   const auto load = [&](int i) {
+    // Without a branch, so that the loads wait together.
     Partial<1> part;
-    if (i < parts) {
-      const int64_t at = row * p.parts + i;
-      part.top = p.partial_max[at], part.sum = p.partial_sum[at];
-      part.out[0] = *reinterpret_cast<const float4*>(p.partial_out + at * D + column * 4);
-    }
+    const int64_t at = row * p.parts + max(0, min(i, parts - 1));
+    part.top = p.partial_max[at], part.sum = p.partial_sum[at];
+    part.out[0] = *reinterpret_cast<const float4*>(p.partial_out + at * D + column * 4);
+    if (i >= parts) part = {};
     return part;
   };
 

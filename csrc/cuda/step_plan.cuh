@@ -18,7 +18,7 @@ struct StepPlan {
     int ends[2][kMostSequences];                          // of the stretches, of the runs: of all sequences up to this
     int2 sums[kStepWarps];
     int2 taken;  // the first stretch and run
-    Work stretch, run;
+    Work stretch, runs[2];
   };
 
   const StepParams& p;
@@ -71,7 +71,7 @@ struct StepPlan {
     if (is_first()) planned.taken = taken;
     __syncthreads();
     if (is_first()) describe_stretch(planned.taken.x);
-    if (is_second()) describe_run(planned.taken.y);
+    if (is_second()) describe_run(planned.taken.y, 0);
     __syncthreads();
   }
   // The sums over the threads up to this one, or over all of so many warps if that is more. Threads past the sequences
@@ -125,8 +125,8 @@ struct StepPlan {
   __device__ void describe_stretch(int item) const {
     describe(planned.stretch, planned.ends[0], planned.lengths, p.size.B, score_groups(), score_heads(), item);
   }
-  __device__ void describe_run(int item) const {
-    describe(planned.run, planned.ends[1], planned.lengths, p.size.B, p.size.Hkv, 1, item);
+  __device__ void describe_run(int item, int turn) const {
+    describe(planned.runs[turn], planned.ends[1], planned.lengths, p.size.B, p.size.Hkv, 1, item);
   }
   // Threads that do something by themselves, each in a warp of its own.
   __device__ bool is_first() const { return threadIdx.x == 0; }

@@ -74,9 +74,21 @@ struct TopkLaunch {
 };
 
 struct TopkRow {
-  int b, t, h, n, forced;
+  int b, t, h, heads, n, forced;
+  const float* scores;  // of the first of its heads
   __device__ TopkRow(const TopkParams& p, int row) {
-    h = row % p.Hs, t = row / p.Hs % p.size.T, b = row / p.Hs / p.size.T;
+    h = row % p.Hs, t = row / p.Hs % p.size.T, b = row / p.Hs / p.size.T, heads = p.size.Hq / p.Hs;
+    scores = p.scores + b * p.stride_b + t * p.stride_t + int64_t{h} * heads * p.stride_h;
+  }
+  // The scores of up to kTopkKeys pages from `first` on to the L2 cache, before it is known how many of them count.
+  __device__ void fetch_scores(const TopkParams& p, int first) const {
+    constexpr int kLine = 128 / sizeof(float);
+    const int page = first + threadIdx.x * kLine;
+    if (threadIdx.x * kLine >= kTopkKeys || page >= p.paging.P) return;
+#pragma unroll 1
+    for (int i = 0; i < heads; ++i) asm volatile("prefetch.global.L2 [%0];" ::"l"(scores + i * p.stride_h + page));
+  }
+  __device__ void read_length(const TopkParams& p) {
     n = p.paging.pages_of(p.paging.visible(b, t, p.size.T));
     forced = p.sink_pages + p.recent_pages;
   }
@@ -97,16 +109,8 @@ __device__ __forceinline__ void select_pages(
   extern __shared__ __align__(16) float memory[];  // [2, heads], for soft, and then the keys
   __shared__ SelectShared<kTopkThreads> shared;
   __shared__ float reduce_buffer[kTopkThreads / kWarpSize];
-  const int heads = p.size.Hq / p.Hs;
-  ReducedScores reduced{
-      p.scores + row.b * p.stride_b + row.t * p.stride_t + int64_t{row.h} * heads * p.stride_h,
-      p.stride_h,
-      heads,
-      row.n,
-      p.reduce,
-      p.scale * kLog2e,
-      memory,
-      memory + heads};
+  const int heads = row.heads;
+  ReducedScores reduced{row.scores, p.stride_h, heads, row.n, p.reduce, p.scale * kLog2e, memory, memory + heads};
   reduced.prepare(reduce_buffer);
   const int fours = own_fours<kTopkThreads>(count);
   const bool are_near = fours <= kTopkFours;
@@ -156,7 +160,9 @@ __global__ void __launch_bounds__(kTopkThreads, 2) topk_pages_kernel(const TopkL
   wait_for_previous_kernel();
   const TopkParams& p = launch.params;
   const int index = blockIdx.x / launch.segments, segment = blockIdx.x % launch.segments;
-  const TopkRow row(p, index);
+  TopkRow row(p, index);
+  row.fetch_scores(p, segment * kTopkKeys);
+  row.read_length(p);
   int first = 0, count = row.n, forced = row.forced;
   int32_t* pages = p.pages + int64_t{index} * p.K;
   if (row.is_cut(launch)) {
@@ -179,7 +185,8 @@ __global__ void __launch_bounds__(kTopkThreads, 2) topk_pages_kernel(const TopkL
 __global__ void __launch_bounds__(kTopkThreads, 2) topk_best_kernel(const TopkLaunch launch) {
   wait_for_previous_kernel();
   const TopkParams& p = launch.params;
-  const TopkRow row(p, blockIdx.x);
+  TopkRow row(p, blockIdx.x);
+  row.read_length(p);
   if (!row.is_cut(launch)) return;
   const int32_t* const best = launch.best + int64_t{blockIdx.x} * launch.segments * p.K;
   select_pages(p, row, launch.segments * p.K, row.forced, nullptr, p.pages + int64_t{blockIdx.x} * p.K, [=](int i) {
