@@ -63,10 +63,11 @@ def calls() -> dict[str, Callable[[], Callable[[], object]]]:
         scores, lens = torch.randn(1, 32, n, device=DEVICE), torch.tensor([n * 16], dtype=torch.int32, device=DEVICE)
         return lambda: topk_pages(scores, lens, 16, k, 32)
 
-    steps = (mha, replace(mha, context=131072), gqa, replace(gqa, context=131072), replace(gqa, batch=8))
+    long = replace(gqa, context=131072)
+    steps = (mha, replace(mha, context=131072), gqa, long, replace(gqa, batch=8), replace(gqa, budget=None))
     return {
         **{f"decode_step: {w}": lambda w=w: step(w) for w in steps},
-        **{f"dense: {w.heads}/{w.kv_heads}, {w.context}": lambda w=w: dense(w) for w in (mha, steps[3])},
+        **{f"dense: {w.heads}/{w.kv_heads}, {w.context}": lambda w=w: dense(w) for w in (mha, long)},
         **{f"topk_pages: 32 x {n}, {k}": lambda n=n, k=k: select(n, k) for n, k in ((2048, 128), (65536, 256))},
     }
 
