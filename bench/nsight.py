@@ -2,7 +2,7 @@
 
     python bench/nsight.py [--out bench/results/nsight-h100.json]
 
-Runs itself under ncu, which must be at hand and may count, and writes a JSON and prints its table. Times are longer
+Runs itself under ncu, which must be at hand and may count, and writes a JSON and prints its table. Steps take longer
 than in kernels.py: ncu empties the caches before each of the passes that a kernel is run in, instructions' among them.
 """
 
