@@ -314,6 +314,22 @@ class TestOnTheGPU:
         for num_pages in (3, 700):
             assert_same_step(case, "cuda", num_pages, sink_pages=1)
 
+    @BOTH_BOUNDS
+    @pytest.mark.parametrize("keys", ["random", "equal", "broken"])
+    def test_long_rows_are_selected_by_groups_of_pages(self, monkeypatch: Any, keys: str, int8: bool) -> None:
+        """Rows of more than 8,192 pages and of 32 for each that is read; forced pages that begin and end in groups."""
+        monkeypatch.delenv("QUEST_OPS_CHECK", raising=False)
+        lengths = (8 * 25_000 - 5, 8 * 22_400 + 1, 8 * 8_209, 8 * 8_193 - 7, 8 * 8_192)
+        case = before_step(Shape(torch.bfloat16, 64, 8, 1, 2, lengths=lengths, int8=int8, seed=18))
+        if keys == "equal":
+            for x in (case.k_cache, case.k):
+                x.fill_(0.5)
+            ops.update_bounds(case.k_cache, case.k_bounds, case.page_table, case.start_lens, k_scales=case.k_scales)
+        if keys == "broken":
+            case.page_table[:, 5::1000] = -1
+        for num_pages, sink_pages, recent_pages in ((5, 0, 1), (256, 17, 18), (700, 0, 33), (1000, 16, 1)):
+            assert_same_step(case, "cuda", num_pages, sink_pages=sink_pages, recent_pages=recent_pages)
+
     def test_steps_on_two_streams_do_not_wait_for_each_other(self) -> None:
         """Each has more blocks than there is room for beside the other's."""
         case = before_step(Shape(torch.bfloat16, 128, 16, 8, 4, lengths=(6000,) * 8, int8=True, seed=17))

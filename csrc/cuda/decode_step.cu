@@ -25,7 +25,7 @@ bool fits_one_launch(const StepParams& p) {
 // The step's scratch memory: what is where follows from the sizes.
 Tensor lay_out(StepParams& p, const Tensor& like) {
   const int64_t rows = int64_t{p.size.B} * p.size.Hkv, chunk_heads = rows * p.most_parts * p.size.group();
-  p.keys_stride = int64_t{own_fours<kStepThreads>(p.paging.P)} * kLaneKeys * kStepThreads;
+  p.keys_stride = key_room(p.paging.P) + key_room(groups_of(p.paging.P));
   int64_t bytes = 0;
   const auto reserve = [&](int64_t count, int64_t size) {
     const int64_t at = bytes;

@@ -147,9 +147,15 @@ struct StepBlock : StepPlan {
     const bool broken = __shfl_sync(kFullMask, physical, r + c % 2 * 8) < 0;
     const int n = pages_of(at), mine = first + r + c * 8;
     const bool candidate = mine >= p.sink_pages && mine < n - p.recent_pages;
-    if (c < 2 && mine < n)
-      p.keys[(at.b * p.size.Hkv + score_head(at)) * p.keys_stride + List::key_place(mine, n)] =
-          candidate ? sort_key(broken ? NAN : score) : kForcedKey;
+    const uint32_t key = mine >= n ? kNoKey : candidate ? sort_key(broken ? NAN : score) : kForcedKey;
+    uint32_t* const keys = p.keys + (at.b * p.size.Hkv + score_head(at)) * p.keys_stride;
+    if (first < n && List::in_groups(n, p.K)) {
+      if (c < 2) keys[mine] = key;
+      const uint32_t best = __reduce_max_sync(kFullMask, c < 2 ? key : kNoKey);
+      if (lane == 0) keys[key_room(p.paging.P) + List::key_place(first / kGroupPages, groups_of(n))] = best;
+    } else if (c < 2 && mine < n) {
+      keys[List::key_place(mine, n)] = key;
+    }
     __syncwarp();  // the slots may be copied to anew
   }
 
@@ -265,7 +271,8 @@ struct StepBlock : StepPlan {
         p.paging.page_table + at.b * p.paging.page_table_stride,
         n,
         p.K,
-        p.sink_pages + p.recent_pages,
+        p.sink_pages,
+        p.recent_pages,
         first,
         end,
         p.paging.P,

@@ -23,19 +23,19 @@ struct RowParts {
     return heads * kSlices * (kColumns * static_cast<int>(sizeof(float4)) + static_cast<int>(sizeof(float2)));
   }
 
-  // A span's parts of a head, from part `first` on, folded for one column by each lane. The lanes share the weights
-  // out: what Partial::fold() would do part by part, each lane does once, for all columns.
-  __device__ __forceinline__ Partial<1> fold_span(
-      int head, int first, int count, int column, const Softmax& softmax) const {
+  // So many parts of a head, each `stride` after the one before, folded onto `total` for one column by each lane. The
+  // lanes share the weights out: what Partial::fold() would do part by part, each lane does once, for all columns.
+  __device__ __forceinline__ Partial<1> fold_parts(
+      Partial<1> total, int head, int first, int stride, int count, int column, const Softmax& softmax) const {
     const int lane = threadIdx.x % kWarpSize, part = lane / 2;
     float2 scalars{-INFINITY, 0.f};
-    if (part < count) scalars = __ldcg(sums + (first + part) * heads + head);
+    if (part < count) scalars = __ldcg(sums + (first + part * stride) * heads + head);
     float4 values[kSpanChunks];
 #pragma unroll
     for (int i = 0; i < kSpanChunks; ++i)
       if (i < count && column < kColumns)
-        values[i] = __ldcg(reinterpret_cast<const float4*>(outs + ((first + i) * heads + head) * D) + column);
-    float both = scalars.x;  // the largest up to this part
+        values[i] = __ldcg(reinterpret_cast<const float4*>(outs + ((first + i * stride) * heads + head) * D) + column);
+    float both = fmaxf(total.top, scalars.x);  // the largest up to this part
 #pragma unroll
     for (int step = 2; step < 2 * kSpanChunks; step *= 2) {
       const float other = __shfl_up_sync(kFullMask, both, step);
@@ -43,17 +43,16 @@ struct RowParts {
     }
     const float before = __shfl_up_sync(kFullMask, both, 2);
     // Even lanes weigh what is folded so far, odd ones the part.
-    const float weight = softmax.weight(lane % 2 ? scalars.x : lane ? before : -INFINITY, both);
-    Partial<1> span;
+    const float weight = softmax.weight(lane % 2 ? scalars.x : lane ? before : total.top, both);
 #pragma unroll
     for (int i = 0; i < kSpanChunks; ++i) {
       if (i >= count) break;
-      span.mix(
+      total.mix(
           __shfl_sync(kFullMask, weight, 2 * i), __shfl_sync(kFullMask, weight, 2 * i + 1),
           __shfl_sync(kFullMask, scalars.y, 2 * i), &values[i]);
     }
-    span.top = __shfl_sync(kFullMask, both, 2 * count - 2);
-    return span;
+    total.top = __shfl_sync(kFullMask, both, 2 * count - 2);
+    return total;
   }
 
   // By a block of kCombineThreads, which has no other use for its dynamic shared memory: a warp takes a slice of a
@@ -71,10 +70,18 @@ struct RowParts {
       if (h >= row.heads) break;
       const int column = unit % kTurns * kWarpSize + lane;
       Partial<1> total;
+      // Spans of one part are folded as the parts of one span are, several at a time.
+      const bool single = row.in_span == 1;
+      const int stride = single ? slices : 1;
 #pragma unroll 1
-      for (int span = slice; span < spans; span += slices) {
+      for (int span = slice; span < spans; span += single ? kSpanChunks * slices : slices) {
         const int first = span * row.in_span;
-        total.fold(row.fold_span(h, first, min(row.in_span, row.parts - first), column, softmax), softmax);
+        const int count = min(kSpanChunks, single ? (spans - span + slices - 1) / slices : row.parts - first);
+        const Partial<1> next = row.fold_parts(single ? total : Partial<1>{}, h, first, stride, count, column, softmax);
+        if (single)
+          total = next;
+        else
+          total.fold(next, softmax);
       }
       if (column < kColumns) values[(h * slices + slice) * kColumns + column] = total.out[0];
       if (column == 0) scalars[h * slices + slice] = {total.top, total.sum};

@@ -12,16 +12,6 @@ namespace quest::cuda {
 
 constexpr int kBoundsThreads = 128;
 
-// Whole multiples of the scale: the largest that is no more, the smallest that is no less.
-__device__ __forceinline__ int8_t units_below(float x, float scale) {
-  return static_cast<int8_t>(floorf(__fdiv_rd(x, scale)));
-}
-__device__ __forceinline__ int8_t units_above(float x, float scale) {
-  return static_cast<int8_t>(ceilf(__fdiv_ru(x, scale)));
-}
-// Else bounds are zeros: scores are 0, or NaN as the scale is.
-__device__ __forceinline__ bool is_scale(float x) { return x > 0.f && x < INFINITY; }
-
 // kVec dimensions from d on, of a page whose keys' largest magnitude is `largest`.
 template <int kVec>
 __device__ __forceinline__ void store_byte_bounds(
@@ -29,10 +19,11 @@ __device__ __forceinline__ void store_byte_bounds(
     float largest) {
   const float scale = __fdiv_ru(largest, 127.f);
   int8_t* const to = static_cast<int8_t*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h + d;
+  const bool some = scale > 0.f && scale < INFINITY;  // else zeros: scores are 0, or NaN as the scale is
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    to[i] = is_scale(scale) ? units_below(lower[i], scale) : 0;
-    to[i + bounds.stride_c] = is_scale(scale) ? units_above(upper[i], scale) : 0;
+    to[i] = some ? static_cast<int8_t>(floorf(__fdiv_rd(lower[i], scale))) : 0;
+    to[i + bounds.stride_c] = some ? static_cast<int8_t>(ceilf(__fdiv_ru(upper[i], scale))) : 0;
   }
   if (d == 0) bounds.scales[page * bounds.scales_stride_n + head * bounds.scales_stride_h] = scale;
 }
@@ -116,13 +107,10 @@ struct PageBounds {
   __device__ void store_bytes(const Bounds& bounds, int64_t page, int head, const Shared& shared) {
     float largest = 0.f;
     for (int w = 0; w < kThreads / kWarpSize; ++w) largest = nan_max(largest, shared.largest[w]);
-    const float scale = __fdiv_ru(largest, 127.f);
-    int8_t* const to = static_cast<int8_t*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h;
-    for (int d = threadIdx.x; d < vecs * kVec; d += kThreads) {
-      to[d] = is_scale(scale) ? units_below(to_float(shared.lower[d / kVec].at[d % kVec]), scale) : 0;
-      to[d + bounds.stride_c] = is_scale(scale) ? units_above(to_float(shared.upper[d / kVec].at[d % kVec]), scale) : 0;
-    }
-    if (threadIdx.x == 0) bounds.scales[page * bounds.scales_stride_n + head * bounds.scales_stride_h] = scale;
+    for (int d = threadIdx.x; d < vecs * kVec; d += kThreads)
+      store_byte_bounds<1>(
+          bounds, page, head, d, {to_float(shared.lower[d / kVec].at[d % kVec])},
+          {to_float(shared.upper[d / kVec].at[d % kVec])}, largest);
   }
 };
 
