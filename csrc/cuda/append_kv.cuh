@@ -48,10 +48,10 @@ template <class T>
 __global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendParams p) {
   __shared__ typename PageBounds<T, kBoundsThreads>::Shared shared;
   start_next_kernel();  // which has blocks to put in place, and waits for what is done here
-  wait_for_previous_kernel();
   const int touched = blockIdx.x % p.max_touched;
   const int head = blockIdx.x / p.max_touched % p.size.Hkv;
   const int b = blockIdx.x / p.max_touched / p.size.Hkv;
+  wait_for_previous_kernel();
   const int start = p.paging.length(b);
   const int end = min(start + p.new_tokens(b), p.paging.capacity());
   const int page = (start >> p.paging.page_shift) + touched;

@@ -11,19 +11,17 @@ namespace {
 
 template <class T, class Bound>
 void launch_estimate(const EstimateParams& p, cudaStream_t stream) {
-  const auto blocks = [&](int pages_a_tile) {
-    const int64_t tiles = (p.paging.P + pages_a_tile - 1) / pages_a_tile;
-    return grid_size(tiles * p.size.Hkv * p.size.B, "estimate");
+  const auto launch = [&](auto* kernel, int pages_a_tile) {
+    const EstimateLaunch arguments(p, pages_a_tile);
+    launch_in_order(kernel, grid_size(arguments.blocks(), "estimate"), kEstimateThreads, 0, stream, arguments);
   };
   if constexpr (sizeof(T) == 2) {
-    if (p.q.aligned && p.k_bounds.aligned) {
-      const auto launch = [&]<int D>(std::integral_constant<int, D>) {
-        launch_in_order(estimate_mma_kernel<T, Bound, D>, blocks(kMmaEstimatePages), kEstimateThreads, 0, stream, p);
-      };
-      return dispatch_head_dim(p.size.D, launch);
-    }
+    if (p.q.aligned && p.k_bounds.aligned)
+      return dispatch_head_dim(p.size.D, [&]<int D>(std::integral_constant<int, D>) {
+        launch(estimate_mma_kernel<T, Bound, D>, kMmaEstimatePages);
+      });
   }
-  launch_in_order(estimate_simt_kernel<T, Bound>, blocks(kEstimateThreads), kEstimateThreads, 0, stream, p);
+  launch(estimate_simt_kernel<T, Bound>, kEstimateThreads);
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 // the head; the grid covers the capacity P, and blocks past the last page only write -inf.
 #pragma once
 
+#include <cutlass/fast_math.h>
+
 #include "bounds_tile.cuh"
 #include "launch_order.cuh"
 
@@ -12,30 +14,59 @@ namespace quest::cuda {
 constexpr int kEstimateWarps = 4;
 constexpr int kEstimateThreads = kEstimateWarps * kWarpSize;
 
+// A block does little, so it does not divide: what it would divide by is prepared on the host.
+struct EstimateLaunch {
+  EstimateParams params;
+  cutlass::FastDivmod tiles, heads, group;  // tiles of a sequence and KV head, KV heads, G
+  EstimateLaunch(const EstimateParams& p, int pages_a_tile)
+      : params(p), tiles((p.paging.P + pages_a_tile - 1) / pages_a_tile), heads(p.size.Hkv), group(p.size.group()) {}
+  int64_t blocks() const { return int64_t{tiles.divisor} * heads.divisor * params.size.B; }
+};
+
 struct EstimateTile {
-  int b, head, first_page, pages, rows;  // rows: T * G query rows
-  __device__ EstimateTile(const EstimateParams& p, int pages_a_tile) {
-    const int tiles = (p.paging.P + pages_a_tile - 1) / pages_a_tile;
-    first_page = int(blockIdx.x % tiles) * pages_a_tile;
-    head = blockIdx.x / tiles % p.size.Hkv;
-    b = blockIdx.x / tiles / p.size.Hkv;
-    pages = p.paging.pages_of(p.paging.length(b));
-    rows = p.size.T * p.size.group();
+  int b, head, first_page, length, pages, rows;  // rows: T * G query rows
+  __device__ EstimateTile(const EstimateLaunch& launch, int pages_a_tile) {
+    const EstimateParams& p = launch.params;
+    int tile, sequence_head;
+    launch.tiles(sequence_head, tile, static_cast<int>(blockIdx.x));
+    launch.heads(b, head, sequence_head);
+    first_page = tile * pages_a_tile;
+    length = p.paging.length(b), pages = p.paging.pages_of(length);
+    rows = p.size.T * launch.group.divisor;
   }
 };
 
-// Query row i of the tile's KV head: new token i / G, head i % G of the group.
+// Query row i of a KV head: a new token, and a query head.
+struct QueryRow {
+  int t, h;
+  __device__ QueryRow(const EstimateLaunch& launch, int kv_head, int i) {
+    int in_group;
+    launch.group(t, in_group, i);
+    h = kv_head * launch.group.divisor + in_group;
+  }
+};
+
 template <class T>
-__device__ __forceinline__ const T* query_row(const Query& q, const Sizes& n, int b, int kv_head, int i) {
-  return static_cast<const T*>(q.data) + b * q.stride_b + i / n.group() * q.stride_t +
-         (kv_head * n.group() + i % n.group()) * q.stride_h;
+__device__ __forceinline__ const T* query_row(const EstimateLaunch& launch, int b, int kv_head, int i) {
+  const QueryRow row(launch, kv_head, i);
+  const Query& q = launch.params.q;
+  return static_cast<const T*>(q.data) + b * q.stride_b + row.t * q.stride_t + row.h * q.stride_h;
 }
 
-__device__ __forceinline__ void write_score(const EstimateParams& p, int b, int kv_head, int i, int page, float score) {
-  const int t = i / p.size.group(), h = kv_head * p.size.group() + i % p.size.group();
-  const bool seen = page < p.paging.pages_of(p.paging.visible(b, t, p.size.T));
-  p.scores[((int64_t{b} * p.size.T + t) * p.size.Hq + h) * p.paging.P + page] = seen ? score : -INFINITY;
-}
+// Where the scores of a query row go, and how many pages it sees of them; to pages past those goes -inf.
+struct ScoreRow {
+  float* scores;
+  int P, seen;
+  __device__ ScoreRow(const EstimateLaunch& launch, const EstimateTile& tile, int i) {
+    const EstimateParams& p = launch.params;
+    const QueryRow row(launch, tile.head, i);
+    P = p.paging.P, seen = p.paging.pages_of(max(0, tile.length - (p.size.T - 1 - row.t)));
+    scores = p.scores + ((int64_t{tile.b} * p.size.T + row.t) * p.size.Hq + row.h) * P;
+  }
+  __device__ __forceinline__ void write(int page, float score) const {
+    if (page < P) scores[page] = page < seen ? score : -INFINITY;
+  }
+};
 
 // The physical page, or -1 where there is none. Where the table is wrong the scores become NaN.
 __device__ __forceinline__ int64_t
@@ -48,30 +79,50 @@ bounds_page(const EstimateParams& p, const EstimateTile& tile, int page, bool& b
 
 constexpr int kMmaEstimatePages = kEstimateWarps * kMmaRows;
 
+// Of 8-bit bounds more blocks at once are worth a few registers less.
+template <class Bound, int D>
+constexpr int kEstimateBlocks = sizeof(Bound) == 1 && D <= 128 ? 6 : 1;
+
 template <class T, class Bound, int D>
-__global__ void __launch_bounds__(kEstimateThreads) estimate_mma_kernel(const EstimateParams p) {
+__global__ void __launch_bounds__(kEstimateThreads, kEstimateBlocks<Bound, D>)
+    estimate_mma_kernel(const EstimateLaunch launch) {
   wait_for_previous_kernel();
-  const EstimateTile tile(p, kMmaEstimatePages);
+  const EstimateParams& p = launch.params;
+  const EstimateTile tile(launch, kMmaEstimatePages);
   const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
   const int first = tile.first_page + threadIdx.x / kWarpSize * kMmaRows;
   if (first >= p.paging.P) return;
+  if (first >= tile.pages) {  // nothing to score: a batch may be far shorter than its capacity
+    for (int i = lane / kMmaRows; i < tile.rows; i += kWarpSize / kMmaRows)
+      ScoreRow(launch, tile, i).write(first + lane % kMmaRows, -INFINITY);
+    return;
+  }
 
-  bool broken[2];
+  // Lanes i and i + 16 look up page i and its scale.
+  bool broken;
+  const int64_t physical = bounds_page(p, tile, first + lane % kMmaRows, broken);
   BoundsTile<T, Bound, D> bounds;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    bounds.load(half, p.k_bounds, bounds_page(p, tile, first + r + half * 8, broken[half]), tile.head);
+    bounds.load(half, p.k_bounds, __shfl_sync(kFullMask, physical, r + half * 8), tile.head);
+  float scale = broken ? NAN : 1.f;
+  if (sizeof(Bound) == 1 && physical >= 0)
+    scale = p.k_bounds.scales[physical * p.k_bounds.scales_stride_n + tile.head * p.k_bounds.scales_stride_h];
 
   for (int i = 0; i < tile.rows; i += kMmaHeads) {
     SplitQuery<T, Bound, D> query;
-    query.load(i + r < tile.rows ? query_row<T>(p.q, p.size, tile.b, tile.head, i + r) : nullptr);
+    query.load(i + r < tile.rows ? query_row<T>(launch, tile.b, tile.head, i + r) : nullptr);
     float scores[4];
+    bounds.unpack_anew();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) bounds.scale[half] = __shfl_sync(kFullMask, scale, r + half * 8);
     bounds.score(scores, query);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int row = i + 2 * c + e % 2, page = first + r + e / 2 * 8;
-      if (row < tile.rows && page < p.paging.P)
-        write_score(p, tile.b, tile.head, row, page, broken[e / 2] ? NAN : scores[e]);
+    for (int h = 0; h < 2; ++h) {
+      if (i + 2 * c + h >= tile.rows) break;
+      const ScoreRow row(launch, tile, i + 2 * c + h);
+      row.write(first + r, scores[h]);
+      row.write(first + r + 8, scores[h + 2]);
     }
   }
   start_next_kernel();
@@ -83,10 +134,11 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kSimtBlock = 16;  // divides every head_dim
 
 template <class T, class Bound>
-__global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const EstimateParams p) {
+__global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const EstimateLaunch launch) {
   __shared__ float query[kSimtRows][kMaxHeadDim];
   wait_for_previous_kernel();
-  const EstimateTile tile(p, kEstimateThreads);
+  const EstimateParams& p = launch.params;
+  const EstimateTile tile(launch, kEstimateThreads);
   const int page = tile.first_page + threadIdx.x, D = p.size.D;
   const Bounds& bounds = p.k_bounds;
   bool broken;
@@ -102,7 +154,7 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const E
     __syncthreads();
     for (int x = threadIdx.x; x < kSimtRows * D; x += kEstimateThreads)
       query[x / D][x % D] =
-          i + x / D < tile.rows ? to_float(query_row<T>(p.q, p.size, tile.b, tile.head, i + x / D)[x % D]) : 0.f;
+          i + x / D < tile.rows ? to_float(query_row<T>(launch, tile.b, tile.head, i + x / D)[x % D]) : 0.f;
     __syncthreads();
     // In blocks, which keeps the rounding error of long rows down.
     float acc[kSimtRows] = {};
@@ -124,12 +176,8 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const E
     }
 #pragma unroll
     for (int row = 0; row < kSimtRows; ++row)
-      if (i + row < tile.rows && page < p.paging.P)
-        write_score(
-            p, tile.b, tile.head, i + row, page,
-            broken               ? NAN
-            : sizeof(Bound) == 1 ? acc[row] * scale
-                                 : acc[row]);
+      if (i + row < tile.rows)
+        ScoreRow(launch, tile, i + row).write(page, broken ? NAN : sizeof(Bound) == 1 ? acc[row] * scale : acc[row]);
   }
   start_next_kernel();
 }

@@ -26,8 +26,8 @@ struct DecodeTile {
     first_head = list * share + tile * kMmaHeads;
     heads = min(kMmaHeads, share - tile * kMmaHeads);
     kv_head = first_head / p.size.group();
-    visible = p.paging.visible(b, t, p.size.T);
   }
+  __device__ void read_length(const DecodeParams& p) { visible = p.paging.visible(b, t, p.size.T); }
 };
 
 // The physical page of token i of the list, or kNoToken, or kBrokenPage.
@@ -60,8 +60,9 @@ __global__ void __launch_bounds__(Attend::kThreads, Attend::kMaxD <= 128 ? 2 : 1
   const int warp = threadIdx.x / kWarpSize, D = p.size.D, page_size = p.paging.page_size();
   const int head = Merge::head();
 
+  DecodeTile tile(p);
   wait_for_previous_kernel();
-  const DecodeTile tile(p);
+  tile.read_length(p);
   const int list_tokens = p.pages ? p.K << p.paging.page_shift : tile.visible;
   const int first_token = tile.run * p.run_chunks * kChunkTokens;
   const int end_token = min(first_token + p.run_chunks * kChunkTokens, list_tokens);
@@ -113,8 +114,8 @@ __global__ void __launch_bounds__(kCombineThreads) decode_combine_kernel(const D
   const int column = threadIdx.x % columns, slice = threadIdx.x / columns;
   const int64_t row = blockIdx.x;
 
+  const int token = static_cast<int>(blockIdx.x) / p.size.Hq, t = token % p.size.T, b = token / p.size.T;
   wait_for_previous_kernel();
-  const int t = row / p.size.Hq % p.size.T, b = row / p.size.Hq / p.size.T;
   const int tokens = p.pages ? p.K << p.paging.page_shift : p.paging.visible(b, t, p.size.T);
   constexpr int kPartTokens = kChunkTokens * kSpanChunks / kPartsInSpan;
   const int parts = (tokens + kPartTokens - 1) / kPartTokens;

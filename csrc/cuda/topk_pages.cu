@@ -46,8 +46,9 @@ Tensor topk_pages(
   }
   const size_t heads = (2 * sizeof(float) * (p.size.Hq / p.Hs) + 15) / 16 * 16;
   const size_t shared = four_place(std::min(fours, kTopkKeys / kLaneKeys)) * sizeof(uint4) + heads;
-  launch_in_order(
-      topk_pages_kernel, grid_size(rows * launch.segments, "topk_pages"), kTopkThreads, shared, stream, launch);
+  const unsigned blocks = grid_size(rows * launch.segments, "topk_pages");
+  const bool few = blocks <= unsigned(device_attribute(cudaDevAttrMultiProcessorCount, scores.get_device_index()));
+  launch_in_order(few ? topk_pages_kernel<1> : topk_pages_kernel<2>, blocks, kTopkThreads, shared, stream, launch);
   if (launch.segments > 1)
     launch_in_order(topk_best_kernel, grid_size(rows, "topk_pages"), kTopkThreads, shared, stream, launch);
   return pages;

@@ -155,12 +155,13 @@ __device__ __forceinline__ void select_pages(
       count, p.K, forced, seen, shared, load, [&](int place, int i) { pages[place] = page_of(i); });
 }
 
-// A block a segment.
-__global__ void __launch_bounds__(kTopkThreads, 2) topk_pages_kernel(const TopkLaunch launch) {
-  wait_for_previous_kernel();
+// A block a segment, and kAtOnce of them on a multiprocessor: one has more registers where there are few.
+template <int kAtOnce>
+__global__ void __launch_bounds__(kTopkThreads, kAtOnce) topk_pages_kernel(const TopkLaunch launch) {
   const TopkParams& p = launch.params;
   const int index = blockIdx.x / launch.segments, segment = blockIdx.x % launch.segments;
   TopkRow row(p, index);
+  wait_for_previous_kernel();
   row.fetch_scores(p, segment * kTopkKeys);
   row.read_length(p);
   int first = 0, count = row.n, forced = row.forced;
@@ -183,9 +184,9 @@ __global__ void __launch_bounds__(kTopkThreads, 2) topk_pages_kernel(const TopkL
 
 // A block a row that was cut into segments.
 __global__ void __launch_bounds__(kTopkThreads, 2) topk_best_kernel(const TopkLaunch launch) {
-  wait_for_previous_kernel();
   const TopkParams& p = launch.params;
   TopkRow row(p, blockIdx.x);
+  wait_for_previous_kernel();
   row.read_length(p);
   if (!row.is_cut(launch)) return;
   const int32_t* const best = launch.best + int64_t{blockIdx.x} * launch.segments * p.K;
