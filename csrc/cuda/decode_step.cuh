@@ -1,7 +1,7 @@
 // decode_step: append, estimate, selection and attention of one new token by one launch.
 //
-// A row is a sequence and KV head. The work is cut into stretches of pages to score and runs of chunks to attend to, by
-// the lengths as they are, about as many of each as there are blocks. Blocks take them as they get to them: first
+// A row is a sequence and KV head. The work is cut by the lengths as they are into short stretches of pages to score
+// and about as many runs of chunks to attend to as there are blocks. Blocks take them as they get to them: first
 // stretches, then runs. A run waits for its row's stretches; then its block selects the row's pages, as the blocks of
 // the row's other runs do for themselves, for what one told the others would reach them no earlier. The block that is
 // done last with a row's runs folds what they left. Work is only ever taken by a block that runs, and waits only for
@@ -229,16 +229,15 @@ struct StepBlock : StepPlan {
   }
 
   __device__ void score_rows() {
-    for (;;) {
-      const Work at = planned.stretch;
+    for (int turn = 0;; turn ^= 1) {
+      const Work at = planned.stretches[turn];
       if (at.row < 0) return;
       int next = 0;
       if (is_second()) next = atomicAdd(&p.progress->stretches, 1);
       score_stretch(at);
+      if (is_second()) describe_stretch(next, turn ^ 1);
       __syncthreads();
       if (is_first()) add_release(&progress_of(at).scored, 1);
-      if (is_second()) describe_stretch(next);
-      __syncthreads();
     }
   }
 
@@ -334,6 +333,7 @@ struct StepBlock : StepPlan {
         __syncthreads();
         continue;
       }
+      const int run_chunks = planned.run_chunks;
       const int entries = min(pages_of(at), p.K), first_chunk = at.i * run_chunks;
       const int chunks = min(run_chunks, chunks_of(pages_of(at)) - first_chunk),
                 first_token = first_chunk * kChunkTokens;

@@ -12,19 +12,24 @@ struct Work {
   int length;                  // of the sequence, with the new token
 };
 
+// Stretches are short, so that blocks that memory serves sooner score more of them.
+constexpr int kMostStretchTiles = 2;
+
 struct StepPlan {
   struct Shared {
     int lengths[kMostSequences], starts[kMostSequences];  // with the new token, and before it
     int ends[2][kMostSequences];                          // of the stretches, of the runs: of all sequences up to this
     int2 sums[kStepWarps];
-    int2 taken;  // the first stretch and run
-    Work stretch, runs[2];
+    int2 taken;                  // the first stretch and run
+    int run_chunks;              // at most
+    Work stretches[2], runs[2];  // the one at hand, and the next
   };
 
   const StepParams& p;
   Shared& planned;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  int stretch_tiles, run_chunks;  // at most
+
+  int stretch_tiles;  // at most
 
   __device__ StepPlan(const StepParams& params, Shared& shared) : p(params), planned(shared) {}
 
@@ -61,16 +66,17 @@ struct StepPlan {
     }
     const int2 all = sum(tiles * score_groups(), chunks * p.size.Hkv, kWarpSize);
     const int blocks = gridDim.x;
-    stretch_tiles = (all.x + blocks - 1) / blocks;
+    stretch_tiles = min((all.x + blocks - 1) / blocks, kMostStretchTiles);
     const int parts = p.part_chunks * blocks;
-    run_chunks = min((all.y + parts - 1) / parts * p.part_chunks, (kMostListed << p.paging.page_shift) / kChunkTokens);
+    const int run_chunks =
+        min((all.y + parts - 1) / parts * p.part_chunks, (kMostListed << p.paging.page_shift) / kChunkTokens);
     const int2 ends =
         sum(score_groups() * ((tiles + stretch_tiles - 1) / stretch_tiles),
             p.size.Hkv * ((chunks + run_chunks - 1) / run_chunks), warp + 1);
     if (b < p.size.B) planned.ends[0][b] = ends.x, planned.ends[1][b] = ends.y;
-    if (is_first()) planned.taken = taken;
+    if (is_first()) planned.taken = taken, planned.run_chunks = run_chunks;
     __syncthreads();
-    if (is_first()) describe_stretch(planned.taken.x);
+    if (is_first()) describe_stretch(planned.taken.x, 0);
     if (is_second()) describe_run(planned.taken.y, 0);
     __syncthreads();
   }
@@ -122,8 +128,8 @@ struct StepPlan {
     }
     work = at;
   }
-  __device__ void describe_stretch(int item) const {
-    describe(planned.stretch, planned.ends[0], planned.lengths, p.size.B, score_groups(), score_heads(), item);
+  __device__ void describe_stretch(int item, int turn) const {
+    describe(planned.stretches[turn], planned.ends[0], planned.lengths, p.size.B, score_groups(), score_heads(), item);
   }
   __device__ void describe_run(int item, int turn) const {
     describe(planned.runs[turn], planned.ends[1], planned.lengths, p.size.B, p.size.Hkv, 1, item);
