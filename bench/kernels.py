@@ -31,6 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 DEVICE = "cuda"
 SPARE_MEMORY = 0.8  # of the GPU's free memory, for the inputs of one workload
+COPIES = 2.2  # of the keys and values of a layer: the pages, what dense peers read, and the rest
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,15 @@ class Workload:
         return ", ".join([f"{self.heads}/{self.kv_heads} B {self.batch}, {self.context}, {budget}", *extra])
 
 
+def layers_that_fit(w: Workload) -> int:
+    return int(torch.cuda.mem_get_info()[0] * SPARE_MEMORY / (COPIES * w.dense_bytes))
+
+
+def largest_context(w: Workload) -> Workload:
+    """The longest of which two layers fit, a power of two."""
+    return replace(w, context=1 << int(math.log2(layers_that_fit(replace(w, context=1)) / 2)))
+
+
 def workloads(quick: bool) -> list[Workload]:
     mha, gqa = Workload(32, 32, 32768, 2048), Workload(32, 8, 32768, 2048)
     targets = [
@@ -102,7 +112,7 @@ def workloads(quick: bool) -> list[Workload]:
     more += [replace(w, page_size=8, context=c) for w in (mha, gqa) for c in (32768, 131072)]
     more += [replace(w, bounds="16-bit") for w in targets]
     more += [replace(gqa, dtype=torch.float16), replace(gqa, head_dim=64), replace(gqa, selection="clustered")]
-    return targets + more
+    return [*targets, *more, largest_context(gqa)]
 
 
 @dataclass
@@ -253,8 +263,7 @@ def time_peers(w: Workload, layers: list[Layer], with_flex: bool) -> dict[str, T
 def layers_for(w: Workload) -> list[Layer]:
     """So many that the pipeline touches over five times the L2 cache, and memory holds them and their copies."""
     cold = 5 * torch.cuda.get_device_properties(0).L2_cache_size
-    free = torch.cuda.mem_get_info()[0] * SPARE_MEMORY
-    count = max(2, min(64, math.ceil(cold / w.sparse_bytes), int(free / (2.2 * w.dense_bytes))))
+    count = max(2, min(64, math.ceil(cold / w.sparse_bytes), layers_that_fit(w)))
     return [new_layer(w) for _ in range(count)]
 
 

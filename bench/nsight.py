@@ -64,7 +64,7 @@ def calls() -> dict[str, Callable[[], Callable[[], object]]]:
         return lambda: topk_pages(scores, lens, 16, k, 32)
 
     long = replace(gqa, context=131072)
-    steps = (mha, replace(mha, context=131072), gqa, long, replace(gqa, batch=8), replace(gqa, budget=None))
+    steps = (mha, replace(mha, context=131072), gqa, long, replace(gqa, context=524288), replace(gqa, batch=8))
     return {
         **{f"decode_step: {w}": lambda w=w: step(w) for w in steps},
         **{f"dense: {w.heads}/{w.kv_heads}, {w.context}": lambda w=w: dense(w) for w in (mha, long)},

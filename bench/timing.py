@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,12 @@ class Timing:
         return f"{self.median:.1f} ({self.low:.1f}-{self.high:.1f})"
 
 
+LEAST_CALLS = 12  # in a graph, so that beginning and ending it does not count
+
+
 def time_calls(calls: Sequence[Callable[[], object]], replays: int = 15) -> Timing:
-    """Time each call's share of a CUDA graph that makes them all, one after the other."""
+    """Time each call's share of a CUDA graph that makes them all, one after the other, again and again if few."""
+    calls = [*calls] * math.ceil(LEAST_CALLS / len(calls))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
