@@ -38,7 +38,7 @@ struct RunList {
   // Times four keys that a thread has room for.
   static constexpr int kNearFours = kRoom / kRowBytes - 1;
 
-  const uint32_t* keys;
+  const uint32_t* keys;  // of the pages, and from key_room(P) on of the groups
   int32_t* pages;        // of the row, to be written
   const int32_t* table;  // of the sequence
   int n, K, sink_pages, recent_pages, first, end;

@@ -113,7 +113,6 @@ __global__ void __launch_bounds__(kCombineThreads) decode_combine_kernel(const D
   const int D = p.size.D, columns = D / 4, slices = combine_slices(D);
   const int column = threadIdx.x % columns, slice = threadIdx.x / columns;
   const int64_t row = blockIdx.x;
-
   const int token = static_cast<int>(blockIdx.x) / p.size.Hq, t = token % p.size.T, b = token / p.size.T;
   wait_for_previous_kernel();
   const int tokens = p.pages ? p.K << p.paging.page_shift : p.paging.visible(b, t, p.size.T);

@@ -21,14 +21,13 @@ struct StepPlan {
     int ends[2][kMostSequences];                          // of the stretches, of the runs: of all sequences up to this
     int2 sums[kStepWarps];
     int2 taken;                  // the first stretch and run
-    int run_chunks;              // at most
+    int run_chunks;              // at most; not in a register, as the kernel has none to spare
     Work stretches[2], runs[2];  // the one at hand, and the next
   };
 
   const StepParams& p;
   Shared& planned;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-
   int stretch_tiles;  // at most
 
   __device__ StepPlan(const StepParams& params, Shared& shared) : p(params), planned(shared) {}
