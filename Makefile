@@ -1,7 +1,7 @@
 # Each target sets up what it needs in .venv, from nothing but Python, a C++ compiler and the package registry.
 #
 #   make demo     a language model finds facts in a long text (ARGS="--text FILE --tokens 8192" and so on)
-#   make test     the tests (ARGS="tests/test_estimate.py -k ties" and so on)
+#   make test     the tests (ARGS="tests/operators/test_estimate.py -k ties" and so on)
 #   make bench    the kernels against dense attention, on a GPU
 #   make library  after a change in csrc/: rebuilds and installs the libraries, in seconds
 #   make lint, make format, make wheel, make clean

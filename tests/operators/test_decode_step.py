@@ -1,0 +1,438 @@
+"""decode_step: the bits of append_kv, estimate, topk_pages and sparse_decode in a row, in results and caches."""
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers.operator_cases import (
+    DTYPES,
+    GARBAGE,
+    HEAD_DIMS,
+    LAYOUTS,
+    PAGE_SIZES,
+    UNREAD_BYTE,
+    Case,
+    Shape,
+    assert_same_bits,
+    place,
+    shapes,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from quest_ops import ops, reference
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+REDUCES = ("none", "max", "sum", "soft")
+BOTH_BOUNDS = pytest.mark.parametrize("int8", [False, True], ids=["16-bit", "8-bit"])
+Results = tuple[Tensor, Tensor, Tensor]
+
+
+def before_step(shape: Shape) -> Case:
+    """The case whose last T tokens are not in the cache yet: the lengths of the shape are those after the step."""
+    T = max(1, shape.new_tokens)
+    case = Case(shape)
+    k, v = (torch.stack([x[len(x) - T :] for x in tokens]) for tokens in (case.keys, case.values))
+    for b, length in enumerate(shape.lengths):
+        page, slot = case.slots(b, range(length - T, length))
+        case.k_cache[page, :, slot] = case.v_cache[page, :, slot] = math.nan
+        case.k_bounds[page] = UNREAD_BYTE
+        if case.k_scales is not None:
+            case.k_scales[page] = math.nan
+    return case.having(k=k, v=v, start_lens=case.seq_lens - T)
+
+
+def on(case: Case, device: str) -> Case:
+    layouts = case.shape.layouts
+    return case.on(device).having(
+        k=place(case.k, LAYOUTS[layouts[1]], device),
+        v=place(case.v, LAYOUTS[layouts[2]], device),
+        start_lens=place(case.start_lens, "unaligned", device),
+    )
+
+
+def caches(x: Case) -> list[Tensor]:
+    return [t for t in (x.k_cache, x.v_cache, x.k_bounds, x.k_scales) if t is not None]
+
+
+def one_step(x: Case, num_pages: int, **options: Any) -> Results:
+    return ops.decode_step(
+        x.q,
+        x.k,
+        x.v,
+        x.k_cache,
+        x.v_cache,
+        x.k_bounds,
+        x.page_table,
+        x.start_lens,
+        x.seq_lens,
+        num_pages,
+        **options,
+        k_scales=x.k_scales,
+    )
+
+
+def four_steps(
+    x: Case,
+    num_pages: int,
+    group_reduce: Any = "max",
+    sink_pages: int = 0,
+    recent_pages: int = 1,
+    scale: float | None = None,
+) -> Results:
+    S, D, Hkv = x.k_cache.shape[2], x.shape.head_dim, x.shape.kv_heads
+    if scale is None:
+        scale = (1 / torch.tensor(float(D)).sqrt()).item()  # in float32, as the operators have it
+    ops.append_kv(x.k, x.v, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.start_lens, None, x.k_scales)
+    scores = ops.estimate(*x.scoring, S, x.k_scales)
+    forced = (sink_pages, recent_pages)
+    pages = ops.topk_pages(scores, x.seq_lens, S, num_pages, Hkv, group_reduce, *forced, scale)
+    return *ops.sparse_decode(*x.attention, pages, scale), pages
+
+
+def assert_same_step(case: Case, device: str, num_pages: int, **options: Any) -> Case:
+    """Returns the case after the step."""
+    one, four = on(case, device), on(case, device)
+    expected = four_steps(four, num_pages, **options)
+    for actual, value in zip(one_step(one, num_pages, **options), expected, strict=True):
+        assert actual.is_contiguous()
+        assert_same_bits(actual, value)
+    for actual, value in zip(caches(one), caches(four), strict=True):
+        assert_same_bits(actual._base, value._base)
+    return one
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[Shape, dict[str, Any]]:
+    """Any step, half of them such that one launch does them on a GPU."""
+    shape = draw(shapes(max_shared_pages=0, maybe_int8=True))
+    if draw(st.booleans()):
+        aligned = st.integers(0, LAYOUTS.index("sliced"))
+        shape = replace(
+            shape,
+            dtype=draw(st.sampled_from(HALF)),
+            group=draw(st.integers(1, 8)),
+            new_tokens=draw(st.integers(0, 1)),
+            # 8 bytes between rows are too few for aligned loads.
+            layouts=(*draw(st.tuples(aligned, aligned, aligned)), draw(st.integers(0, 1) if shape.int8 else aligned)),
+        )
+    least = max(1, shape.new_tokens)
+    shape = replace(shape, lengths=tuple(max(least, n) for n in shape.lengths))
+    sink, recent = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    return shape, {
+        "num_pages": draw(st.integers(max(1, sink + recent), max(4, shape.capacity + 2))),
+        "group_reduce": draw(st.sampled_from(REDUCES)),
+        "sink_pages": sink,
+        "recent_pages": recent,
+        "scale": draw(st.sampled_from((None, 0.3))),
+    }
+
+
+@given(steps())
+def test_a_step_is_the_four_operators(device: str, drawn: tuple[Shape, dict[str, Any]]) -> None:
+    shape, options = drawn
+    after = assert_same_step(before_step(shape), device, **options)
+    for actual, expected in zip(caches(after), caches(Case(shape)), strict=True):
+        used = Case(shape).page_table.flatten()
+        used = used[(used >= 0) & (used < len(expected))].long()
+        assert_same_bits(actual.cpu()[used], expected[used])
+
+
+@BOTH_BOUNDS
+@pytest.mark.parametrize("group_reduce", REDUCES)
+@pytest.mark.parametrize("heads", [(8, 8), (16, 4), (32, 8), (8, 1), (40, 2)], ids=str)
+def test_heads(device: str, heads: tuple[int, int], group_reduce: str, int8: bool) -> None:
+    Hq, Hkv = heads
+    shape = Shape(torch.bfloat16, 128, 16, Hkv, Hq // Hkv, lengths=(330, 33, 16, 1), int8=int8, seed=1)
+    assert_same_step(before_step(shape), device, 6, group_reduce=group_reduce)
+
+
+@BOTH_BOUNDS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_every_kind_of_page(device: str, dtype: torch.dtype, head_dim: int, page_size: int, int8: bool) -> None:
+    lengths = (5 * page_size, 3 * page_size + 1, 1, 6 * page_size - 1)
+    shape = Shape(dtype, head_dim, page_size, 1, 4, lengths=lengths, int8=int8, seed=2)
+    for num_pages in (2, 5):
+        assert_same_step(before_step(shape), device, num_pages)
+
+
+@BOTH_BOUNDS
+@pytest.mark.parametrize("new_tokens", [0, 1, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_new_tokens(device: str, dtype: torch.dtype, new_tokens: int, int8: bool) -> None:
+    lengths = (8, 9, 15, 16, 17, 24, 131)
+    shape = Shape(dtype, 64, 16, 2, 4, new_tokens, lengths, int8=int8, seed=3)
+    for group_reduce in REDUCES:
+        assert_same_step(before_step(shape), device, 3, group_reduce=group_reduce)
+
+
+@BOTH_BOUNDS
+@pytest.mark.parametrize("sink_pages", [0, 1, 2])
+@pytest.mark.parametrize("recent_pages", [0, 1, 2])
+def test_forced_pages(device: str, sink_pages: int, recent_pages: int, int8: bool) -> None:
+    """With lists from the shortest to longer than there are pages."""
+    lengths = tuple(16 * pages + off for pages, off in itertools.product((2, 11, 12), (-1, 0, 1)))
+    case = before_step(Shape(torch.float16, 64, 16, 2, 2, lengths=lengths, int8=int8, seed=4))
+    for num_pages in (max(1, sink_pages + recent_pages), 4, 11, 12, 13, 40):
+        assert_same_step(case, device, num_pages, sink_pages=sink_pages, recent_pages=recent_pages)
+
+
+@BOTH_BOUNDS
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_long_sequences(device: str, dtype: torch.dtype, int8: bool) -> None:
+    lengths = (20_000, 16 * 1024 + 1, 4096, 4095, 1025, 257, 256, 16, 1)
+    case = before_step(Shape(dtype, 64, 16, 1, 4, lengths=lengths, int8=int8, seed=5))
+    for num_pages in (1, 64, 129, 1250, 3000):
+        assert_same_step(case, device, num_pages)
+
+
+@BOTH_BOUNDS
+@pytest.mark.parametrize("batch", [3, 17, 40])
+@pytest.mark.parametrize("layouts", [(0, 1, 1, 1), (2, 2, 2, 0), (3, 3, 3, 3), (0, 0, 3, 0)])
+def test_batches_and_layouts(device: str, batch: int, layouts: tuple[int, int, int, int], int8: bool) -> None:
+    lengths = tuple(1 + 37 * b**2 % 400 for b in range(batch))
+    shape = Shape(torch.bfloat16, 128, 16, 2, 4, lengths=lengths, layouts=layouts, int8=int8, seed=6)
+    assert_same_step(before_step(shape), device, 8, group_reduce="sum")
+
+
+@pytest.mark.parametrize("batch", [256, 257])
+def test_as_many_sequences_as_one_launch_takes_and_one_more(device: str, batch: int) -> None:
+    lengths = tuple(1 + 7 * b % 90 for b in range(batch))
+    shape = Shape(torch.float16, 64, 8, 2, 1, lengths=lengths, int8=True, seed=15)
+    assert_same_step(before_step(shape), device, 4)
+
+
+@BOTH_BOUNDS
+@pytest.mark.parametrize("num_pages", [8, 400])
+def test_a_capacity_of_20_000_pages(device: str, num_pages: int, int8: bool) -> None:
+    case = before_step(Shape(torch.bfloat16, 128, 16, 1, 8, lengths=(5000, 1), int8=int8, seed=7))
+    more = 20_000 - case.page_table.shape[1]
+    case = case.having(page_table=torch.nn.functional.pad(case.page_table, (0, more), value=GARBAGE))
+    assert_same_step(case, device, num_pages)
+
+
+@BOTH_BOUNDS
+def test_shared_pages(device: str, int8: bool) -> None:
+    shape = Shape(torch.float16, 64, 16, 2, 4, lengths=(400, 321, 190), shared_pages=9, int8=int8, seed=8)
+    assert_same_step(before_step(shape), device, 7)
+
+
+@BOTH_BOUNDS
+def test_equal_keys_tie_to_the_first_pages(device: str, int8: bool) -> None:
+    case = before_step(Shape(torch.float16, 64, 16, 1, 4, lengths=(16 * 30,), int8=int8))
+    for x in (case.k_cache, case.k):
+        x.fill_(0.5)
+    x = on(case, device)
+    ops.update_bounds(x.k_cache, x.k_bounds, x.page_table, x.start_lens, k_scales=x.k_scales)
+    assert one_step(x, 5)[2].tolist() == [[[0, 1, 2, 3, 29]]]
+
+
+@BOTH_BOUNDS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unread_pages_stay_unseen(device: str, dtype: torch.dtype, int8: bool) -> None:
+    """NaN in the keys and values of the pages left out: the results of the clean cache."""
+    case = before_step(Shape(dtype, 128, 16, 2, 4, lengths=(700, 333, 20), int8=int8, seed=9))
+    clean = one_step(on(case, device), 7)
+    poisoned = one_step(on(case.poisoned(clean[2].cpu()), device), 7)
+    for actual, expected in zip(poisoned, clean, strict=True):
+        assert not actual.isnan().any()
+        assert_same_bits(actual, expected)
+
+
+@BOTH_BOUNDS
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["k_cache", "k", "v", "q"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_faults_show_as_in_the_four(device: str, dtype: torch.dtype, name: str, value: float, int8: bool) -> None:
+    """NaN and infinities in an old key, a new key or value, or the query: in their own sequence alone."""
+    case = before_step(Shape(dtype, 64, 16, 2, 4, lengths=(700, 333), int8=int8, seed=10))
+    old_page = int(case.page_table[0, 5])
+    where = {"k_cache": (old_page, 1, 3, 9), "k": (0, 0, 1, 5), "v": (0, 0, 1, 5), "q": (0, 4, 5)}[name]
+    getattr(case, name)[where] = value
+    keys = case.k_cache[old_page]
+    bounds = torch.stack([keys.amin(1), keys.amax(1)], 1)
+    if int8:
+        case.k_bounds[old_page], case.k_scales[old_page] = reference.quantize(bounds)
+    else:
+        case.k_bounds[old_page] = bounds
+    out, _, pages = (x.cpu() for x in one_step(on(case, device), 7))
+    assert out[1].isfinite().all()
+    if math.isnan(value):
+        assert out[0].isnan().any()
+    if name == "k_cache" and (int8 or math.isnan(value)):
+        assert 5 in pages[0, 1]
+    assert_same_step(case, device, 7)
+
+
+@BOTH_BOUNDS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reruns(device: str, dtype: torch.dtype, int8: bool) -> None:
+    case = before_step(Shape(dtype, 128, 16, 2, 8, lengths=(3000, 64, 700), int8=int8, seed=11))
+    first = one_step(on(case, device), 40)
+    for _ in range(10):
+        for actual, expected in zip(one_step(on(case, device), 40), first, strict=True):
+            assert_same_bits(actual, expected)
+
+
+def test_nothing_to_do(device: str) -> None:
+    x = on(before_step(Shape(torch.float16, lengths=(20, 3))), device)
+    none = {name: getattr(x, name)[:0] for name in ("q", "k", "v", "page_table", "start_lens", "seq_lens")}
+    before = [t._base.clone() for t in caches(x)]
+    out, lse, pages = one_step(x.having(**none), 3)
+    assert (out.shape, lse.shape, pages.shape) == ((0, 4, 64), (0, 4), (0, 2, 3))
+    for actual, expected in zip(caches(x), before, strict=True):
+        assert_same_bits(actual._base, expected)
+
+
+@pytest.mark.gpu
+class TestOnTheGPU:
+    @BOTH_BOUNDS
+    @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+    def test_several_tiles_a_block(self, head_dim: int, int8: bool) -> None:
+        """More pages and chunks than the GPU holds blocks for: each has several in flight."""
+        lengths = (9000 if head_dim <= 128 else 4500, 3001)
+        shape = Shape(torch.bfloat16, head_dim, 8, 32, 1, lengths=lengths, int8=int8, seed=16)
+        case = before_step(shape)
+        for num_pages in (40, 200):
+            assert_same_step(case, "cuda", num_pages)
+
+    @BOTH_BOUNDS
+    @pytest.mark.parametrize("equal", [False, True])
+    def test_more_pages_than_shared_memory_holds(self, equal: bool, int8: bool) -> None:
+        """Than it holds keys of, or keys and a table of, or a thread has bits in a word for; ties among them all."""
+        lengths = (8 * 13_000 - 3, 8 * 9_000, 8 * 6_145 - 7, 8 * 300)
+        case = before_step(Shape(torch.bfloat16, 64, 8, 1, 2, lengths=lengths, int8=int8, seed=17))
+        if equal:
+            for x in (case.k_cache, case.k):
+                x.fill_(0.5)
+            ops.update_bounds(case.k_cache, case.k_bounds, case.page_table, case.start_lens, k_scales=case.k_scales)
+        for num_pages in (3, 700):
+            assert_same_step(case, "cuda", num_pages, sink_pages=1)
+
+    @BOTH_BOUNDS
+    @pytest.mark.parametrize("keys", ["random", "equal", "broken"])
+    def test_long_rows_are_selected_by_groups_of_pages(self, monkeypatch: Any, keys: str, int8: bool) -> None:
+        """Rows of more than 8,192 pages and of 32 for each that is read; forced pages that begin and end in groups."""
+        monkeypatch.delenv("QUEST_OPS_CHECK", raising=False)
+        lengths = (8 * 25_000 - 5, 8 * 22_400 + 1, 8 * 8_209, 8 * 8_193 - 7, 8 * 8_192)
+        case = before_step(Shape(torch.bfloat16, 64, 8, 1, 2, lengths=lengths, int8=int8, seed=18))
+        if keys == "equal":
+            for x in (case.k_cache, case.k):
+                x.fill_(0.5)
+            ops.update_bounds(case.k_cache, case.k_bounds, case.page_table, case.start_lens, k_scales=case.k_scales)
+        if keys == "broken":
+            case.page_table[:, 5::1000] = -1
+        for num_pages, sink_pages, recent_pages in ((5, 0, 1), (256, 17, 18), (700, 0, 33), (1000, 16, 1)):
+            assert_same_step(case, "cuda", num_pages, sink_pages=sink_pages, recent_pages=recent_pages)
+
+    def test_steps_on_two_streams_do_not_wait_for_each_other(self) -> None:
+        """Each has more blocks than there is room for beside the other's."""
+        case = before_step(Shape(torch.bfloat16, 128, 16, 8, 4, lengths=(6000,) * 8, int8=True, seed=17))
+        alone, streams = one_step(on(case, "cuda"), 128), [torch.cuda.Stream() for _ in range(2)]
+        inputs = [[on(case, "cuda") for _ in range(10)] for _ in streams]
+        torch.cuda.synchronize()
+        results = []
+        for i in range(10):
+            for stream, cases in zip(streams, inputs, strict=True):
+                with torch.cuda.stream(stream):
+                    results.append(one_step(cases[i], 128))
+        torch.cuda.synchronize()
+        for result in results:
+            for actual, expected in zip(result, alone, strict=True):
+                assert_same_bits(actual, expected)
+
+    @BOTH_BOUNDS
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    def test_one_launch(self, dtype: torch.dtype, int8: bool) -> None:
+        """What the documentation promises; without it the comparisons above compare nothing."""
+        x = on(before_step(Shape(dtype, 128, 16, 8, 4, lengths=(3000, 700), int8=int8)), "cuda")
+        one_step(x, 64)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            one_step(x, 64)
+            torch.cuda.synchronize()
+        on_the_gpu = torch.autograd.DeviceType.CUDA
+        kernels = [event.name for event in profile.events() if event.device_type == on_the_gpu]
+        if not kernels:
+            pytest.skip("the profiler sees no kernels here")
+        assert len(kernels) == 2
+        assert "clear_progress" in kernels[0]
+        assert "decode_step" in kernels[1]
+
+    @BOTH_BOUNDS
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("page", [-1, -(2**31), 2**31 - 1, "N"])
+    def test_broken_page_tables(self, monkeypatch: Any, dtype: torch.dtype, page: int | str, int8: bool) -> None:
+        """A page that does not exist, in the middle, at the start, or where the new token goes."""
+        monkeypatch.delenv("QUEST_OPS_CHECK", raising=False)
+        case = before_step(Shape(dtype, 128, 16, 2, 4, lengths=(330, 200, 200, 90, 1), int8=int8, seed=12))
+        page = len(case.k_cache) if page == "N" else page
+        table = case.page_table.clone()
+        table[0, 7] = table[1, 0] = table[2, 12] = table[2, 5] = table[4, 0] = page
+        for num_pages in (5, 30):
+            for recent_pages in (0, 1):
+                assert_same_step(case.having(page_table=table), "cuda", num_pages, recent_pages=recent_pages)
+
+    @BOTH_BOUNDS
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_graph_replays_follow_the_lengths(self, dtype: torch.dtype, int8: bool) -> None:
+        """Captured once, replayed across page boundaries, from fewer pages than are read to more: as eager."""
+        case = Case(Shape(dtype, 64, 8, 2, 4, lengths=(150, 140), int8=int8, seed=13))
+        buffers = {
+            "q": torch.zeros_like(case.q, device="cuda"),
+            "k": torch.zeros(2, 1, 2, 64, dtype=dtype, device="cuda"),
+            "v": torch.zeros(2, 1, 2, 64, dtype=dtype, device="cuda"),
+            "start_lens": torch.zeros(2, dtype=torch.int32, device="cuda"),
+            "seq_lens": torch.ones(2, dtype=torch.int32, device="cuda"),
+        }
+        replayed, eager, four = (case.on("cuda").having(**buffers) for _ in range(3))
+
+        def load(starts: tuple[int, int]) -> None:
+            buffers["q"].copy_(case.randn(*case.q.shape))
+            for b, start in enumerate(starts):
+                buffers["start_lens"][b], buffers["seq_lens"][b] = start, start + 1
+                buffers["k"][b, 0].copy_(case.keys[b][start])
+                buffers["v"][b, 0].copy_(case.values[b][start])
+
+        load((0, 10))
+        one_step(replayed, 6)  # warm up, by the first step itself
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = one_step(replayed, 6)
+        for length in range(130):
+            load((length, length + 10))
+            graph.replay()
+            for actual, plain, expected in zip(captured, one_step(eager, 6), four_steps(four, 6), strict=True):
+                assert_same_bits(actual, plain)
+                assert_same_bits(actual, expected)
+        for actual, plain, expected in zip(caches(replayed), caches(eager), caches(four), strict=True):
+            assert_same_bits(actual._base, plain._base)
+            assert_same_bits(actual._base, expected._base)
+
+    @BOTH_BOUNDS
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_stream(self, dtype: torch.dtype, int8: bool) -> None:
+        """On another stream than the default one it waits for what that stream does before it."""
+        case = before_step(Shape(dtype, 128, 16, 2, 4, lengths=(3000, 100), int8=int8, seed=14))
+        x, late = on(case, "cuda"), on(case, "cuda")
+        written = ("q", "k", "v", "k_cache", "k_bounds", "start_lens", "seq_lens")
+        values = {name: getattr(late, name).clone() for name in written}
+        for name in written:
+            getattr(late, name).zero_()
+        expected = one_step(x, 20)
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)
+            for name, value in values.items():
+                getattr(late, name).copy_(value)
+            actual = one_step(late, 20)
+            sums = [t.double().nan_to_num().sum() for t in actual]
+        stream.synchronize()
+        for got, total, value in zip(actual, sums, expected, strict=True):
+            assert_same_bits(got, value)
+            assert total == value.double().nan_to_num().sum()

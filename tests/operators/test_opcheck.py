@@ -1,0 +1,142 @@
+"""What PyTorch asks of an operator: opcheck, fake tensors, torch.compile with symbolic shapes, no backward."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers.operator_cases import DTYPES, LAYOUTS, Case, Shape, assert_same_bits, place
+from quest_ops import ops
+from quest_ops._library import OPERATORS
+from quest_ops._library import ops as raw
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def arguments(name: str, dtype: torch.dtype, layout: str, full: bool, device: str) -> tuple[tuple, dict]:
+    """Arguments of an operator: with every optional one, 8-bit bounds and new tokens, or without."""
+    layouts = (LAYOUTS.index(layout),) * 4
+    x = Case(Shape(dtype, new_tokens=2 if full else 0, lengths=(37, 18), layouts=layouts, int8=full)).on(device)
+    paging = (x.page_table, x.seq_lens)
+    scales = {"k_scales": x.k_scales} if full else {}
+    few = torch.tensor([2, 1], dtype=torch.int32, device=device)
+    if name == "append_kv":
+        k, v = (place(torch.randn(2, 3, 2, 64).to(dtype), layout, device) for _ in "kv")
+        before = (x.page_table, x.seq_lens - 3)
+        return (k, v, x.k_cache, x.v_cache, x.k_bounds, *before), {"new_lens": few, **scales} if full else {}
+    if name == "update_bounds":
+        return (x.k_cache, x.k_bounds, *paging), {"first_token": few * 16, **scales} if full else {}
+    if name == "estimate":
+        return (x.q, x.k_bounds, *paging, 16), scales
+    rows = x.q.shape[:-1]
+    if name == "decode_step":
+        T = 2 if full else 1
+        k, v = (place(torch.randn(2, T, 2, 64).to(dtype), layout, device) for _ in "kv")
+        options = {"group_reduce": 0, "sink_pages": 1, "recent_pages": 0, "scale": 0.3, **scales} if full else {}
+        return (x.q, k, v, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.seq_lens - T, x.seq_lens, 2), options
+    if name == "topk_pages":
+        scores = place(torch.randn(*rows, 4), layout, device)
+        options = {"group_reduce": 3, "sink_pages": 1, "recent_pages": 0, "scale": 0.5} if full else {}
+        return (scores, x.seq_lens, 16, 2, 2), options
+    pages = torch.tensor([0, 1, -1], dtype=torch.int32, device=device).expand(*rows, 3).contiguous()
+    return (x.q, x.k_cache, x.v_cache, *paging), {"pages": pages, "scale": 0.3} if full else {}
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["short", "full"])
+@pytest.mark.parametrize(
+    ("dtype", "layout"), list(zip(DTYPES, ("sliced", "transposed", "contiguous"), strict=True)), ids=str
+)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(device: str, name: str, dtype: torch.dtype, layout: str, full: bool) -> None:
+    args, kwargs = arguments(name, dtype, layout, full, device)
+    torch.library.opcheck(getattr(raw, name).default, args, kwargs)
+
+
+def pipeline(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_bounds: Tensor, table: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A decode step as a model makes it, between operations that the compiler sees through."""
+    ops.append_kv(k * 1.5, v, k_cache, v_cache, k_bounds, table, before)
+    lengths = before + k.shape[1]
+    scores = ops.estimate(q * 2, k_bounds, table, lengths, k_cache.shape[2])
+    pages = ops.topk_pages(scores, lengths, k_cache.shape[2], 3, k_cache.shape[1])
+    out, lse = ops.sparse_decode(q * 2, k_cache, v_cache, table, lengths, pages)
+    return pages, out + 1, lse
+
+
+def step(dtype: torch.dtype, lengths: tuple[int, ...], device: str) -> list[Tensor]:
+    x = Case(Shape(dtype, new_tokens=2, lengths=lengths)).on(device)
+    k, v = (torch.randn(len(lengths), 2, 2, 64, device=device).to(dtype) for _ in "kv")
+    caches = (x.k_cache.contiguous(), x.v_cache.contiguous(), x.k_bounds.contiguous())
+    return [x.q.contiguous(), k, v, *caches, x.page_table.contiguous(), x.seq_lens - 2]
+
+
+def in_one(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_bounds: Tensor, table: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same step by decode_step."""
+    lengths = before + k.shape[1]
+    out, lse, pages = ops.decode_step(q * 2, k * 1.5, v, k_cache, v_cache, k_bounds, table, before, lengths, 3)
+    return pages, out + 1, lse
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", [pipeline, in_one])
+def test_compiled_whole_and_once_for_all_sizes(
+    device: str, how: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype
+) -> None:
+    compiled = torch.compile(how, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def check(*lengths: int) -> None:
+        inputs = step(dtype, lengths, device)
+        copies = [x.clone() for x in inputs]
+        for actual, expected in zip(compiled(*inputs), pipeline(*copies), strict=True):
+            assert_same_bits(actual, expected)
+        for actual, expected in zip(inputs, copies, strict=True):
+            assert_same_bits(actual, expected)
+
+    torch.compiler.reset()
+    # No size equals another one by chance: the compiler would take that for a rule.
+    check(37, 90, 5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        check(5, 130, 64, 2, 8)
+        check(17, 16, 33, 200, 2, 3)
+
+
+@pytest.mark.parametrize("new_tokens", [0, 3])
+@pytest.mark.parametrize("reduce", ["none", "max"])
+def test_fake_tensors_have_the_shapes_of_real_ones(device: str, new_tokens: int, reduce: str) -> None:
+    x = Case(Shape(torch.bfloat16, new_tokens=new_tokens)).on(device)
+
+    def results(q: Tensor, k_cache: Tensor, v_cache: Tensor, k_bounds: Tensor, *paging: Tensor) -> tuple[Tensor, ...]:
+        scores = ops.estimate(q, k_bounds, *paging, 16)
+        pages = ops.topk_pages(scores, paging[1], 16, 2, 2, reduce)
+        k = torch.empty(2, max(1, new_tokens), 2, 64, dtype=q.dtype, device=q.device)
+        before = paging[1] - k.shape[1]
+        step = ops.decode_step(q, k, k, k_cache, v_cache, k_bounds, paging[0], before, paging[1], 2, reduce)
+        return scores, pages, *ops.sparse_decode(q, k_cache, v_cache, *paging, pages), *step
+
+    inputs = (x.q, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.seq_lens)
+    with FakeTensorMode() as mode:
+        fakes = results(*(mode.from_tensor(tensor) for tensor in inputs))
+    for fake, real in zip(fakes, results(*inputs), strict=True):
+        assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device)
+        assert fake.stride() == real.stride()
+
+
+def test_backward_is_refused(device: str) -> None:
+    x = Case(Shape()).on(device)
+    q = x.q.clone().requires_grad_()
+    scores = ops.estimate(q, x.k_bounds, x.page_table, x.seq_lens, 16)
+    with pytest.raises(RuntimeError, match="estimate has no backward"):
+        scores[..., 0].sum().backward()
+    out, _ = ops.sparse_decode(q, x.k_cache, x.v_cache, x.page_table, x.seq_lens)
+    with pytest.raises(RuntimeError, match="sparse_decode has no backward"):
+        out.sum().backward()
+    k = torch.randn(2, 1, 2, 64, device=device)
+    caches = (x.k_cache, x.v_cache, x.k_bounds)
+    for inputs in ((q, k), (x.q, k.clone().requires_grad_())):
+        out, lse, _ = ops.decode_step(*inputs, k, *caches, x.page_table, x.seq_lens - 1, x.seq_lens, 2)
+        for result in (out, lse):
+            with pytest.raises(RuntimeError, match="decode_step has no backward"):
+                result.sum().backward()
+    assert not any(cache.requires_grad for cache in caches)

@@ -1,0 +1,217 @@
+"""topk_pages: equal to the reference where scores are exact, as good as the best within rounding where they are not."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers.operator_cases import LAYOUTS, assert_same_bits, place, place_far_apart
+from hypothesis import given
+from hypothesis import strategies as st
+from quest_ops import ops, reference
+from torch import Tensor
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def randoms(kind: str, size: tuple[int, ...], random: torch.Generator) -> Tensor:
+    integers = torch.randint(-4, 5, size, generator=random).float()
+    if kind == "normal":
+        return torch.randn(size, generator=random) * 10
+    if kind == "equal":
+        return torch.full(size, -1.5)
+    if kind == "integers":
+        return integers
+    if kind == "lowest bits":
+        return 3 + (integers + 4) * 2 * EPS
+    if kind == "subnormal":
+        return integers * 2.0**-149
+    special = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, -0.0, 0.0])
+    return torch.where(integers > 0, integers, special[torch.randint(0, 6, size, generator=random)])
+
+
+KINDS = ("normal", "equal", "integers", "lowest bits", "subnormal", "special")
+EXACT_SUMS = ("equal", "integers", "subnormal", "special")
+
+
+@dataclass(frozen=True)
+class Selection:
+    kind: str
+    lengths: tuple[int, ...]
+    k: int
+    reduce: str = "max"
+    page_size: int = 16
+    kv_heads: int = 2
+    group: int = 2
+    new_tokens: int = 0
+    sink: int = 0
+    recent: int = 1
+    scale: float = 0.125
+    spare_pages: int = 1
+    layout: int = 0
+    seed: int = 0
+
+    def scores(self) -> Tensor:
+        """NaN, which ranks above everything, past the pages that a token may see."""
+        random = torch.Generator().manual_seed(self.seed)
+        P = max(reference.num_pages(n, self.page_size) for n in self.lengths) + self.spare_pages
+        T = max(1, self.new_tokens)
+        scores = randoms(self.kind, (len(self.lengths), T, self.kv_heads * self.group, P), random)
+        for b, length in enumerate(self.lengths):
+            for t in range(T):
+                scores[b, t, :, reference.num_pages(max(0, length - T + 1 + t), self.page_size) :] = math.nan
+        return scores if self.new_tokens else scores[:, 0]
+
+    def arguments(self) -> tuple:
+        return (self.page_size, self.k, self.kv_heads, self.reduce, self.sink, self.recent, self.scale)
+
+
+@st.composite
+def selections(draw: st.DrawFn) -> Selection:
+    page_size = draw(st.sampled_from((8, 16, 32, 64, 128)))
+    group = draw(st.integers(1, 16) | st.sampled_from((20, 32)))
+    most_pages = draw(st.sampled_from((3, 40, 300)))
+    length = st.builds(
+        lambda pages, off: max(0, pages * page_size + off), st.integers(0, most_pages), st.integers(-1, 1)
+    )
+    k = draw(st.integers(1, most_pages + 3))
+    sink = draw(st.integers(0, min(4, k)))
+    return Selection(
+        kind=draw(st.sampled_from(KINDS)),
+        lengths=tuple(draw(st.lists(length, min_size=1, max_size=3))),
+        k=k,
+        reduce=draw(st.sampled_from(("none", "max", "sum", "soft"))),
+        page_size=page_size,
+        kv_heads=draw(st.integers(1, max(1, 12 // group))),
+        group=group,
+        new_tokens=draw(st.integers(0, 3) | st.just(8)) if most_pages < 300 else 0,
+        sink=sink,
+        recent=draw(st.integers(0, min(4, k - sink))),
+        scale=draw(st.sampled_from((1.0, 0.125, 0.01))),
+        spare_pages=draw(st.integers(0, 3)),
+        layout=draw(st.integers(0, len(LAYOUTS) - 1)),
+        seed=draw(st.integers(0, 2**31 - 1)),
+    )
+
+
+def slack(scores: Tensor, reduced: Tensor, s: Selection) -> Tensor:
+    """What float32 may be off by in the reduced scores [Hs, n]."""
+    if s.reduce == "sum":
+        return scores.unflatten(0, (s.kv_heads, s.group)).abs().sum(1) * s.group * EPS
+    # soft: each exponent is off by its own size in EPS, the exponential by a few, the sum over n pages by n.
+    exponent = (scores * s.scale).abs().nan_to_num(posinf=0).amax()
+    return reduced * (4 * exponent + 8 + scores.shape[-1] + s.group) * EPS + s.group * torch.finfo(torch.float32).tiny
+
+
+def assert_as_good(chosen: list[int], h: int, scores: Tensor, s: Selection) -> None:
+    """No page left out is better than a page taken by more than rounding; of pages with the same scores, the first."""
+    n = scores.shape[-1]
+    free = list(range(s.sink, n - s.recent))
+    taken, left = ([page for page in free if (page in chosen) == wanted] for wanted in (True, False))
+    if not taken or not left:
+        return
+    reduced = reference.reduce_group(scores, s.kv_heads, s.reduce, s.scale)
+    error = slack(scores, reduced, s)[h]
+    row = reduced[h]
+    if row.isnan().any():  # a NaN or +inf makes the whole softmax NaN: every page ties
+        assert row.isnan().all()
+        assert taken == free[: len(taken)]
+        return
+    assert (row[taken] + error[taken]).min() >= (row[left] - error[left]).max()
+    columns = scores[h * s.group : (h + 1) * s.group].T.tolist()
+    last_taken = {tuple(columns[page]): page for page in taken}
+    assert all(page > last_taken.get(tuple(columns[page]), -1) for page in left)
+
+
+def check(s: Selection, device: str) -> None:
+    scores, seq_lens = s.scores(), torch.tensor(s.lengths, dtype=torch.int32)
+    actual = ops.topk_pages(
+        place(scores, LAYOUTS[s.layout], device), place(seq_lens, "unaligned", device), *s.arguments()
+    )
+    assert actual.dtype == torch.int32
+    assert actual.is_contiguous()
+    expected = reference.topk_pages(scores, seq_lens, *s.arguments())
+    if s.reduce in ("none", "max") or (s.reduce == "sum" and s.kind in EXACT_SUMS):
+        assert actual.cpu().tolist() == expected.tolist()
+        return
+    assert actual.shape == expected.shape
+    T = max(1, s.new_tokens)
+    scores = scores.view(len(s.lengths), T, s.kv_heads * s.group, -1).double()
+    for b, rows in enumerate(actual.cpu().view(len(s.lengths), T, -1, s.k).tolist()):
+        for t, lists in enumerate(rows):
+            n = reference.num_pages(max(0, s.lengths[b] - T + 1 + t), s.page_size)
+            for h, padded in enumerate(lists):
+                chosen = padded[: min(n, s.k)]
+                assert padded[len(chosen) :] == [-1] * (s.k - len(chosen))
+                assert chosen == sorted(set(chosen))
+                assert not chosen or 0 <= chosen[0] <= chosen[-1] < n
+                forced = {*range(min(s.sink, n)), *range(max(0, n - s.recent), n)}
+                assert n <= s.k or forced <= set(chosen)
+                assert_as_good(chosen, h, scores[b, t, :, :n], s)
+
+
+@given(selections())
+def test_selection_meets_the_reference(device: str, s: Selection) -> None:
+    check(s, device)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduce", ["none", "max", "sum", "soft"])
+def test_every_kind_of_score(device: str, kind: str, reduce: str) -> None:
+    check(Selection(kind, (16 * 150, 16 * 40 + 1, 0, 1), 37, reduce, new_tokens=2, sink=2, recent=2), device)
+
+
+@pytest.mark.parametrize("kind", ["normal", "equal", "lowest bits", "special"])
+@pytest.mark.parametrize("k", [1, 128, 4096, 70_000])
+def test_a_million_tokens(device: str, kind: str, k: int) -> None:
+    """65,536 pages: nothing is dropped however the scores cluster."""
+    check(Selection(kind, (16 * 65_536 - 5,), k, kv_heads=1, group=2, spare_pages=0), device)
+
+
+@pytest.mark.parametrize("kind", ["normal", "equal", "lowest bits", "special"])
+@pytest.mark.parametrize("reduce", ["none", "max"])
+@pytest.mark.parametrize(("k", "sink", "recent"), [(40, 0, 1), (300, 100, 199), (500, 0, 0)])
+def test_ragged_lengths_up_to_many_pages(device: str, kind: str, reduce: str, k: int, sink: int, recent: int) -> None:
+    """Around 8,192 pages, where a row may be cut into segments, with forced pages in two of them."""
+    pages = (20_000, 16_385 + 50, 8_193, 8_192, 8_191, 2_049, 500, 1, 0)
+    lengths = tuple(16 * n for n in pages)
+    check(Selection(kind, lengths, k, reduce, sink=sink, recent=recent, kv_heads=1, group=2), device)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "soft"])
+def test_a_million_tokens_reduced(device: str, reduce: str) -> None:
+    """By the values of what is taken and left only: the sums of a softmax over so many pages are no longer exact."""
+    s = Selection("normal", (16 * 65_536,), 2048, reduce, kv_heads=1, group=4, spare_pages=0)
+    scores = s.scores()
+    pages = (
+        ops.topk_pages(scores.to(device), torch.tensor(s.lengths).int().to(device), *s.arguments())[0, 0].cpu().long()
+    )
+    assert (pages.diff() > 0).all()
+    assert pages[0] >= 0
+    assert pages[-1] == 65_535
+    reduced = reference.reduce_group(scores[0].double(), 1, reduce, s.scale)
+    error = slack(scores[0].double(), reduced, s)[0]
+    left = torch.ones(65_536, dtype=torch.bool)
+    left[pages] = False
+    taken = pages[:-1]
+    assert (reduced[0, taken] + error[taken]).min() >= (reduced[0, left] - error[left]).max()
+
+
+def test_zeros_of_either_sign_tie(device: str) -> None:
+    scores = torch.tensor([-0.0, 0.0, -0.0, 0.0, -1.0, 0.0], device=device).view(1, 1, 6)
+    pages = ops.topk_pages(scores, torch.tensor([96], dtype=torch.int32, device=device), 16, 3, 1, recent_pages=0)
+    assert pages.tolist() == [[[0, 1, 2]]]
+
+
+def test_scores_past_2_31_elements(device: str) -> None:
+    s = Selection("normal", (16 * 50, 16 * 31), 8)
+    scores, seq_lens = s.scores(), torch.tensor(s.lengths, dtype=torch.int32, device=device)
+    far = ops.topk_pages(place_far_apart(scores, device), seq_lens, *s.arguments())
+    assert_same_bits(far, ops.topk_pages(scores.to(device), seq_lens, *s.arguments()))
+
+
+def test_nothing_to_do(device: str) -> None:
+    seq_lens = torch.zeros(3, dtype=torch.int32, device=device)
+    for scores in (torch.rand(3, 4, 5, device=device), torch.rand(3, 4, 0, device=device)):
+        assert ops.topk_pages(scores, seq_lens, 16, 2, 2).tolist() == [[[-1, -1]] * 2] * 3
+        assert ops.topk_pages(scores[:0], seq_lens[:0], 16, 2, 2).shape == (0, 2, 2)

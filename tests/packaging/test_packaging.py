@@ -1,0 +1,196 @@
+"""The wheel, what it holds, the stable ABI of its libraries, and what CMake says where it cannot build.
+
+`QUEST_OPS_WHEEL` names a wheel to test; without it one is built here, in the build folder of the installed libraries.
+"""
+
+import importlib.resources
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import quest_ops
+from quest_ops import _library
+
+ROOT = Path(__file__).parents[2]
+VERSION = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+
+pytestmark = pytest.mark.xdist_group("packaging")  # one process builds in the build folder
+
+needs_builder = pytest.mark.skipif(
+    importlib.util.find_spec("scikit_build_core") is None or shutil.which("cmake") is None,
+    reason="needs scikit-build-core and CMake",
+)
+
+
+def check_abi(library: Path) -> None:
+    tool = shutil.which("torch-abi-audit")
+    if tool is None:
+        pytest.skip("needs torch-abi-audit")
+    report = json.loads(subprocess.run([tool, "--json", library], capture_output=True, check=True).stdout)
+    (found,) = [entry["torch"] for entry in report["bundled_libs"]]
+    assert found["uses_torch"]
+    assert found["stable"], found["unstable_symbols"]
+    assert found["unknown_shim_symbols"] == []
+    assert tuple(map(int, found["min_torch_version"].split(".")[:2])) <= _library.MINIMUM_TORCH
+
+
+def check_dependencies(library: Path) -> None:
+    """Torch and the C++ runtime: no CUDA runtime, no Python, and no folder of the machine that built it."""
+    if sys.platform != "linux" or shutil.which("readelf") is None:
+        pytest.skip("needs readelf")
+    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\.so", dynamic))
+    assert needed & {"libtorch", "libtorch_cpu"}
+    assert needed <= {"libtorch", "libtorch_cpu", "libstdc++", "libm", "libgcc_s", "libc", "ld-linux-x86-64"}
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+    assert str(ROOT).encode() not in library.read_bytes()
+
+
+@pytest.mark.parametrize("stem", ["_C", "_C_cuda"])
+def test_installed_library(stem: str) -> None:
+    library = _library._find(stem)
+    if library is None:
+        pytest.skip(f"no {stem} is installed")
+    check_abi(library)
+    check_dependencies(library)
+
+
+def test_one_version() -> None:
+    assert VERSION == quest_ops.__version__ == metadata.version("quest_ops")
+
+
+def test_resources() -> None:
+    # They must be found in an editable install too, where the libraries lie apart from the Python files.
+    files = importlib.resources.files("quest_ops")
+    for name in ("py.typed", "_C.so", "evaluation/model/model.safetensors"):
+        assert files.joinpath(*name.split("/")).is_file(), name
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if given := os.environ.get("QUEST_OPS_WHEEL"):
+        return Path(given)
+    folder = tmp_path_factory.mktemp("wheel")
+    build = ["-C", f"build-dir={ROOT / 'build'}"] if (ROOT / "build" / "CMakeCache.txt").exists() else []
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, *build, ROOT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site-packages of a new environment that holds this wheel, and sees torch in ours."""
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, symlinks=True)
+    (packages,) = home.glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(packages)
+    # Lines of a .pth file in that folder are not read again, so our own quest_ops stays out of sight.
+    (packages / "ours.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    return packages
+
+
+@needs_builder
+def test_wheel_name(wheel: Path) -> None:
+    assert re.fullmatch(rf"quest_ops-{re.escape(VERSION)}-py3-none-(linux|macosx|manylinux)_\w+\.whl", wheel.name)
+
+
+@needs_builder
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    package = ROOT / "python" / "quest_ops"
+    ours = {f"quest_ops/{f.relative_to(package).as_posix()}" for f in package.rglob("*") if f.is_file()}
+    ours = {name for name in ours if "__pycache__" not in name}
+    assert {"quest_ops/py.typed", "quest_ops/evaluation/model/model.safetensors"} <= ours
+    libraries = {"quest_ops/_C.so", "quest_ops/_C_cuda.so"} & names
+    assert "quest_ops/_C.so" in libraries
+    info = f"quest_ops-{VERSION}.dist-info"
+    rest = {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
+    assert names == ours | libraries | rest
+
+
+@needs_builder
+def test_wheel_metadata(wheel: Path) -> None:
+    text = zipfile.ZipFile(wheel).read(f"quest_ops-{VERSION}.dist-info/METADATA").decode()
+    assert "Requires-Python: >=3.10" in text
+    assert re.search(r"^Requires-Dist: torch>=2\.10$", text, re.MULTILINE)
+    assert "License-Expression: BSD-3-Clause" in text
+
+
+@needs_builder
+def test_wheel_libraries(unpacked: Path) -> None:
+    for library in (unpacked / "quest_ops").glob("*.so"):
+        check_abi(library)
+        check_dependencies(library)
+
+
+@needs_builder
+def test_wheel_in_a_new_environment(unpacked: Path, tmp_path: Path) -> None:
+    program = """
+import torch, quest_ops
+q, bounds = torch.ones(1, 2, 64), torch.ones(1, 1, 2, 64)
+one = torch.ones(1, dtype=torch.int32)
+print(quest_ops.__file__, quest_ops.estimate(q, bounds, one[None] - 1, one, 16).tolist())
+"""
+    python = unpacked.parents[2] / "bin" / "python"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    done = subprocess.run(
+        [python, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split(maxsplit=1) == [str(unpacked / "quest_ops" / "__init__.py"), "[[[64.0], [64.0]]]\n"]
+
+
+def configure(tmp_path: Path, *options: str, **environment: str) -> str:
+    """What CMake says as it refuses to configure."""
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}", *options]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0, done.stdout
+    return " ".join(done.stderr.split())
+
+
+def fake_torch(tmp_path: Path, version: str) -> str:
+    header = tmp_path / "torch" / "include" / "torch" / "headeronly" / "version.h"
+    header.parent.mkdir(parents=True)
+    (tmp_path / "torch" / "__init__.py").touch()
+    names = ("MAJOR", "MINOR", "PATCH")
+    lines = (f"#define TORCH_VERSION_{name} {part}" for name, part in zip(names, version.split("."), strict=True))
+    header.write_text("\n".join(lines))
+    return str(tmp_path)
+
+
+@needs_builder
+def test_cuda_wanted_without_nvcc(tmp_path: Path) -> None:
+    message = configure(tmp_path, "-DQUEST_CUDA=ON", CUDACXX=str(tmp_path / "nvcc"))
+    assert "QUEST_CUDA=ON needs nvcc" in message
+    assert "install the CUDA toolkit" in message
+
+
+@needs_builder
+def test_unknown_cuda_choice(tmp_path: Path) -> None:
+    assert "QUEST_CUDA must be AUTO, ON or OFF, got perhaps" in configure(tmp_path, "-DQUEST_CUDA=perhaps")
+
+
+@needs_builder
+def test_headers_older_than_the_target(tmp_path: Path) -> None:
+    message = configure(tmp_path, PYTHONPATH=fake_torch(tmp_path, "2.9.1"))
+    assert "needs torch 2.10 or newer to build, found 2.9.1" in message
+    assert "pip install 'torch>=2.10'" in message
+
+
+@needs_builder
+def test_no_torch(tmp_path: Path) -> None:
+    venv.create(tmp_path / "empty", symlinks=True)
+    message = configure(tmp_path, f"-DPython_EXECUTABLE={tmp_path / 'empty' / 'bin' / 'python'}")
+    assert "has none: run `pip install torch`" in message

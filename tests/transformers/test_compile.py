@@ -1,0 +1,68 @@
+"""Compiled decoding by generate(): one graph without breaks, none for a second cache, and the tokens of eager mode."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+from helpers.hf_models import compiled, generate, make_model, prompt
+from quest_ops import QuestConfig
+from quest_ops.transformers import enable_quest
+from torch._dynamo.utils import counters
+
+SPARSE = QuestConfig(budget=48, page_size=16, dense_layers=1)
+
+
+@pytest.fixture
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "bounds"),
+    [
+        ("qwen3", "inductor", "cache"),
+        ("qwen3", "inductor", "int8"),
+        ("gemma3", "aot_eager", "cache"),
+        ("gemma2", "eager", "cache"),
+        ("gpt-oss", "eager", "cache"),
+    ],
+)
+def test_compiled_decoding_is_one_graph_and_equals_eager(name, backend, bounds, device, fresh):
+    config = replace(SPARSE, bounds=bounds)
+    layers = {"num_hidden_layers": 2} if backend == "inductor" else {}
+    model, inputs = make_model(name, device, **layers), prompt(90, device, padding=(0, 37))
+    cache = enable_quest(model, config, max_tokens=160)
+    model._compiled_call = model._last_compile_config = None
+    expected, logits = generate(model, inputs, cache, new=12)
+    for graphs in (1, 0):
+        counters.clear()
+        cache = enable_quest(model, config, max_tokens=160)
+        got, compiled_logits = generate(model, inputs, cache, new=12, **compiled(backend, device))
+        assert torch.equal(got, expected)
+        torch.testing.assert_close(compiled_logits, logits, rtol=1e-3, atol=1e-3)
+        assert counters["stats"].get("unique_graphs", 0) == graphs
+        assert not counters["graph_break"]
+    # The host has not seen the lengths move; what follows must find out.
+    assert cache.layers[0].columns == 90 + 11
+    turn = {"input_ids": torch.cat([inputs["input_ids"], got, got], 1)}
+    turn["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(got), torch.ones_like(got)], 1)
+    again, _ = generate(model, turn, cache)
+    assert torch.equal(again, generate(model, turn, cache_of_eager(model, inputs, config))[0])
+
+
+def cache_of_eager(model, inputs, config):
+    cache = enable_quest(model, config, max_tokens=160)
+    generate(model, inputs, cache, new=12)
+    return cache
+
+
+def test_a_cache_that_runs_full_is_an_error_in_compiled_decoding_too(device, fresh):
+    model, inputs = make_model("qwen3", device), prompt(40, device, padding=(0, 7))
+    cache = enable_quest(model, SPARSE, max_tokens=48)
+    with pytest.raises(ValueError, match="holds 48 tokens, 48 of them taken, and was given 1 more"):
+        generate(model, inputs, cache, new=12, **compiled("eager", device))
