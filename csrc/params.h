@@ -133,6 +133,9 @@ struct DecodeStepParams {
   int32_t Hs, K, sink_pages, recent_pages;
   GroupReduce reduce;
   float scale;
+  int32_t* pages;  // [B, T, Hs, K] contiguous
+  void* out;       // [B, T, Hq, D] contiguous, dtype
+  float* lse;      // [B, T, Hq] contiguous
 };
 
 struct DecodeParams {

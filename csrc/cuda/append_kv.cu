@@ -2,8 +2,9 @@
 
 #include "../namespace.h"
 #include "append_kv.cuh"
-#include "launch.h"
-#include "profiler_range.h"
+#include "host/launch.h"
+#include "host/nvtx_range.h"
+#include "host/value_checks.h"
 
 namespace quest::cuda {
 
@@ -11,7 +12,7 @@ void append_kv(
     Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
     std::optional<Tensor> new_lens, std::optional<Tensor> k_scales) {
   const AppendParams p = check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales);
-  const ProfilerRange range("append_kv");
+  const NvtxRange range("append_kv");
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const cudaStream_t stream = current_stream(k);
   check_values_if_requested(p, stream);

@@ -1,13 +1,13 @@
-// append_kv: a block owns one (sequence, head, page touched): it copies the new tokens of that page into the cache and
-// recomputes the page's bounds from the keys before them, read from the cache, and the new ones, already in registers.
+// append_kv: a block owns one (sequence, head, page touched). It copies the page's new tokens into the cache and
+// recomputes the page's bounds from the older keys, read from the cache, and the new ones, already in registers.
 #pragma once
 
-#include "launch_order.cuh"
-#include "page_bounds.cuh"
+#include "core/ptx.cuh"
+#include "tile/page_bounds.cuh"
 
 namespace quest::cuda {
 
-// The new tokens [start, end) of sequence b that fall into a page, written by one block with the bounds of the page.
+// One block writes the new tokens [start, end) of sequence b that fall into a page, and the page's bounds.
 template <class T, int kThreads>
 __device__ __forceinline__ void append_to_page(
     const AppendParams& p, int b, int head, int page, int start, int end,
@@ -47,7 +47,7 @@ __device__ __forceinline__ void append_to_page(
 template <class T>
 __global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendParams p) {
   __shared__ typename PageBounds<T, kBoundsThreads>::Shared shared;
-  start_next_kernel();  // which has blocks to put in place, and waits for what is done here
+  start_next_kernel();  // its blocks take their places now and wait for the writes below
   const int touched = blockIdx.x % p.max_touched;
   const int head = blockIdx.x / p.max_touched % p.size.Hkv;
   const int b = blockIdx.x / p.max_touched / p.size.Hkv;

@@ -2,8 +2,9 @@
 
 #include "../namespace.h"
 #include "estimate.cuh"
-#include "launch.h"
-#include "profiler_range.h"
+#include "host/launch.h"
+#include "host/nvtx_range.h"
+#include "host/value_checks.h"
 
 namespace quest::cuda {
 
@@ -11,8 +12,8 @@ namespace {
 
 template <class T, class Bound>
 void launch_estimate(const EstimateParams& p, cudaStream_t stream) {
-  const auto launch = [&](auto* kernel, int pages_a_tile) {
-    const EstimateLaunch arguments(p, pages_a_tile);
+  const auto launch = [&](auto* kernel, int pages_per_tile) {
+    const EstimateKernelParams arguments(p, pages_per_tile);
     launch_in_order(kernel, grid_size(arguments.blocks(), "estimate"), kEstimateThreads, 0, stream, arguments);
   };
   if constexpr (sizeof(T) == 2) {
@@ -29,7 +30,7 @@ void launch_estimate(const EstimateParams& p, cudaStream_t stream) {
 Tensor estimate(
     Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size, std::optional<Tensor> k_scales) {
   EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales);
-  const ProfilerRange range("estimate");
+  const NvtxRange range("estimate");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
   check_values_if_requested(p, stream);

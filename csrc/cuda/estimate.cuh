@@ -6,112 +6,112 @@
 
 #include <cutlass/fast_math.h>
 
-#include "bounds_tile.cuh"
-#include "launch_order.cuh"
+#include "core/ptx.cuh"
+#include "tile/page_scores.cuh"
 
 namespace quest::cuda {
 
 constexpr int kEstimateWarps = 4;
 constexpr int kEstimateThreads = kEstimateWarps * kWarpSize;
 
-// A block does little, so it does not divide: what it would divide by is prepared on the host.
-struct EstimateLaunch {
-  EstimateParams params;
+// A block does little work, so the host prepares its divisions.
+struct EstimateKernelParams {
+  EstimateParams op;
   cutlass::FastDivmod tiles, heads, group;  // tiles of a sequence and KV head, KV heads, G
-  EstimateLaunch(const EstimateParams& p, int pages_a_tile)
-      : params(p), tiles((p.paging.P + pages_a_tile - 1) / pages_a_tile), heads(p.size.Hkv), group(p.size.group()) {}
-  int64_t blocks() const { return int64_t{tiles.divisor} * heads.divisor * params.size.B; }
+  EstimateKernelParams(const EstimateParams& p, int pages_per_tile)
+      : op(p), tiles((p.paging.P + pages_per_tile - 1) / pages_per_tile), heads(p.size.Hkv), group(p.size.group()) {}
+  int64_t blocks() const { return int64_t{tiles.divisor} * heads.divisor * op.size.B; }
 };
 
 struct EstimateTile {
   int b, head, first_page, length, pages, rows;  // rows: T * G query rows
-  __device__ EstimateTile(const EstimateLaunch& launch, int pages_a_tile) {
-    const EstimateParams& p = launch.params;
+  __device__ EstimateTile(const EstimateKernelParams& params, int pages_per_tile) {
+    const EstimateParams& p = params.op;
     int tile, sequence_head;
-    launch.tiles(sequence_head, tile, static_cast<int>(blockIdx.x));
-    launch.heads(b, head, sequence_head);
-    first_page = tile * pages_a_tile;
+    params.tiles(sequence_head, tile, static_cast<int>(blockIdx.x));
+    params.heads(b, head, sequence_head);
+    first_page = tile * pages_per_tile;
     length = p.paging.length(b), pages = p.paging.pages_of(length);
-    rows = p.size.T * launch.group.divisor;
+    rows = p.size.T * params.group.divisor;
   }
 };
 
 // Query row i of a KV head: a new token, and a query head.
 struct QueryRow {
   int t, h;
-  __device__ QueryRow(const EstimateLaunch& launch, int kv_head, int i) {
+  __device__ QueryRow(const EstimateKernelParams& params, int kv_head, int i) {
     int in_group;
-    launch.group(t, in_group, i);
-    h = kv_head * launch.group.divisor + in_group;
+    params.group(t, in_group, i);
+    h = kv_head * params.group.divisor + in_group;
   }
 };
 
 template <class T>
-__device__ __forceinline__ const T* query_row(const EstimateLaunch& launch, int b, int kv_head, int i) {
-  const QueryRow row(launch, kv_head, i);
-  const Query& q = launch.params.q;
+__device__ __forceinline__ const T* query_row(const EstimateKernelParams& params, int b, int kv_head, int i) {
+  const QueryRow row(params, kv_head, i);
+  const Query& q = params.op.q;
   return static_cast<const T*>(q.data) + b * q.stride_b + row.t * q.stride_t + row.h * q.stride_h;
 }
 
-// Where the scores of a query row go, and how many pages it sees of them; to pages past those goes -inf.
+// The scores of a query row, and the number of pages it may see; pages past those score -inf.
 struct ScoreRow {
   float* scores;
-  int P, seen;
-  __device__ ScoreRow(const EstimateLaunch& launch, const EstimateTile& tile, int i) {
-    const EstimateParams& p = launch.params;
-    const QueryRow row(launch, tile.head, i);
-    P = p.paging.P, seen = p.paging.pages_of(max(0, tile.length - (p.size.T - 1 - row.t)));
+  int P, visible;
+  __device__ ScoreRow(const EstimateKernelParams& params, const EstimateTile& tile, int i) {
+    const EstimateParams& p = params.op;
+    const QueryRow row(params, tile.head, i);
+    P = p.paging.P, visible = p.paging.pages_of(max(0, tile.length - (p.size.T - 1 - row.t)));
     scores = p.scores + ((int64_t{tile.b} * p.size.T + row.t) * p.size.Hq + row.h) * P;
   }
   __device__ __forceinline__ void write(int page, float score) const {
-    if (page < P) scores[page] = page < seen ? score : -INFINITY;
+    if (page < P) scores[page] = page < visible ? score : -INFINITY;
   }
 };
 
-// The physical page, or -1 where there is none. Where the table is wrong the scores become NaN.
+// The physical page, or -1 past the last page. invalid: the table has no such page, so its scores become NaN.
 __device__ __forceinline__ int64_t
-bounds_page(const EstimateParams& p, const EstimateTile& tile, int page, bool& broken) {
-  // Looked up before the length is asked about: the two loads then wait together.
+bounds_page(const EstimateParams& p, const EstimateTile& tile, int page, bool& invalid) {
+  // Looked up before the length is used, so that the two loads wait together.
   const int64_t physical = p.paging.physical(tile.b, page);
-  broken = physical < 0 && page < tile.pages;
+  invalid = physical < 0 && page < tile.pages;
   return page < tile.pages ? physical : -1;
 }
 
 constexpr int kMmaEstimatePages = kEstimateWarps * kMmaRows;
 
-// Of 8-bit bounds more blocks at once are worth a few registers less.
+// With 8-bit bounds more resident blocks are worth a few registers less.
 template <class Bound, int D>
 constexpr int kEstimateBlocks = sizeof(Bound) == 1 && D <= 128 ? 6 : 1;
 
 template <class T, class Bound, int D>
 __global__ void __launch_bounds__(kEstimateThreads, kEstimateBlocks<Bound, D>)
-    estimate_mma_kernel(const EstimateLaunch launch) {
+    estimate_mma_kernel(const EstimateKernelParams params) {
   wait_for_previous_kernel();
-  const EstimateParams& p = launch.params;
-  const EstimateTile tile(launch, kMmaEstimatePages);
+  const EstimateParams& p = params.op;
+  const EstimateTile tile(params, kMmaEstimatePages);
   const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
   const int first = tile.first_page + threadIdx.x / kWarpSize * kMmaRows;
   if (first >= p.paging.P) return;
-  if (first >= tile.pages) {  // nothing to score: a batch may be far shorter than its capacity
+  if (first >= tile.pages) {  // a batch may be far shorter than its capacity
     for (int i = lane / kMmaRows; i < tile.rows; i += kWarpSize / kMmaRows)
-      ScoreRow(launch, tile, i).write(first + lane % kMmaRows, -INFINITY);
+      ScoreRow(params, tile, i).write(first + lane % kMmaRows, -INFINITY);
     return;
   }
 
   // Lanes i and i + 16 look up page i and its scale.
-  bool broken;
-  const int64_t physical = bounds_page(p, tile, first + lane % kMmaRows, broken);
-  BoundsTile<T, Bound, D> bounds;
+  bool invalid;
+  const int64_t physical = bounds_page(p, tile, first + lane % kMmaRows, invalid);
+  PageScoreTile<T, Bound, D> bounds;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
     bounds.load(half, p.k_bounds, __shfl_sync(kFullMask, physical, r + half * 8), tile.head);
-  float scale = broken ? NAN : 1.f;
+  float scale = invalid ? NAN : 1.f;
   if (sizeof(Bound) == 1 && physical >= 0)
     scale = p.k_bounds.scales[physical * p.k_bounds.scales_stride_n + tile.head * p.k_bounds.scales_stride_h];
 
   for (int i = 0; i < tile.rows; i += kMmaHeads) {
-    SplitQuery<T, Bound, D> query;
-    query.load(i + r < tile.rows ? query_row<T>(launch, tile.b, tile.head, i + r) : nullptr);
+    SignedQuery<T, Bound, D> query;
+    query.load(i + r < tile.rows ? query_row<T>(params, tile.b, tile.head, i + r) : nullptr);
     float scores[4];
     bounds.unpack_anew();
 #pragma unroll
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kEstimateThreads, kEstimateBlocks<Bound, D>)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (i + 2 * c + h >= tile.rows) break;
-      const ScoreRow row(launch, tile, i + 2 * c + h);
+      const ScoreRow row(params, tile, i + 2 * c + h);
       row.write(first + r, scores[h]);
       row.write(first + r + 8, scores[h + 2]);
     }
@@ -130,19 +130,17 @@ __global__ void __launch_bounds__(kEstimateThreads, kEstimateBlocks<Bound, D>)
 
 // Float32, and caches whose strides forbid 16-byte loads: a thread owns a page and eight query rows at a time.
 constexpr int kSimtRows = 8;
-constexpr int kMaxHeadDim = 256;
-constexpr int kSimtBlock = 16;  // divides every head_dim
 
 template <class T, class Bound>
-__global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const EstimateLaunch launch) {
+__global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const EstimateKernelParams params) {
   __shared__ float query[kSimtRows][kMaxHeadDim];
   wait_for_previous_kernel();
-  const EstimateParams& p = launch.params;
-  const EstimateTile tile(launch, kEstimateThreads);
+  const EstimateParams& p = params.op;
+  const EstimateTile tile(params, kEstimateThreads);
   const int page = tile.first_page + threadIdx.x, D = p.size.D;
   const Bounds& bounds = p.k_bounds;
-  bool broken;
-  const int64_t physical = bounds_page(p, tile, page, broken);
+  bool invalid;
+  const int64_t physical = bounds_page(p, tile, page, invalid);
   const Bound* const lower =
       static_cast<const Bound*>(bounds.data) + physical * bounds.stride_n + tile.head * bounds.stride_h;
   const Bound* const upper = lower + bounds.stride_c;
@@ -154,9 +152,9 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const E
     __syncthreads();
     for (int x = threadIdx.x; x < kSimtRows * D; x += kEstimateThreads)
       query[x / D][x % D] =
-          i + x / D < tile.rows ? to_float(query_row<T>(launch, tile.b, tile.head, i + x / D)[x % D]) : 0.f;
+          i + x / D < tile.rows ? to_float(query_row<T>(params, tile.b, tile.head, i + x / D)[x % D]) : 0.f;
     __syncthreads();
-    // In blocks, which keeps the rounding error of long rows down.
+    // Short sums keep the rounding error of long rows down.
     float acc[kSimtRows] = {};
     for (int first = 0; physical >= 0 && first < D; first += kSimtBlock) {
       float block[kSimtRows] = {};
@@ -177,7 +175,7 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const E
 #pragma unroll
     for (int row = 0; row < kSimtRows; ++row)
       if (i + row < tile.rows)
-        ScoreRow(launch, tile, i + row).write(page, broken ? NAN : sizeof(Bound) == 1 ? acc[row] * scale : acc[row]);
+        ScoreRow(params, tile, i + row).write(page, invalid ? NAN : sizeof(Bound) == 1 ? acc[row] * scale : acc[row]);
   }
   start_next_kernel();
 }

@@ -1,19 +1,20 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../namespace.h"
-#include "launch.h"
-#include "profiler_range.h"
+#include "host/launch.h"
+#include "host/nvtx_range.h"
+#include "host/value_checks.h"
 #include "topk_pages.cuh"
 
 namespace quest::cuda {
 
 namespace {
 
-// Into how many segments a row is cut: if that leaves few candidates, no more than a block has room for.
-int32_t count_segments(const TopkParams& p) {
-  const int64_t segments = (int64_t{p.paging.P} + kTopkKeys - 1) / kTopkKeys, candidates = segments * p.K;
+// A row is split only if the candidates left fit into one block's shared memory.
+int32_t count_splits(const TopkParams& p) {
+  const int64_t splits = (int64_t{p.paging.P} + kTopkKeys - 1) / kTopkKeys, candidates = splits * p.K;
   const bool few = candidates <= std::min(p.paging.P / 2, kTopkKeys);
-  return p.reduce != GroupReduce::soft && few && segments > 0 ? static_cast<int32_t>(segments) : 1;
+  return p.reduce != GroupReduce::soft && few && splits > 0 ? static_cast<int32_t>(splits) : 1;
 }
 
 }  // namespace
@@ -23,7 +24,7 @@ Tensor topk_pages(
     int64_t sink_pages, int64_t recent_pages, double scale) {
   TopkParams p =
       check_topk_pages(scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale);
-  const ProfilerRange range("topk");
+  const NvtxRange range("topk");
   const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
   const cudaStream_t stream = current_stream(scores);
   check_values_if_requested(p, stream);
@@ -34,23 +35,23 @@ Tensor topk_pages(
   if (pages.numel() == 0) return pages;
   p.pages = static_cast<int32_t*>(pages.mutable_data_ptr());
   const int64_t rows = int64_t{p.size.B} * p.size.T * p.Hs;
-  TopkLaunch launch{.params = p, .segments = count_segments(p), .best = nullptr, .keys = nullptr};
-  const int fours = own_fours<kTopkThreads>(p.paging.P) * kTopkThreads;
+  TopkKernelParams params{.op = p, .splits = count_splits(p), .split_best = nullptr, .keys = nullptr};
+  const int vecs = vecs_per_thread<kTopkThreads>(p.paging.P) * kTopkThreads;
   Tensor scratch;
-  if (launch.segments > 1) {
-    scratch = torch::stable::empty({rows * launch.segments * p.K}, ScalarType::Int, std::nullopt, scores.device());
-    launch.best = static_cast<int32_t*>(scratch.mutable_data_ptr());
+  if (params.splits > 1) {
+    scratch = torch::stable::empty({rows * params.splits * p.K}, ScalarType::Int, std::nullopt, scores.device());
+    params.split_best = static_cast<int32_t*>(scratch.mutable_data_ptr());
   } else if (p.paging.P > kTopkKeys) {
-    scratch = torch::stable::empty({rows * fours * kLaneKeys}, ScalarType::Int, std::nullopt, scores.device());
-    launch.keys = static_cast<uint32_t*>(scratch.mutable_data_ptr());
+    scratch = torch::stable::empty({rows * vecs * kVecKeys}, ScalarType::Int, std::nullopt, scores.device());
+    params.keys = static_cast<uint32_t*>(scratch.mutable_data_ptr());
   }
   const size_t heads = (2 * sizeof(float) * (p.size.Hq / p.Hs) + 15) / 16 * 16;
-  const size_t shared = four_place(std::min(fours, kTopkKeys / kLaneKeys)) * sizeof(uint4) + heads;
-  const unsigned blocks = grid_size(rows * launch.segments, "topk_pages");
+  const size_t shared = padded(std::min(vecs, kTopkKeys / kVecKeys)) * sizeof(uint4) + heads;
+  const unsigned blocks = grid_size(rows * params.splits, "topk_pages");
   const bool few = blocks <= unsigned(device_attribute(cudaDevAttrMultiProcessorCount, scores.get_device_index()));
-  launch_in_order(few ? topk_pages_kernel<1> : topk_pages_kernel<2>, blocks, kTopkThreads, shared, stream, launch);
-  if (launch.segments > 1)
-    launch_in_order(topk_best_kernel, grid_size(rows, "topk_pages"), kTopkThreads, shared, stream, launch);
+  launch_in_order(few ? topk_pages_kernel<1> : topk_pages_kernel<2>, blocks, kTopkThreads, shared, stream, params);
+  if (params.splits > 1)
+    launch_in_order(topk_best_kernel, grid_size(rows, "topk_pages"), kTopkThreads, shared, stream, params);
   return pages;
 }
 

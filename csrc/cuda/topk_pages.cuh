@@ -1,18 +1,19 @@
-// topk_pages: a block owns a row. It reduces the scores to keys, which it keeps in shared memory, and selects
-// (select.cuh).
+// topk_pages: a block owns a row. It reduces the scores of a group to keys in shared memory and selects the best
+// (radix_select.cuh).
 //
-// A row of more pages than that is cut into segments: a block finds the best of each, another the best of those.
+// A row of more pages than shared memory holds is split: a block selects the best of each split, another the best of
+// those.
 #pragma once
 
-#include "launch_order.cuh"
-#include "select.cuh"
-#include "softmax.cuh"
+#include "core/ptx.cuh"
+#include "tile/radix_select.cuh"
+#include "tile/softmax_state.cuh"
 
 namespace quest::cuda {
 
 constexpr int kTopkThreads = 512;
-constexpr int kTopkFours = 4;  // of keys that a thread keeps
-constexpr int kTopkKeys = kTopkThreads * kTopkFours * kLaneKeys;
+constexpr int kTopkVecs = 4;  // vectors of keys that shared memory holds for each thread
+constexpr int kTopkKeys = kTopkThreads * kTopkVecs * kVecKeys;
 
 template <class T, class Op>
 __device__ __forceinline__ T topk_block_reduce(T x, T* shared, Op op) {
@@ -32,9 +33,9 @@ struct ReducedScores {
   int64_t stride;       // to the next head
   int heads, n;
   GroupReduce how;
-  float scale;   // to units of log2(e)
-  float* top;    // [heads], soft: the largest scaled score of each head
-  float* share;  // [heads], soft: one over the sum of its weights
+  float scale;         // to units of log2(e)
+  float* max;          // [heads], soft: the largest scaled score of each head
+  float* inverse_sum;  // [heads], soft: one over the sum of its weights
 
   __device__ void prepare(float* shared) {
     if (how != GroupReduce::soft) return;
@@ -44,12 +45,12 @@ struct ReducedScores {
       m = topk_block_reduce(m, shared, [](float a, float b) { return nan_max(a, b); });
       for (int i = threadIdx.x; i < n; i += kTopkThreads) sum += exp2f(scores[h * stride + i] * scale - m);
       sum = topk_block_reduce(sum, shared, [](float a, float b) { return a + b; });
-      if (threadIdx.x == 0) top[h] = m, share[h] = 1.f / sum;
+      if (threadIdx.x == 0) max[h] = m, inverse_sum[h] = 1.f / sum;
     }
     __syncthreads();
   }
 
-  // Of kCount pages at a time, so that their loads wait together.
+  // For kCount pages at a time, so that their loads wait together.
   template <int kCount>
   __device__ __forceinline__ void reduce(const int (&pages)[kCount], float (&x)[kCount]) const {
 #pragma unroll 4
@@ -59,18 +60,18 @@ struct ReducedScores {
       for (int i = 0; i < kCount; ++i) y[i] = scores[h * stride + pages[i]];
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if (how == GroupReduce::soft) y[i] = exp2f(y[i] * scale - top[h]) * share[h];
+        if (how == GroupReduce::soft) y[i] = exp2f(y[i] * scale - max[h]) * inverse_sum[h];
         x[i] = h == 0 ? y[i] : how == GroupReduce::max ? nan_max(x[i], y[i]) : x[i] + y[i];
       }
     }
   }
 };
 
-struct TopkLaunch {
-  TopkParams params;
-  int32_t segments;  // that a row is cut into, of kTopkKeys pages
-  int32_t* best;     // [rows, segments, K], of several: the pages of each in order, and then -1
-  uint32_t* keys;    // [rows, own_fours(P) * 4 * kTopkThreads], of one that is more than kTopkKeys pages
+struct TopkKernelParams {
+  TopkParams op;
+  int32_t splits;       // of a row, kTopkKeys pages each
+  int32_t* split_best;  // [rows, splits, K] where a row has several: the pages of each split, ascending, -1 padded
+  uint32_t* keys;       // [rows, vecs_per_thread(P) * 4 * kTopkThreads] where one split has more than kTopkKeys pages
 };
 
 struct TopkRow {
@@ -80,117 +81,119 @@ struct TopkRow {
     h = row % p.Hs, t = row / p.Hs % p.size.T, b = row / p.Hs / p.size.T, heads = p.size.Hq / p.Hs;
     scores = p.scores + b * p.stride_b + t * p.stride_t + int64_t{h} * heads * p.stride_h;
   }
-  // The scores of up to kTopkKeys pages from `first` on to the L2 cache, before it is known how many of them count.
+  // Prefetches the scores of up to kTopkKeys pages from `first` on, before the length is known.
   __device__ void fetch_scores(const TopkParams& p, int first) const {
     constexpr int kLine = 128 / sizeof(float);
     const int page = first + threadIdx.x * kLine;
     if (threadIdx.x * kLine >= kTopkKeys || page >= p.paging.P) return;
 #pragma unroll 1
-    for (int i = 0; i < heads; ++i) asm volatile("prefetch.global.L2 [%0];" ::"l"(scores + i * p.stride_h + page));
+    for (int i = 0; i < heads; ++i) prefetch_l2(scores + i * p.stride_h + page);
   }
   __device__ void read_length(const TopkParams& p) {
     n = p.paging.pages_of(p.paging.visible(b, t, p.size.T));
     forced = p.sink_pages + p.recent_pages;
   }
-  __device__ bool is_cut(const TopkLaunch& launch) const {
-    return launch.segments > 1 && n > kTopkKeys && n > launch.params.K && forced < launch.params.K;
+  __device__ bool is_split(const TopkKernelParams& params) const {
+    return params.splits > 1 && n > kTopkKeys && n > params.op.K && forced < params.op.K;
   }
 };
 
-// Where four keys are in shared memory, in units of four: with a gap after each eight, so that threads which read their
-// runs side by side meet in few banks.
-__host__ __device__ __forceinline__ int four_place(int i) { return i + i / 8; }
+// The place of a vector of keys in shared memory: a gap after each eight keeps threads that read at a stride from
+// meeting in one bank.
+__host__ __device__ __forceinline__ int padded(int i) { return i + i / 8; }
 
-// The best of `count` candidates of a row, of which page_of(i) tells the page, or -1. What shared memory does not hold
-// of their keys goes to `far`. By all threads of the block.
+// The best of `count` candidates of a row; page_of(i) is the page of one, or -1. Keys that shared memory does not hold
+// go to `global_keys`. By all threads of the block.
 template <class PageOf>
 __device__ __forceinline__ void select_pages(
-    const TopkParams& p, const TopkRow& row, int count, int forced, uint32_t* far, int32_t* pages, PageOf page_of) {
+    const TopkParams& p, const TopkRow& row, int count, int forced, uint32_t* global_keys, int32_t* pages,
+    PageOf page_of) {
   extern __shared__ __align__(16) float memory[];  // [2, heads], for soft, and then the keys
   __shared__ SelectShared<kTopkThreads> shared;
   __shared__ float reduce_buffer[kTopkThreads / kWarpSize];
   const int heads = row.heads;
   ReducedScores reduced{row.scores, p.stride_h, heads, row.n, p.reduce, p.scale * kLog2e, memory, memory + heads};
   reduced.prepare(reduce_buffer);
-  const int fours = own_fours<kTopkThreads>(count);
-  const bool are_near = fours <= kTopkFours;
-  uint32_t* const near = reinterpret_cast<uint32_t*>(memory) + (2 * heads + kLaneKeys - 1) / kLaneKeys * kLaneKeys;
-  constexpr int kBatch = 2 * kLaneKeys;
+  const int vecs = vecs_per_thread<kTopkThreads>(count);
+  const bool in_shared = vecs <= kTopkVecs;
+  uint32_t* const shared_keys = reinterpret_cast<uint32_t*>(memory) + (2 * heads + kVecKeys - 1) / kVecKeys * kVecKeys;
+  constexpr int kBatch = 2 * kVecKeys;
 #pragma unroll 1
-  for (int first = 0; first < fours * kLaneKeys; first += kBatch) {
-    // Of more than four keys each, neighbouring threads read neighbouring scores.
-    const auto number = [&](int i) {
-      return fours == 1 ? kLaneKeys * threadIdx.x + i : (first + i) * kTopkThreads + threadIdx.x;
+  for (int first = 0; first < vecs * kVecKeys; first += kBatch) {
+    // Where a thread has several vectors, neighbouring threads read neighbouring scores.
+    const auto index = [&](int i) {
+      return vecs == 1 ? kVecKeys * threadIdx.x + i : (first + i) * kTopkThreads + threadIdx.x;
     };
     int page[kBatch], safe[kBatch];
     float score[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      page[i] = number(i) < count ? page_of(number(i)) : -1;
+      page[i] = index(i) < count ? page_of(index(i)) : -1;
       safe[i] = max(page[i], 0);
     }
     reduced.reduce(safe, score);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (first + i >= fours * kLaneKeys) break;
+      if (first + i >= vecs * kVecKeys) break;
       const bool candidate = page[i] >= p.sink_pages && page[i] < row.n - p.recent_pages;
       const uint32_t key = page[i] < 0 ? kNoKey : candidate ? sort_key(score[i]) : kForcedKey;
-      const int at = number(i);
-      if (are_near)
-        near[four_place(at / kLaneKeys) * kLaneKeys + at % kLaneKeys] = key;
+      const int at = index(i);
+      if (in_shared)
+        shared_keys[padded(at / kVecKeys) * kVecKeys + at % kVecKeys] = key;
       else
-        far[at] = key;
+        global_keys[at] = key;
     }
   }
-  if (fours > 1) __syncthreads();
+  if (vecs > 1) __syncthreads();
   const auto load = [&](int j) {
-    const int four = fours * threadIdx.x + j;
-    return are_near ? reinterpret_cast<const uint4*>(near)[four_place(four)]
-                    : reinterpret_cast<const uint4*>(far)[four];
+    const int vec = vecs * threadIdx.x + j;
+    return in_shared ? reinterpret_cast<const uint4*>(shared_keys)[padded(vec)]
+                     : reinterpret_cast<const uint4*>(global_keys)[vec];
   };
-  SeenKeys seen;
+  KeyRange own;
 #pragma unroll 1
-  for (int j = 0; j < fours; ++j) seen.see(load(j));
+  for (int j = 0; j < vecs; ++j) own.add(load(j));
   select_best<kTopkThreads>(
-      count, p.K, forced, seen, shared, load, [&](int place, int i) { pages[place] = page_of(i); });
+      count, p.K, forced, own, shared, load, [&](int place, int i) { pages[place] = page_of(i); });
 }
 
-// A block a segment, and kAtOnce of them on a multiprocessor: one has more registers where there are few.
-template <int kAtOnce>
-__global__ void __launch_bounds__(kTopkThreads, kAtOnce) topk_pages_kernel(const TopkLaunch launch) {
-  const TopkParams& p = launch.params;
-  const int index = blockIdx.x / launch.segments, segment = blockIdx.x % launch.segments;
+// A block owns a split. kResident blocks share a multiprocessor: where there are few, one block gets more registers.
+template <int kResident>
+__global__ void __launch_bounds__(kTopkThreads, kResident) topk_pages_kernel(const TopkKernelParams params) {
+  const TopkParams& p = params.op;
+  const int index = blockIdx.x / params.splits, split = blockIdx.x % params.splits;
   TopkRow row(p, index);
   wait_for_previous_kernel();
-  row.fetch_scores(p, segment * kTopkKeys);
+  row.fetch_scores(p, split * kTopkKeys);
   row.read_length(p);
   int first = 0, count = row.n, forced = row.forced;
   int32_t* pages = p.pages + int64_t{index} * p.K;
-  if (row.is_cut(launch)) {
-    first = segment * kTopkKeys, count = max(0, min(kTopkKeys, row.n - first));
+  if (row.is_split(params)) {
+    first = split * kTopkKeys, count = max(0, min(kTopkKeys, row.n - first));
     forced = max(0, min(p.sink_pages - first, count)) + max(0, min(first + count - row.n + p.recent_pages, count));
-    pages = launch.best + int64_t{blockIdx.x} * p.K;
-  } else if (segment > 0) {
+    pages = params.split_best + int64_t{blockIdx.x} * p.K;
+  } else if (split > 0) {
     return;
   }
   if (count > p.K && forced < p.K) {
-    uint32_t* const far = launch.keys + int64_t{index} * own_fours<kTopkThreads>(p.paging.P) * kLaneKeys * kTopkThreads;
-    select_pages(p, row, count, forced, far, pages, [=](int i) { return first + i; });
+    uint32_t* const global_keys =
+        params.keys + int64_t{index} * vecs_per_thread<kTopkThreads>(p.paging.P) * kVecKeys * kTopkThreads;
+    select_pages(p, row, count, forced, global_keys, pages, [=](int i) { return first + i; });
   } else {
     for (int i = threadIdx.x; i < p.K; i += kTopkThreads)
       pages[i] = count <= p.K ? (i < count ? first + i : -1) : i < p.sink_pages ? i : row.n - p.K + i;
   }
 }
 
-// A block a row that was cut into segments.
-__global__ void __launch_bounds__(kTopkThreads, 2) topk_best_kernel(const TopkLaunch launch) {
-  const TopkParams& p = launch.params;
+// A block owns a row that has several splits.
+__global__ void __launch_bounds__(kTopkThreads, 2) topk_best_kernel(const TopkKernelParams params) {
+  const TopkParams& p = params.op;
   TopkRow row(p, blockIdx.x);
   wait_for_previous_kernel();
   row.read_length(p);
-  if (!row.is_cut(launch)) return;
-  const int32_t* const best = launch.best + int64_t{blockIdx.x} * launch.segments * p.K;
-  select_pages(p, row, launch.segments * p.K, row.forced, nullptr, p.pages + int64_t{blockIdx.x} * p.K, [=](int i) {
+  if (!row.is_split(params)) return;
+  const int32_t* const best = params.split_best + int64_t{blockIdx.x} * params.splits * p.K;
+  select_pages(p, row, params.splits * p.K, row.forced, nullptr, p.pages + int64_t{blockIdx.x} * p.K, [=](int i) {
     return best[i];
   });
 }

@@ -1,8 +1,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../namespace.h"
-#include "launch.h"
-#include "profiler_range.h"
+#include "host/launch.h"
+#include "host/nvtx_range.h"
+#include "host/value_checks.h"
 #include "update_bounds.cuh"
 
 namespace quest::cuda {
@@ -11,7 +12,7 @@ void update_bounds(
     Tensor k_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens, std::optional<Tensor> first_token,
     std::optional<Tensor> k_scales) {
   const UpdateBoundsParams p = check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales);
-  const ProfilerRange range("update_bounds");
+  const NvtxRange range("update_bounds");
   const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());
   const cudaStream_t stream = current_stream(k_cache);
   check_values_if_requested(p, stream);

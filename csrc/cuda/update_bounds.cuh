@@ -1,8 +1,8 @@
-// update_bounds: a block owns one (sequence, head, page) and reads the keys that are in it.
+// update_bounds: a block owns one (sequence, head, page) and reads the page's keys.
 #pragma once
 
-#include "launch_order.cuh"
-#include "page_bounds.cuh"
+#include "core/ptx.cuh"
+#include "tile/page_bounds.cuh"
 
 namespace quest::cuda {
 
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kBoundsThreads) update_bounds_kernel(const Upd
   const int64_t physical = g.physical(b, page);
   if (physical < 0) return;
 
-  renew_page_bounds<T, kBoundsThreads>(p.k_cache, p.k_bounds, p.size.D, physical, head, tokens, shared);
+  renew_page_bounds<T, kBoundsThreads>(p.k_cache, p.k_bounds, p.size.D, physical, head, tokens, nullptr, shared);
   start_next_kernel();
 }
 

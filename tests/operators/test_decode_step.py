@@ -360,7 +360,7 @@ class TestOnTheGPU:
         if not kernels:
             pytest.skip("the profiler sees no kernels here")
         assert len(kernels) == 2
-        assert "clear_progress" in kernels[0]
+        assert "clear_counters" in kernels[0]
         assert "decode_step" in kernels[1]
 
     @BOTH_BOUNDS

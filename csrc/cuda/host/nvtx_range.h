@@ -8,16 +8,16 @@
 
 namespace quest::cuda {
 
-class ProfilerRange {
+class NvtxRange {
  public:
-  explicit ProfilerRange(const char* name) {
+  explicit NvtxRange(const char* name) {
     if (enabled()) nvtxRangePushA(name);
   }
-  ~ProfilerRange() {
+  ~NvtxRange() {
     if (enabled()) nvtxRangePop();
   }
-  ProfilerRange(const ProfilerRange&) = delete;
-  ProfilerRange& operator=(const ProfilerRange&) = delete;
+  NvtxRange(const NvtxRange&) = delete;
+  NvtxRange& operator=(const NvtxRange&) = delete;
 
  private:
   static bool enabled() {

@@ -1,10 +1,9 @@
-// Sixteen rows of the cache (keys, or the bounds of pages) against eight query heads on the tensor cores, straight from
-// device memory to registers.
+// Sixteen rows of the cache (keys, or the bounds of pages) against eight query heads on the tensor cores.
 //
 // The products are m16n8k16 with the cache as A and the queries as B, so that a group of up to eight heads wastes
-// nothing. A lane of the instruction wants pairs of neighbouring elements from all over the contracted dimension; but a
-// dot product does not depend on the order of its terms, so each lane takes 16 contiguous bytes of its row instead, and
-// the queries are loaded in the same order. No shared memory, no shuffles, and full 64-byte segments.
+// nothing. The instruction wants pairs of elements from all over the contracted dimension. A dot product does not
+// depend on the order of its terms, so each lane takes 16 contiguous bytes of its row, and the queries follow the same
+// order. That needs no shuffles, and reads full 64-byte sectors.
 //
 // Lane l has r = l / 4 (rows r and r + 8, and query head r) and c = l % 4 (heads 2c and 2c + 1 of the result).
 #pragma once
@@ -12,7 +11,8 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/mma_sm80.hpp>
 
-#include "elements.cuh"
+#include "../core/elements.cuh"
+#include "../core/ptx.cuh"
 
 namespace quest::cuda {
 
@@ -47,36 +47,21 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 }
 
-// 16 bytes that are read once, or zeros. Not a read-only load: another block of the same kernel may have written them.
-__device__ __forceinline__ uint4 load_once(const void* from, bool there) {
-  uint4 x;
-  asm volatile(
-      "{\n"
-      "  .reg .pred there;\n"
-      "  setp.ne.u32 there, %5, 0;\n"
-      "  mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-      "  @there ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-      "}"
-      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-      : "l"(from), "r"(static_cast<unsigned>(there)));
-  return x;
-}
-
-// One lane's share of a row of D elements: runs of kRun elements, runs c, c + 4, c + 8, ..., kept by eights.
-template <int D, int kRun = 8>
+// One lane's share of a row of D elements: pieces c, c + 4, c + 8, ... of kPiece elements, in vectors of eight.
+template <int D, int kPiece = 8>
 struct RowPieces {
-  static constexpr int kEights = kRun / 8;
-  static constexpr int kCount = (D + 4 * kRun - 1) / (4 * kRun) * kEights;
+  static constexpr int kVecs = kPiece / 8;
+  static constexpr int kCount = (D + 4 * kPiece - 1) / (4 * kPiece) * kVecs;
   uint4 at[kCount];
 
-  // A row that is not there (null) reads as zeros, and so does what lies past D.
+  // A null row reads as zeros, and so do elements past D.
   template <class T>
   __device__ __forceinline__ void load(const T* row) {
     const int c = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int d = (4 * (i / kEights) + c) * kRun + i % kEights * 8;
-      at[i] = load_once(row + d, row && (D % (4 * kRun) == 0 || d < D));
+      const int d = (4 * (i / kVecs) + c) * kPiece + i % kVecs * 8;
+      at[i] = load_once(row + d, row && (D % (4 * kPiece) == 0 || d < D));
     }
   }
 
@@ -117,8 +102,8 @@ __device__ __forceinline__ void dot(
   }
 }
 
-// The values' side: out^T [D x heads] += V^T p^T over sixteen tokens. Lane l takes pieces r, r + 8, ... of the values
-// of tokens 2c, 2c + 1, 2c + 8 and 2c + 9, and pairs the tokens' elements by byte permutes.
+// The values: out^T [D x heads] += V^T p^T over sixteen tokens. Lane l takes pieces r, r + 8, ... of the values of
+// tokens 2c, 2c + 1, 2c + 8 and 2c + 9, and pairs the tokens' elements by byte permutes.
 template <int D>
 struct ValuePieces {
   static constexpr int kCount = (D + 63) / 64;

@@ -1,4 +1,4 @@
-// Element types and the conversions every kernel needs.
+// Element types, their conversions and 16-byte vectors.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,12 +7,14 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../params.h"
+#include "../../params.h"
 
 namespace quest::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kMaxHeadDim = 256;
+constexpr int kSimtBlock = 16;  // dimensions of a short sum; divides every head_dim
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(int8_t x) { return x; }
@@ -30,7 +32,7 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
-// Minimum and maximum that pass NaN on, as torch.amin and torch.amax do.
+// Minimum and maximum that propagate NaN, like torch.amin and torch.amax.
 __device__ __forceinline__ float nan_min(float a, float b) { return (b < a || b != b) ? b : a; }
 __device__ __forceinline__ float nan_max(float a, float b) { return (b > a || b != b) ? b : a; }
 
@@ -41,7 +43,7 @@ struct alignas(16) Vec {
   T at[kSize];
 };
 
-// Vec at p; element by element where the tensor's base or strides forbid a 16-byte access.
+// Element by element where the tensor's base or strides forbid a 16-byte access.
 template <class T>
 __device__ __forceinline__ Vec<T> load_vec(const T* p, bool aligned) {
   if (aligned) return *reinterpret_cast<const Vec<T>*>(p);

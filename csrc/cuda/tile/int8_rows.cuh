@@ -1,15 +1,14 @@
-// Rows of signed bytes (8-bit page bounds) against query heads of two bytes: as row_mma.cuh, a lane takes 16 bytes of
-// its row at a time, so runs of 16 elements, and makes pairs of T of them in registers. Every signed byte is a T
-// exactly.
+// Rows of int8 (8-bit page bounds) against query heads of 16 bits. As in mma_rows.cuh a lane takes 16 bytes of its row
+// at a time, so 16 elements, and converts them to pairs of T in registers. T holds every int8 exactly.
 #pragma once
 
-#include "row_mma.cuh"
+#include "mma_rows.cuh"
 
 namespace quest::cuda {
 
-// One lane's share of a row of D bytes: runs c, c + 4, ... of 16.
+// One lane's share of a row of D bytes: pieces c, c + 4, ... of 16.
 template <int D>
-struct ByteRow {
+struct Int8Row {
   static constexpr int kCount = (D + 63) / 64;
   uint4 at[kCount];
 
@@ -23,8 +22,9 @@ struct ByteRow {
   }
 };
 
-// Four signed bytes as two pairs of T, exactly. Bits of a byte become the last bits of a T with a known offset: for
-// fp16 all eight; a bf16 has room for seven, and takes off 128, or 256 where the sign bit says so.
+// Four int8 as two pairs of T, exactly. The bits of a byte become the low mantissa bits of a T with a known offset,
+// which is then subtracted. fp16 holds all eight bits. bf16 holds seven: it subtracts 128, or 256 where the sign bit is
+// set.
 template <class T>
 __device__ __forceinline__ uint2 unpack_bytes(uint32_t bytes) {
   const auto pairs = [](uint32_t x, uint32_t high_bytes, auto add) {
@@ -50,9 +50,9 @@ __device__ __forceinline__ uint2 unpack_bytes(uint32_t bytes) {
 
 template <class T, int D>
 __device__ __forceinline__ void dot(
-    float (&acc)[4], const ByteRow<D>& low, const ByteRow<D>& high, const RowPieces<D, 16>& heads) {
+    float (&acc)[4], const Int8Row<D>& low, const Int8Row<D>& high, const RowPieces<D, 16>& heads) {
 #pragma unroll
-  for (int i = 0; i < ByteRow<D>::kCount; ++i) {
+  for (int i = 0; i < Int8Row<D>::kCount; ++i) {
     const uint32_t *const lo = &low.at[i].x, *const hi = &high.at[i].x;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {

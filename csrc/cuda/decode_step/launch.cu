@@ -1,81 +1,87 @@
 #include <torch/csrc/stable/library.h>
 
-#include "../namespace.h"
-#include "../operators.h"
-#include "decode_step.cuh"
-#include "launch.h"
-#include "profiler_range.h"
+#include "../../namespace.h"
+#include "../../operators.h"
+#include "../host/nvtx_range.h"
+#include "../host/split.h"
+#include "../host/value_checks.h"
+#include "kernel.cuh"
 
 namespace quest::cuda {
 
 namespace {
 
-// What one launch can do; the rest are four.
-bool fits_one_launch(const StepParams& p) {
+// The steps that one launch can do; the four operators do the others.
+bool fits_one_launch(const DecodeStepParams& p) {
   const int group = p.size.group();
   const bool aligned = p.q.aligned && p.append.k.aligned && p.append.v.aligned && p.append.k_cache.aligned &&
                        p.append.v_cache.aligned && p.append.k_bounds.aligned;
   const bool one_list =
       p.reduce == GroupReduce::max || p.reduce == GroupReduce::sum || (p.reduce == GroupReduce::none && group == 1);
-  // Where the page being written is not always read, its bounds matter to the scores, and must be there first.
+  // Where the page being written is not always read, its new bounds matter to the scores and must be there first.
   return aligned && one_list && p.size.T == 1 && p.append.dtype != DType::f32 && group <= kMmaHeads &&
-         p.size.B <= kMostSequences && p.recent_pages > 0;
+         p.size.B <= kMaxSequences && p.recent_pages > 0;
 }
 
-// The step's scratch memory: what is where follows from the sizes.
-Tensor lay_out(StepParams& p, const Tensor& like) {
-  const int64_t rows = int64_t{p.size.B} * p.size.Hkv, chunk_heads = rows * p.most_parts * p.size.group();
-  p.keys_stride = key_room(p.paging.P) + key_room(groups_of(p.paging.P));
+// Allocates the step's scratch memory in one piece, sets the pointers into it, and clears the counters.
+Tensor allocate_scratch(DecodeStepKernelParams& params, const Tensor& like, cudaStream_t stream) {
+  const DecodeStepParams& p = params.op;
+  const int64_t rows = int64_t{p.size.B} * p.size.Hkv, partials = rows * p.size.group() * params.partials.count;
+  params.keys_stride = key_room(p.paging.P) + key_room(superpages_of(p.paging.P));
   int64_t bytes = 0;
   const auto reserve = [&](int64_t count, int64_t size) {
     const int64_t at = bytes;
     bytes += (count * size + 127) / 128 * 128;
     return at;
   };
-  const int64_t progress = reserve(rows + 1, sizeof(RowProgress));
-  const int64_t outs = reserve(chunk_heads * p.size.D, sizeof(float)), sums = reserve(chunk_heads, sizeof(float2));
-  const int64_t keys = reserve(rows * p.keys_stride, sizeof(uint32_t));
+  const int64_t taken = reserve(1, sizeof(TakenSplits)), counters = reserve(rows, sizeof(RowCounters));
+  const int64_t counter_bytes = bytes - taken;
+  const int64_t out = reserve(partials * p.size.D, sizeof(float)), max_sum = reserve(partials, sizeof(float2));
+  const int64_t keys = reserve(rows * params.keys_stride, sizeof(uint32_t));
   Tensor scratch = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, like.device());
-  std::byte* const at = static_cast<std::byte*>(scratch.mutable_data_ptr());
-  p.progress = reinterpret_cast<StepProgress*>(at + progress);
-  p.outs = reinterpret_cast<float*>(at + outs);
-  p.sums = reinterpret_cast<float2*>(at + sums);
-  p.keys = reinterpret_cast<uint32_t*>(at + keys);
+  std::byte* const start = static_cast<std::byte*>(scratch.mutable_data_ptr());
+  params.taken = reinterpret_cast<TakenSplits*>(start + taken);
+  params.rows = reinterpret_cast<RowCounters*>(start + counters);
+  params.partials.out = reinterpret_cast<float*>(start + out);
+  params.partials.max_sum = reinterpret_cast<float2*>(start + max_sum);
+  params.keys = reinterpret_cast<uint32_t*>(start + keys);
+  launch_in_order(
+      clear_counters_kernel, 1u, kStepThreads, 0, stream,
+      ClearParams{
+          .counters = reinterpret_cast<int*>(start + taken),
+          .count = counter_bytes / static_cast<int64_t>(sizeof(int))});
   return scratch;
 }
 
-// False where the four operators have to do it.
+// False where the device's shared memory is too small.
 template <class T, class Bound, int D>
-bool launch_step(StepParams& p, const Tensor& q, cudaStream_t stream) {
-  using Block = StepBlock<T, Bound, D>;
+bool launch_step(const DecodeStepParams& p, const Tensor& q, cudaStream_t stream) {
   const int device = q.get_device_index();
-  constexpr int kShared = Block::kSharedBytes;
+  constexpr int kShared = sizeof(typename DecodeStep<T, Bound, D>::Memory);
   if (!has_shared(device, kShared)) return false;
   const int64_t rows = int64_t{p.size.B} * p.size.Hkv;
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount, device);
   const int64_t resident =
-      int64_t{processors} * blocks_a_processor(decode_step_kernel<T, Bound, D>, kStepThreads, kShared);
+      int64_t{processors} * blocks_per_processor(decode_step_kernel<T, Bound, D>, kStepThreads, kShared);
   const int64_t list_tokens = int64_t{std::min(p.K, p.paging.P)} << p.paging.page_shift;
-  const int64_t chunks = std::max<int64_t>(1, (list_tokens + kChunkTokens - 1) / kChunkTokens);
-  const ChunkSplit split(rows, chunks, resident);
-  p.part_chunks = split.part_chunks, p.most_parts = split.parts;
-  while (2 << p.score_shift <= kStepWarps && p.size.Hkv % (2 << p.score_shift) == 0) ++p.score_shift;
-  const int64_t tiles = p.paging.P > p.K ? (p.paging.P + kMmaRows - 1) / kMmaRows : 1;
-  // And some that have nothing else to do, for the bounds of the newest pages.
-  const int64_t others = (rows + kStepWarps - 1) / kStepWarps;
+  const int64_t tiles = std::max<int64_t>(1, (list_tokens + kTileTokens - 1) / kTileTokens);
+  const SplitPlan plan(rows, tiles, resident);
+  DecodeStepKernelParams params{.op = p, .partials = {.count = plan.partials, .tiles = plan.partial_tiles}};
+  while (2 << params.score_heads_log2 <= kStepWarps && p.size.Hkv % (2 << params.score_heads_log2) == 0)
+    ++params.score_heads_log2;
+  const int64_t score_tiles = p.paging.P > p.K ? (p.paging.P + kMmaRows - 1) / kMmaRows : 1;
+  // Some blocks have no split, and so renew the bounds of the newest pages meanwhile.
+  const int64_t renewing = (rows + kStepWarps - 1) / kStepWarps;
   const int64_t blocks =
-      std::min(resident, std::max((rows * tiles + kStepWarps - 1) / kStepWarps, rows * chunks) + others);
-  const Tensor scratch = lay_out(p, q);
+      std::min(resident, std::max((rows * score_tiles + kStepWarps - 1) / kStepWarps, rows * tiles) + renewing);
+  const Tensor scratch = allocate_scratch(params, q, stream);
   launch_in_order(
-      clear_progress_kernel, 1u, kStepThreads, 0, stream,
-      ClearParams{
-          reinterpret_cast<int*>(p.progress), (rows + 1) * static_cast<int64_t>(sizeof(RowProgress) / sizeof(int))});
-  launch_in_order(decode_step_kernel<T, Bound, D>, static_cast<unsigned>(blocks), kStepThreads, kShared, stream, p);
+      decode_step_kernel<T, Bound, D>, static_cast<unsigned>(blocks), kStepThreads, kShared, stream, params);
   return true;
 }
 
 template <class T, class Bound>
-bool launch_step(StepParams& p, const Tensor& q, cudaStream_t stream) {
+bool launch_step(const DecodeStepParams& p, const Tensor& q, cudaStream_t stream) {
   bool launched = false;
   if constexpr (sizeof(T) == 2)
     dispatch_head_dim(
@@ -89,17 +95,14 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
     Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor start_lens,
     Tensor seq_lens, int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages,
     std::optional<double> scale, std::optional<Tensor> k_scales) {
-  const DecodeStepParams c = check_decode_step(
+  DecodeStepParams p = check_decode_step(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
       recent_pages, scale, k_scales);
-  StepParams p{};
-  p.append = c.append, p.size = c.size, p.paging = c.paging, p.q = c.q;
-  p.K = c.K, p.sink_pages = c.sink_pages, p.recent_pages = c.recent_pages, p.reduce = c.reduce, p.scale = c.scale;
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
-  check_values_if_requested(c, stream);
+  check_values_if_requested(p, stream);
   if (fits_one_launch(p)) {
-    const ProfilerRange range("decode_step");
+    const NvtxRange range("decode_step");
     const auto empty = [&](std::vector<int64_t> shape, ScalarType dtype) {
       return torch::stable::empty(shape, dtype, std::nullopt, q.device());
     };

@@ -1,0 +1,163 @@
+// Attends: selects the pages of a split, reads them, and combines the row's partials where the split is its last.
+#pragma once
+
+#include "../tile/attend_loop.cuh"
+#include "../tile/attend_mma.cuh"
+#include "append.cuh"
+#include "scheduler.cuh"
+#include "select_pages.cuh"
+
+namespace quest::cuda {
+
+template <class T, int D, int kSlotBytes>
+struct RowAttender {
+  using Attend = MmaAttend<T, D>;
+  using Merge = WarpMerge<Attend>;
+  using Combiner = Combine<T, D>;
+  using CombineShared = typename Combiner::template Shared<kMmaHeads>;
+  using Selector = PageSelector<kSlotBytes>;
+  static_assert(Attend::kThreads == kStepThreads && kCombineThreads == kStepThreads);
+  static_assert(kSlotBytes == Attend::shared_bytes(D));
+  static_assert(sizeof(CombineShared) <= kSlotBytes);
+  static_assert(kStepWarps * sizeof(typename WarpBounds<T>::Shared) <= kSlotBytes);
+
+  struct Shared {
+    int is_last;
+    WarpStates<kStepWarps> warps;
+    typename Attend::Shared attend;
+  };
+
+  const Scheduler& scheduler;
+  Shared& shared;
+  std::byte* const slots;
+  const DecodeStepKernelParams& params = scheduler.params;
+  const DecodeStepParams& p = scheduler.p;
+  const int group = p.size.group();
+
+  // Lists entries [first, end) of the row's pages, in shared and device memory. Every block of the row selects for
+  // itself: a list from another block would arrive no earlier.
+  __device__ void list_pages(const Split& split, int first, int end) const {
+    const int n = scheduler.pages_of(split);
+    const bool scored = scheduler.is_scored(n), last = split.index == split.count - 1;
+    Selector row{
+        .keys = params.keys + split.row * params.keys_stride,
+        .pages = p.pages + int64_t{split.row} * p.K,
+        .table = p.paging.page_table + split.b * p.paging.page_table_stride,
+        .n = n,
+        .K = p.K,
+        .sink_pages = p.sink_pages,
+        .recent_pages = p.recent_pages,
+        .first = first,
+        .end = end,
+        .P = p.paging.P,
+        .N = p.paging.N,
+        .page_shift = p.paging.page_shift,
+        .length = split.length};
+    if (scored) row.fetch_table();
+    // A row that is not scored waits for its new token alone, which is in the last page.
+    if (scored || last) {
+      const int first_scored = split.row - (split.head & (scheduler.tile_heads() - 1));
+      if (scheduler.is_first()) wait_until_at_least(&params.rows[first_scored].scored, scheduler.score_splits(n));
+      __syncthreads();
+    }
+    if (scored) {
+      Selector::select(row);
+    } else {
+#pragma unroll 1
+      for (int i = first + threadIdx.x; i < (last ? p.K : end); i += kStepThreads) {
+        if (i < n)
+          row.put(i, n > p.K && i >= p.sink_pages ? n - p.K + i : i);
+        else
+          row.pages[i] = -1;
+      }
+    }
+    __syncthreads();
+  }
+
+  // The physical page of a token of the split's list of `entries` pages.
+  __device__ int find_token(int token, int entries) const {
+    const int entry = token >> p.paging.page_shift;
+    if (entry >= entries) return kNoToken;
+    const ListedPage page = SelectMemory<kSlotBytes>::get().pages[entry];
+    return (token & (p.paging.page_size() - 1)) < page.tokens ? page.physical : kNoToken;
+  }
+
+  __device__ void store_partial(int row, int partial, const typename Merge::State& state) const {
+    if (Merge::head() >= group) return;
+    const int64_t head = int64_t{row} * group + Merge::head();
+#pragma unroll
+    for (int i = 0; i < Merge::kVecs; ++i) {
+      const int vec = Merge::first_vec() + i * Merge::kHeadThreads;
+      if (vec * 4 < D) params.partials.store(head, partial, D, vec, state.out[i]);
+    }
+    if (Merge::first_vec() == 0) params.partials.store(head, partial, state.max, state.sum);
+  }
+
+  __device__ void attend_split(const Split& split, Attend& attend, const Softmax& softmax) const {
+    const int split_tiles = scheduler.shared.attend_split_tiles, partial_tiles = params.partials.tiles;
+    const int entries = min(scheduler.pages_of(split), p.K), first_tile = split.index * split_tiles;
+    const int tiles = min(split_tiles, scheduler.attend_tiles(scheduler.pages_of(split)) - first_tile);
+    const int first_token = first_tile * kTileTokens, first = first_token >> p.paging.page_shift;
+    const int end = min(entries, (first_token + tiles * kTileTokens) >> p.paging.page_shift);
+    list_pages(split, first, end);
+    const QueryTile<T> query{
+        .data = static_cast<const T*>(p.q.data) + split.b * p.q.stride_b + split.head * group * p.q.stride_h,
+        .stride = p.q.stride_h,
+        .heads = group,
+        .kv_head = split.head};
+    const int own_token = scheduler.warp * Attend::kTokens + scheduler.lane % Attend::kTokens;
+    typename Merge::State partial;
+    attend_tiles(
+        attend, softmax, p.append.k_cache, p.append.v_cache, query, D, first_token, first_token + tiles * kTileTokens,
+        p.paging.page_size(), shared.warps, shared.attend,
+        [&](int offset) { return find_token(own_token + offset, end - first); },
+        [&](int tile, const typename Merge::State& state) {
+          partial.merge(state, softmax);
+          if ((tile + 1) % partial_tiles != 0 && tile != tiles - 1) return;
+          store_partial(split.row, (first_tile + tile) / partial_tiles, partial);
+          partial = {};
+        });
+  }
+
+  __device__ void combine(const Split& split) const {
+    const int tiles = scheduler.attend_tiles(scheduler.pages_of(split)), partial_tiles = params.partials.tiles;
+    const int64_t head = int64_t{split.b} * p.size.Hq + split.head * group;
+    Combiner::template run<kMmaHeads>(
+        {.partials = params.partials,
+         .first_head = int64_t{split.row} * group,
+         .heads = group,
+         .count = partial_tiles == 1 ? tiles : (tiles + kSupertile - 1) / kSupertile,
+         .scale = p.scale,
+         .out = static_cast<T*>(p.out) + head * D,
+         .lse = p.lse + head},
+        *reinterpret_cast<CombineShared*>(slots));
+  }
+
+  __device__ void run() const {
+    const Softmax softmax(p.scale);
+    Attend attend(D, shared.attend, slots);
+    for (int stage = 0;; stage ^= 1) {
+      const Split& split = scheduler.shared.attend[stage];
+      // Past the last split, blocks take the renewal of bounds, a row a warp.
+      const int renewed_row = split.index * kStepWarps;
+      if (split.row < 0 && renewed_row >= p.size.B * p.size.Hkv) return;
+      int next = 0;
+      if (scheduler.is_second()) next = atomicAdd(&params.taken->attend, 1);
+      if (split.row < 0) {
+        BoundsRenewal<T>::run(scheduler, D, renewed_row, reinterpret_cast<typename WarpBounds<T>::Shared*>(slots));
+        __syncthreads();
+        if (scheduler.is_second()) scheduler.describe_attend(next, stage ^ 1);
+        __syncthreads();
+        continue;
+      }
+      attend_split(split, attend, softmax);
+      if (scheduler.is_first())
+        shared.is_last = add_acquire_release(&params.rows[split.row].attended, 1) == split.count - 1;
+      if (scheduler.is_second()) scheduler.describe_attend(next, stage ^ 1);
+      __syncthreads();
+      if (shared.is_last) combine(split);
+    }
+  }
+};
+
+}  // namespace quest::cuda

@@ -1,0 +1,54 @@
+// The kernel's arguments, its constants, and the counters by which its blocks share work.
+#pragma once
+
+#include "../core/ptx.cuh"
+#include "../tile/combine.cuh"
+#include "../tile/mma_rows.cuh"
+
+namespace quest::cuda {
+
+constexpr int kStepThreads = 256;
+constexpr int kStepWarps = kStepThreads / kWarpSize;
+constexpr int kMaxSequences = kStepThreads;
+constexpr int kMaxListedPages = 512;  // of one attend split
+
+// Splits that blocks have taken. A block takes its first of both kinds by one 64-bit atomic addition.
+struct alignas(8) TakenSplits {
+  int score, attend;
+
+  static __device__ __forceinline__ TakenSplits take_both(TakenSplits* taken) {
+    static_assert(sizeof(TakenSplits) == sizeof(unsigned long long));
+    static_assert(offsetof(TakenSplits, score) == 0, "score is the low half on a little-endian GPU");
+    const uint64_t both = atomicAdd(reinterpret_cast<unsigned long long*>(taken), (1ull << 32) + 1);
+    return {.score = static_cast<int>(both), .attend = static_cast<int>(both >> 32)};
+  }
+};
+
+// Splits of a row that are done. Rows whose heads are scored together count in the first of them.
+struct RowCounters {
+  int scored, attended;
+};
+
+struct DecodeStepKernelParams {
+  DecodeStepParams op;
+  int32_t score_heads_log2 = 0;  // KV heads that one split scores: a power of two that divides Hkv, 8 at most
+  // Zero when the kernel starts:
+  TakenSplits* taken = nullptr;
+  RowCounters* rows = nullptr;  // [B * Hkv]
+  // Written before they are read:
+  uint32_t* keys = nullptr;  // [B * Hkv, keys_stride]
+  int64_t keys_stride = 0;
+  Partials partials = {};
+};
+
+struct ClearParams {
+  int* counters;
+  int64_t count;
+};
+__global__ void __launch_bounds__(kStepThreads) clear_counters_kernel(const ClearParams p) {
+  start_next_kernel();  // its blocks take their places now and wait for the writes below
+  wait_for_previous_kernel();
+  for (int64_t i = threadIdx.x; i < p.count; i += kStepThreads) p.counters[i] = 0;
+}
+
+}  // namespace quest::cuda

@@ -1,0 +1,145 @@
+// The scheduler: cuts a step's work into splits by the live lengths, and hands them to the blocks.
+#pragma once
+
+#include "params.cuh"
+
+namespace quest::cuda {
+
+// A split that the block has taken: a share of the pages to score of some rows, or of the tokens to attend to of one.
+struct Split {
+  int row, b, head;  // the first row, its sequence and KV head; row is -1 past the last split
+  int index, count;  // split `index` of the row's `count`; past the last split, index counts on from zero
+  int length;        // of the sequence, with the new token
+};
+
+// Score splits are short, so that blocks which memory serves sooner score more of them.
+constexpr int kMaxScoreTiles = 2;
+
+struct Scheduler {
+  struct Shared {
+    int lengths[kMaxSequences], starts[kMaxSequences];          // with the new token, and before it
+    int score_ends[kMaxSequences], attend_ends[kMaxSequences];  // splits of all sequences up to this one
+    int2 sums[kStepWarps];
+    TakenSplits first;
+    int attend_split_tiles;     // at most; in shared memory, as the kernel has no register to spare
+    Split score[2], attend[2];  // the current split, and the next
+  };
+
+  const DecodeStepKernelParams& params;
+  const DecodeStepParams& p;
+  Shared& shared;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  int score_split_tiles;  // at most
+
+  __device__ Scheduler(const DecodeStepKernelParams& params, Shared& shared)
+      : params(params), p(params.op), shared(shared) {}
+
+  __device__ int pages_of(const Split& split) const { return p.paging.pages_of(split.length); }
+
+  // Scoring: a tile is tile_pages() pages of tile_heads() KV heads.
+  __device__ int tile_heads() const { return 1 << params.score_heads_log2; }
+  __device__ int head_tiles() const { return p.size.Hkv >> params.score_heads_log2; }
+  __device__ int tile_pages() const { return kStepWarps * kMmaRows >> params.score_heads_log2; }
+  // Whether scores decide which pages are selected.
+  __device__ bool is_scored(int pages) const { return pages > p.K && p.sink_pages + p.recent_pages < p.K; }
+  __device__ int score_tiles(int pages) const {
+    const int row_tiles = (pages + kMmaRows - 1) / kMmaRows;
+    return is_scored(pages) ? ((row_tiles << params.score_heads_log2) + kStepWarps - 1) / kStepWarps : 1;
+  }
+  __device__ int score_splits(int pages) const {
+    return (score_tiles(pages) + score_split_tiles - 1) / score_split_tiles;
+  }
+
+  // Attention: a tile is kTileTokens tokens of a row's list.
+  __device__ int attend_tiles(int pages) const {
+    return max(1, ((min(pages, p.K) << p.paging.page_shift) + kTileTokens - 1) / kTileTokens);
+  }
+
+  // Takes the block's first splits, and cuts the work, a thread for each sequence.
+  __device__ void cut() {
+    TakenSplits taken{};
+    if (is_first()) taken = TakenSplits::take_both(params.taken);
+    const Paging& g = p.paging;
+    const int b = threadIdx.x;
+    int tiles_to_score = 0, tiles_to_attend = 0;
+    if (b < p.size.B) {
+      const int length = g.length(b), pages = g.pages_of(length);
+      shared.lengths[b] = length, shared.starts[b] = p.append.paging.length(b);
+      tiles_to_score = score_tiles(pages), tiles_to_attend = attend_tiles(pages);
+    }
+    const int2 all = sum(tiles_to_score * head_tiles(), tiles_to_attend * p.size.Hkv, true);
+    const int blocks = gridDim.x;
+    score_split_tiles = min((all.x + blocks - 1) / blocks, kMaxScoreTiles);
+    // A split is whole partials, and no longer than the list that shared memory holds.
+    const int partial_tiles = params.partials.tiles, each = partial_tiles * blocks;
+    const int attend_split_tiles =
+        min((all.y + each - 1) / each * partial_tiles, (kMaxListedPages << p.paging.page_shift) / kTileTokens);
+    const int2 ends =
+        sum(head_tiles() * ((tiles_to_score + score_split_tiles - 1) / score_split_tiles),
+            p.size.Hkv * ((tiles_to_attend + attend_split_tiles - 1) / attend_split_tiles), false);
+    if (b < p.size.B) shared.score_ends[b] = ends.x, shared.attend_ends[b] = ends.y;
+    if (is_first()) shared.first = taken, shared.attend_split_tiles = attend_split_tiles;
+    __syncthreads();
+    if (is_first()) describe_score(shared.first.score, 0);
+    if (is_second()) describe_attend(shared.first.attend, 0);
+    __syncthreads();
+  }
+
+  // Sums over the threads up to this one, or over all. Threads past the last sequence have zeros.
+  __device__ int2 sum(int x, int y, bool all) const {
+    if (p.size.B == 1) {
+      // Only thread 0 has anything.
+      if (!all) return {x, y};
+      if (threadIdx.x == 0) shared.sums[0] = {x, y};
+      __syncthreads();
+      return shared.sums[0];
+    }
+#pragma unroll
+    for (int step = 1; step < kWarpSize; step *= 2) {
+      const int a = __shfl_up_sync(kFullMask, x, step), b = __shfl_up_sync(kFullMask, y, step);
+      if (lane >= step) x += a, y += b;
+    }
+    __syncthreads();
+    if (lane == kWarpSize - 1) shared.sums[warp] = {x, y};
+    __syncthreads();
+    if (all) x = y = 0;
+#pragma unroll 1
+    for (int w = 0; w < (all ? kStepWarps : warp); ++w) x += shared.sums[w].x, y += shared.sums[w].y;
+    return {x, y};
+  }
+
+  // By one thread, for the block. Cold code stalls on instruction fetch, so there is one copy of it.
+  static __device__ __noinline__ void describe(
+      Split& split, const int* ends, const int* lengths, int sequences, int head_tiles, int heads, int item) {
+    Split at{};
+    at.row = -1, at.index = item - ends[sequences - 1];
+    if (at.index < 0) {
+      int low = 0, high = sequences - 1;
+#pragma unroll 1
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (item < ends[middle])
+          high = middle;
+        else
+          low = middle + 1;
+      }
+      const int before = low ? ends[low - 1] : 0;
+      at.b = low, at.count = head_tiles == 1 ? ends[low] - before : (ends[low] - before) / head_tiles;
+      const int head_tile = head_tiles == 1 ? 0 : (item - before) / at.count;
+      at.head = head_tile * heads, at.index = item - before - head_tile * at.count;
+      at.row = at.b * head_tiles * heads + at.head, at.length = lengths[low];
+    }
+    split = at;
+  }
+  __device__ void describe_score(int item, int stage) const {
+    describe(shared.score[stage], shared.score_ends, shared.lengths, p.size.B, head_tiles(), tile_heads(), item);
+  }
+  __device__ void describe_attend(int item, int stage) const {
+    describe(shared.attend[stage], shared.attend_ends, shared.lengths, p.size.B, p.size.Hkv, 1, item);
+  }
+  // Threads that work alone, each in a warp of its own.
+  __device__ bool is_first() const { return threadIdx.x == 0; }
+  __device__ bool is_second() const { return threadIdx.x == kWarpSize; }
+};
+
+}  // namespace quest::cuda

@@ -1,0 +1,179 @@
+// Scores pages: the keys of a score split's pages, and the new token of its rows.
+//
+// A split is of several heads, a warp for each: the bounds of a page's heads lie together, and memory is faster where
+// neighbours are read together.
+#pragma once
+
+#include "../tile/async_rows.cuh"
+#include "../tile/page_scores.cuh"
+#include "append.cuh"
+#include "scheduler.cuh"
+#include "select_pages.cuh"
+
+namespace quest::cuda {
+
+// The scores of a tile, reduced over the heads of the group in the order of topk_pages. Of the four lanes of a row
+// pair, lanes c = 0, 1 get those of pages r and r + 8.
+__device__ __forceinline__ float reduce_group(const float (&scores)[4], int group, GroupReduce how) {
+  const int lane = threadIdx.x % kWarpSize, c = lane % 4;
+  float reduced[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (how == GroupReduce::sum) {
+      float x = __shfl_sync(kFullMask, scores[2 * half], lane - c);
+#pragma unroll
+      for (int h = 1; h < kMmaHeads; ++h) {
+        const float y = __shfl_sync(kFullMask, scores[2 * half + h % 2], lane - c + h / 2);
+        if (h < group) x += y;
+      }
+      reduced[half] = x;
+    } else {
+      float x = 2 * c < group ? scores[2 * half] : -INFINITY;
+      if (2 * c + 1 < group) x = nan_max(x, scores[2 * half + 1]);
+      x = nan_max(x, __shfl_xor_sync(kFullMask, x, 1));
+      reduced[half] = nan_max(x, __shfl_xor_sync(kFullMask, x, 2));
+    }
+  }
+  return c & 1 ? reduced[1] : reduced[0];
+}
+
+template <class T, class Bound, int D, int kSlotBytes>
+struct PageScorer {
+  static constexpr bool kInt8 = sizeof(Bound) == 1;
+  static constexpr int kAhead = kInt8 ? 2 : 1;  // tiles whose bounds are being copied while one is scored
+  // int8 bounds take one slot of three a tile, lower before upper. Others take one of two for lower, the third for
+  // upper.
+  static constexpr int kWarpSlotBytes = kSlotBytes / 3 / kStepWarps;
+  using BoundsSlot = RowSlot<D * sizeof(Bound), ReadBy::row>;
+  using Selector = PageSelector<kSlotBytes>;
+
+  struct Shared {
+    float scales[kAhead + 1][kStepWarps][kMmaRows];
+  };
+
+  const Scheduler& scheduler;
+  Shared& shared;
+  std::byte* const slots;
+  const DecodeStepKernelParams& params = scheduler.params;
+  const DecodeStepParams& p = scheduler.p;
+  const int group = p.size.group(), lane = scheduler.lane, warp = scheduler.warp;
+
+  __device__ std::byte* slot(int i) const { return slots + (i * kStepWarps + warp) * kWarpSlotBytes; }
+
+  // The first of the warp's sixteen pages in a tile of the split.
+  __device__ int first_page(const Split& split, int tile) const {
+    return (split.index * scheduler.score_split_tiles + tile) * scheduler.tile_pages() +
+           (warp >> params.score_heads_log2) * kMmaRows;
+  }
+  __device__ int head_of_warp(const Split& split) const { return split.head + (warp & (scheduler.tile_heads() - 1)); }
+  // This lane's physical page of two tiles, from an even one on, or -1.
+  __device__ int find_pages(const Split& split, int tile, int tiles) const {
+    tile += lane / kMmaRows;
+    const int page = first_page(split, tile) + lane % kMmaRows;
+    return tile < tiles && page < scheduler.pages_of(split) ? p.paging.physical(split.b, page) : -1;
+  }
+
+  __device__ void copy_bounds(int head, int physical, std::byte* to, int which) const {
+    const Bounds& from = p.append.k_bounds;
+    const Bound* const row =
+        static_cast<const Bound*>(from.data) + physical * from.stride_n + head * from.stride_h + which * from.stride_c;
+    BoundsSlot::template copy<kInt8 ? 2 * kMmaRows : kMmaRows>(to, physical < 0 ? nullptr : row, from.data);
+  }
+  __device__ void copy_first(int head, int physical, int stage) const {
+    copy_bounds(head, physical, slot(stage), kInt8 ? lane / kMmaRows : 0);
+    if constexpr (kInt8) {
+      const Bounds& from = p.append.k_bounds;
+      const float* const scale = from.scales + max(physical, 0) * from.scales_stride_n + head * from.scales_stride_h;
+      if (lane < kMmaRows) copy_async_4(&shared.scales[stage][warp][lane], scale);
+    }
+  }
+
+  // Writes the keys of the warp's pages from `first` on.
+  __device__ void score_tile(
+      const Split& split, int first, int physical, int stage, const SignedQuery<T, Bound, D>& query) const {
+    const int r = lane / 4, c = lane % 4;
+    PageScoreTile<T, Bound, D> tile;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = r + half * 8;
+      tile.scale[half] = kInt8 ? shared.scales[stage][warp][row] : 1.f;
+#pragma unroll
+      for (int i = 0; i < decltype(tile)::Row::kCount; ++i) {
+        tile.lower[half].at[i] = BoundsSlot::read(slot(stage), row, 4 * i + c);
+        tile.upper[half].at[i] = kInt8 ? BoundsSlot::read(slot(stage), row + kMmaRows, 4 * i + c)
+                                       : BoundsSlot::read(slot(2), row, 4 * i + c);
+      }
+    }
+    float scores[4];
+    tile.score(scores, query);
+    const float score = reduce_group(scores, group, p.reduce);
+    const bool invalid = __shfl_sync(kFullMask, physical, r + c % 2 * 8) < 0;
+    const int n = scheduler.pages_of(split), page = first + r + c * 8;
+    const bool candidate = page >= p.sink_pages && page < n - p.recent_pages;
+    const uint32_t key = page >= n ? kNoKey : candidate ? sort_key(invalid ? NAN : score) : kForcedKey;
+    uint32_t* const keys = params.keys + (split.b * p.size.Hkv + head_of_warp(split)) * params.keys_stride;
+    if (first < n && Selector::by_superpages(n, p.K)) {
+      if (c < 2) keys[page] = key;
+      const uint32_t best = __reduce_max_sync(kFullMask, c < 2 ? key : kNoKey);
+      if (lane == 0) keys[key_room(p.paging.P) + Selector::key_place(first / kSuperpage, superpages_of(n))] = best;
+    } else if (c < 2 && page < n) {
+      keys[Selector::key_place(page, n)] = key;
+    }
+    __syncwarp();  // the slots are free now
+  }
+
+  __device__ void score_split(const Split& split) const {
+    const int n = scheduler.pages_of(split);
+    const int tiles = scheduler.is_scored(n) ? min(scheduler.score_split_tiles,
+                                                   scheduler.score_tiles(n) - split.index * scheduler.score_split_tiles)
+                                             : 0;
+    const int head = head_of_warp(split), r = lane / 4;
+    const T* const heads = static_cast<const T*>(p.q.data) + split.b * p.q.stride_b + head * group * p.q.stride_h;
+    SignedQuery<T, Bound, D> query;
+    query.positive.load(r < group ? heads + r * p.q.stride_h : nullptr);
+    // The block that has the last split of its rows appends their new token. Its loads are in flight while bounds are
+    // scored.
+    const bool appends = warp < scheduler.tile_heads() && split.index == split.count - 1;
+    const NewToken<T, D> token = NewToken<T, D>::load(p, scheduler.shared.starts[split.b], split, head, appends);
+    int pages[kAhead + 1];  // of the tiles being copied, the latest last
+#pragma unroll
+    for (int i = 0; i <= kAhead; ++i) pages[i] = -1;
+    int two = find_pages(split, 0, tiles), next_two = find_pages(split, 2, tiles);
+#pragma unroll 1
+    for (int tile = -kAhead; tile < tiles; ++tile) {
+      const int ahead = tile + kAhead;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) pages[i] = pages[i + 1];
+      if (ahead > 0 && ahead % 2 == 0) two = next_two, next_two = find_pages(split, ahead + 2, tiles);
+      const int page = __shfl_sync(kFullMask, two, ahead % 2 * kMmaRows + lane % kMmaRows);
+      pages[kAhead] = page;
+      if (ahead < tiles) copy_first(head, page, ahead % (kAhead + 1));
+      commit_copies();
+      if (tile >= 0) {
+        if (tile == 0) query.split();
+        wait_copies<kAhead>();
+        score_tile(split, first_page(split, tile), pages[0], tile % (kAhead + 1), query);
+      }
+      if constexpr (!kInt8) {
+        if (ahead < tiles) copy_bounds(head, page, slot(2), 1);
+        commit_copies();
+      }
+    }
+    token.store(p, scheduler.shared.starts[split.b], head);
+  }
+
+  __device__ void run() const {
+    for (int stage = 0;; stage ^= 1) {
+      const Split split = scheduler.shared.score[stage];
+      if (split.row < 0) return;
+      int next = 0;
+      if (scheduler.is_second()) next = atomicAdd(&params.taken->score, 1);
+      score_split(split);
+      if (scheduler.is_second()) scheduler.describe_score(next, stage ^ 1);
+      __syncthreads();
+      if (scheduler.is_first()) add_release(&params.rows[split.row].scored, 1);
+    }
+  }
+};
+
+}  // namespace quest::cuda
