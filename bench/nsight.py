@@ -1,9 +1,10 @@
-"""What bounds the kernels, as Nsight Compute counts it: the second, cold call of each.
+"""Profile the kernels with Nsight Compute.
 
-    python bench/nsight.py [--out bench/results/nsight-h100.json]
+    python bench/nsight.py [--out bench/results/nsight.json]
 
-Runs itself under ncu, which must be at hand and may count, and writes a JSON and prints its table. Steps take longer
-than in kernels.py: ncu empties the caches before each of the passes that a kernel is run in, instructions' among them.
+Runs itself under ncu, which needs permission to read the GPU's counters. Writes a JSON and prints its table, of the
+second call of each kernel. Durations exceed those of kernels.py: ncu runs a kernel once for each set of counters, and
+flushes the data and instruction caches each time.
 """
 
 from __future__ import annotations
@@ -18,64 +19,46 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from kernels import DEVICE, Workload, attend, machine, new_layer, pipeline
+from kernels import machine
+from layers import DEVICE, attend, new_layer, one_call
+from nsight_metrics import METRICS
 from quest_ops import topk_pages
 from rich.console import Console
 from rich.table import Table
+from workloads import GQA, MHA, TOPK, TopK, Workload
 
 KERNELS = "regex:^(decode_step_kernel|decode_kernel|topk_pages_kernel|topk_best_kernel)"
-STALL = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
-METRICS = {
-    "duration": "gpu__time_duration.sum",
-    "clock of the multiprocessors": "smsp__cycles_elapsed.avg.per_second",
-    "blocks": "launch__grid_size",
-    "registers a thread": "launch__registers_per_thread",
-    "read from DRAM": "dram__bytes_read.sum",
-    "DRAM bandwidth used": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "warps there, of those that fit": "sm__warps_active.avg.pct_of_peak_sustained_active",
-    "instructions of warps": "smsp__inst_executed.sum",
-    "a scheduler's cycles with an instruction": "smsp__issue_active.avg.pct_of_peak_sustained_active",
-    "cycles from one instruction of a warp to the next": "smsp__average_warp_latency_per_inst_issued.ratio",
-    "waiting: at a barrier": STALL.format("barrier"),
-    "waiting: for device memory": STALL.format("long_scoreboard"),
-    "waiting: for shared memory": STALL.format("short_scoreboard"),
-    "waiting: for instructions to arrive": STALL.format("no_instruction"),
-    "waiting: for the instruction before": STALL.format("wait"),
-    "waiting: for room among memory's requests": STALL.format("lg_throttle"),
-    "waiting: for room among shared memory's": STALL.format("mio_throttle"),
-    "waiting: for a turn": STALL.format("not_selected"),
-}
 
 
 def calls() -> dict[str, Callable[[], Callable[[], object]]]:
-    """What is profiled: of each, how to make a call with inputs of its own."""
-    mha, gqa = Workload(32, 32, 32768, 2048), Workload(32, 8, 32768, 2048)
+    """The calls to profile: name -> a function that makes inputs of its own and returns the call on them."""
 
     def step(w: Workload) -> Callable[[], object]:
         layer = new_layer(w)
-        return lambda: pipeline(w, layer)
+        return lambda: one_call(w, layer)
 
     def dense(w: Workload) -> Callable[[], object]:
         layer = new_layer(w)
         return lambda: attend(layer, None)
 
-    def select(n: int, k: int) -> Callable[[], object]:
-        scores, lens = torch.randn(1, 32, n, device=DEVICE), torch.tensor([n * 16], dtype=torch.int32, device=DEVICE)
-        return lambda: topk_pages(scores, lens, 16, k, 32)
+    def select(w: TopK) -> Callable[[], object]:
+        scores = torch.randn(1, w.rows, w.n, device=DEVICE)
+        lens = torch.tensor([w.n * 16], dtype=torch.int32, device=DEVICE)
+        return lambda: topk_pages(scores, lens, 16, w.k, w.rows)
 
-    long = replace(gqa, context=131072)
-    steps = (mha, replace(mha, context=131072), gqa, long, replace(gqa, context=524288), replace(gqa, batch=8))
+    long = replace(GQA, context=131072)
+    steps = (MHA, replace(MHA, context=131072), GQA, long, replace(GQA, context=524288), replace(GQA, batch=8))
     return {
         **{f"decode_step: {w}": lambda w=w: step(w) for w in steps},
-        **{f"dense: {w.heads}/{w.kv_heads}, {w.context}": lambda w=w: dense(w) for w in (mha, long)},
-        **{f"topk_pages: 32 x {n}, {k}": lambda n=n, k=k: select(n, k) for n, k in ((2048, 128), (65536, 256))},
+        **{f"dense: {w.heads}/{w.kv_heads}, {w.context}": lambda w=w: dense(w) for w in (MHA, long)},
+        **{str(w): lambda w=w: select(w) for w in TOPK},
     }
 
 
 def run_calls() -> None:
     torch.manual_seed(0)
     for make in calls().values():
-        make()()  # loads the module
+        make()()  # loads the kernel's module, which must not be profiled
         call = make()
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
@@ -94,8 +77,9 @@ def profile() -> list[dict[str, object]]:
     name = ""
     for kernel in kernels:
         function = kernel["Kernel Name"].split("(")[0].split("<")[0].removeprefix("void ").split("::")[-1]
+        # topk_best_kernel is the second kernel of one call.
         name = name if function == "topk_best_kernel" else next(names)
-        values = {what: f"{kernel[metric]} {units[metric]}".strip() for what, metric in METRICS.items()}
+        values = {key: f"{kernel[metric]} {units[metric]}".strip() for key, metric in METRICS.items()}
         found.append({"call": name, "kernel": function, **values})
     assert next(names, None) is None, "a call's kernel was not profiled"
     return found
@@ -103,7 +87,7 @@ def profile() -> list[dict[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calls", action="store_true", help="make the calls: what ncu runs")
+    parser.add_argument("--calls", action="store_true", help="make the calls that ncu profiles, and nothing else")
     parser.add_argument("--out", type=Path, default=Path("bench/results/nsight.json"))
     options = parser.parse_args()
     if options.calls:
@@ -113,8 +97,8 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"machine": machine(), "kernels": kernels}, indent=1))
     table = Table("", *(f"{x['call']} ({x['kernel']})" for x in kernels))
-    for what in METRICS:
-        table.add_row(what, *(str(x[what]) for x in kernels))
+    for key, metric in METRICS.items():
+        table.add_row(metric, *(str(x[key]) for x in kernels))
     Console(width=250).print(table)
 
 

@@ -1,4 +1,4 @@
-"""Timing on a GPU: one CUDA graph over enough distinct inputs that no byte is warm, and the kernel that only reads."""
+"""Timing on a GPU by CUDA graphs, and the kernel whose time is the read roofline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call, over the replays: median and the range that holds the middle half."""
+    """Microseconds a call, over the replays: the median and the quartiles beside it."""
 
     median: float
     low: float
@@ -25,11 +25,14 @@ class Timing:
         return f"{self.median:.1f} ({self.low:.1f}-{self.high:.1f})"
 
 
-LEAST_CALLS = 12  # in a graph, so that beginning and ending it does not count
+LEAST_CALLS = 12  # in a graph, so that its launch weighs little
 
 
 def time_calls(calls: Sequence[Callable[[], object]], replays: int = 15) -> Timing:
-    """Time each call's share of a CUDA graph that makes them all, one after the other, again and again if few."""
+    """Time one CUDA graph that makes all calls in turn, and divide by their number.
+
+    The calls' inputs must exceed the L2 cache together, so that every call finds its bytes cold.
+    """
     calls = [*calls] * math.ceil(LEAST_CALLS / len(calls))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -59,11 +62,11 @@ def _read(source, sink, count, block: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     x = tl.load(source + offset, mask=offset < count, other=0)
     total = tl.sum(x, 0)
-    if total == 123456789:  # never so: the sum is there to keep the load
+    if total == 123456789:  # never true, but the compiler must keep the load
         tl.store(sink, total)
 
 
 def read_call(buffer: Tensor, sink: Tensor, nbytes: int, block: int = 4096) -> Callable[[], object]:
-    """A call that reads the first ``nbytes`` of an int32 buffer with one kernel, and does nothing else."""
+    """A call of one kernel that only reads the first ``nbytes`` of an int32 buffer."""
     count = nbytes // 4
     return lambda: _read[(triton.cdiv(count, block),)](buffer, sink, count, block=block, num_warps=8)

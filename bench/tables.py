@@ -1,0 +1,204 @@
+"""Write the tables of README.md and docs/*.md from the JSON in bench/results.
+
+    python bench/tables.py [--check]
+
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. With --check nothing is written, and pages whose
+tables differ from the JSON end the command with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nsight_metrics import METRICS, STALL
+from targets import DENSE, median, targets
+from workloads import GQA, MHA
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+NINE = (
+    MHA,
+    replace(MHA, context=131072),
+    replace(GQA, context=2048),
+    GQA,
+    replace(GQA, context=131072),
+    replace(GQA, context=524288),
+    replace(GQA, context=2097152),
+    replace(GQA, batch=8),
+    replace(GQA, batch=32),
+)
+
+Table = list[list[str]]  # the first row is the header
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def tokens(n: int) -> str:
+    return f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}K"
+
+
+def label(workload: dict[str, Any]) -> str:
+    """A workload of the JSON as "query/KV heads, batch, context, budget" and whatever is not the default."""
+    w = workload
+    cells = [f"{w['heads']}/{w['kv_heads']}", str(w["batch"]), tokens(w["context"]), str(w["budget"] or "all")]
+    cells += [f"pages of {w['page_size']}"] * (w["page_size"] != 16)
+    cells += [f"head_dim {w['head_dim']}"] * (w["head_dim"] != 128)
+    cells += ["16-bit bounds"] * (w["bounds"] != "int8")
+    cells += ["fp16"] * (w["dtype"] == "torch.float16")
+    cells += [w["selection"]] * (w["selection"] != "random")
+    return ", ".join(cells)
+
+
+def fastest_peer(row: dict[str, Any]) -> float:
+    return min(median(row, name) for name in DENSE if name in row["microseconds"])
+
+
+def nine(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    named = {row["workload"]["name"]: row for row in rows}
+    return [named[str(w)] for w in NINE]
+
+
+def steps() -> Table:
+    """The nine workloads in short."""
+    table = [["query/KV heads, batch, context, budget", "decode step", "fastest dense", "speed-up", "read roofline"]]
+    for row in nine(read("kernels-h100.json")["rows"]):
+        step, dense = median(row, "pipeline"), fastest_peer(row)
+        cells = [f"{step:.1f} us", f"{dense:.1f} us", f"{dense / step:.1f}x", f"{median(row, 'limit'):.1f} us"]
+        table.append([label(row["workload"]), *cells])
+    return table
+
+
+def in_full(rows: list[dict[str, Any]]) -> Table:
+    columns = "`decode_step`, four operators, fastest dense, speed-up, own dense mode, read roofline, step / roofline"
+    table = [["query/KV heads, batch, context, budget", *columns.split(", ")]]
+    for row in rows:
+        step, dense = median(row, "pipeline"), fastest_peer(row)
+        cells = [f"{step:.1f}", f"{median(row, 'four'):.1f}", f"{dense:.1f}", f"{dense / step:.2f}x"]
+        cells += [f"{median(row, 'pages=None'):.1f}", f"{median(row, 'limit'):.1f}", f"{row['over_limit']:.2f}x"]
+        table.append([label(row["workload"]), *cells])
+    return table
+
+
+def steps_in_full() -> Table:
+    """The nine workloads, microseconds."""
+    return in_full(nine(read("kernels-h100.json")["rows"]))
+
+
+def every_workload() -> Table:
+    """All workloads, microseconds."""
+    return in_full(read("kernels-h100.json")["rows"])
+
+
+def target_table() -> Table:
+    found = targets(read("kernels-h100.json"))
+    return [["", "target", "measured", ""], *([*cells, "met" if met else "missed"] for *cells, met in found)]
+
+
+def number(kernel: dict[str, str], key: str) -> float:
+    return float(kernel[key].split()[0].replace(",", ""))
+
+
+def percent(x: float) -> str:
+    return f"{x:.0f} %"
+
+
+def ratio(x: float) -> str:
+    return f"{x:.2f}"
+
+
+NSIGHT_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "gpu__time_duration.sum": (", us", lambda x: f"{x / 1e3:.1f}"),
+    "launch__grid_size": ("", lambda x: f"{x:.0f}"),
+    "launch__registers_per_thread": ("", lambda x: f"{x:.0f}"),
+    "smsp__inst_executed.sum": (", millions", lambda x: f"{x / 1e6:.1f}"),
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": ("", percent),
+    "sm__warps_active.avg.pct_of_peak_sustained_active": ("", percent),
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": ("", percent),
+    "smsp__average_warp_latency_per_inst_issued.ratio": (", cycles", ratio),
+    **{
+        STALL.format(reason): ("", ratio)
+        for reason in ("long_scoreboard", "barrier", "no_instruction", "wait", "short_scoreboard")
+    },
+}
+
+
+def nsight(columns: Iterable[tuple[str, dict[str, str]]]) -> Table:
+    names, kernels = zip(*columns, strict=True)
+    key_of = {metric: key for key, metric in METRICS.items()}
+    table = [["metric", *names]]
+    for metric, (unit, text) in NSIGHT_ROWS.items():
+        table.append([f"`{metric}`{unit}", *(text(number(kernel, key_of[metric])) for kernel in kernels)])
+    return table
+
+
+def nsight_step() -> Table:
+    """decode_step."""
+    return nsight(
+        (f"{name[1]}, {name[2]}, {tokens(int(name[3]))}", kernel)
+        for kernel in read("nsight-h100.json")["kernels"]
+        if (name := re.fullmatch(r"decode_step: (\S+) B (\d+), (\d+), 2048", kernel["call"]))
+    )
+
+
+def nsight_others() -> Table:
+    """Dense mode and topk_pages."""
+    columns = []
+    for kernel in read("nsight-h100.json")["kernels"]:
+        if name := re.fullmatch(r"dense: (\S+), (\d+)", kernel["call"]):
+            columns.append((f"dense, {name[1]}, {tokens(int(name[2]))}", kernel))
+        elif name := re.fullmatch(r"topk_pages: (\d+) x (\d+), \d+", kernel["call"]):
+            columns.append((f"`{kernel['kernel']}`, {name[1]} x {int(name[2]):,}", kernel))
+    return nsight(columns)
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "steps": steps,
+    "steps-in-full": steps_in_full,
+    "every-workload": every_workload,
+    "targets": target_table,
+    "nsight-step": nsight_step,
+    "nsight-others": nsight_others,
+}
+
+
+def markdown(table: Table) -> str:
+    head, *rows = table
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def filled(page: str) -> str:
+    """The page with every marked table written anew."""
+    return re.sub(
+        r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)",
+        lambda found: f"{found[1]}{markdown(TABLES[found[2]]())}\n{found[3]}",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 where a table differs")
+    check = parser.parse_args().check
+    stale = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        page = path.read_text()
+        if filled(page) != page:
+            stale.append(path.relative_to(ROOT))
+            if not check:
+                path.write_text(filled(page))
+    if check and stale:
+        sys.exit(f"tables differ from bench/results in {', '.join(map(str, stale))}: run `python bench/tables.py`")
+
+
+if __name__ == "__main__":
+    main()

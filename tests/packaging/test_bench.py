@@ -1,0 +1,148 @@
+"""The scripts of bench/ that need no GPU: tables from the JSON, and the comparison of two builds."""
+
+import importlib.resources
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCH = ROOT / "bench"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("tables", monkeypatch)
+
+
+@pytest.fixture
+def compare_speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("compare_speed", monkeypatch)
+
+
+def test_committed_tables() -> None:
+    subprocess.run([sys.executable, BENCH / "tables.py", "--check"], check=True)
+
+
+def test_tables_are_used(tables: ModuleType) -> None:
+    pages = [(ROOT / "README.md").read_text(), *(page.read_text() for page in (ROOT / "docs").glob("*.md"))]
+    for name in tables.TABLES:
+        assert any(f"<!-- table: {name} -->" in page for page in pages), name
+
+
+def test_table_follows_the_json(tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tables.filled("before\n<!-- table: steps -->\n<!-- /table -->\nafter\n")
+    assert page.startswith("before\n") and page.endswith("<!-- /table -->\nafter\n")
+    assert "| 32/8, 32, 32K, 2048 | 161.5 us | 1391.6 us | 8.6x | 129.6 us |" in page
+    assert tables.filled(page.replace("161.5", "151.5")) == page
+
+    result = tables.read("kernels-h100.json")
+    result["rows"][0]["microseconds"]["pipeline"]["median"] += 1
+    (tmp_path / "kernels-h100.json").write_text(json.dumps(result))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.filled(page) != page
+
+
+@pytest.mark.parametrize(
+    ("texts", "found"), [(["a, 1"], {"a, 1"}), (["a"], {"a, 1", "a, 1, x"}), (["x", "b"], {"a, 1, x", "b"})]
+)
+def test_named_workloads(texts: list[str], found: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    named = load("workloads", monkeypatch).named
+    assert named(["a, 1", "a, 1, x", "b"], texts) == found
+    with pytest.raises(ValueError, match="no workload is named 'c'"):
+        named(["a, 1", "b"], ["c"])
+
+
+def result(step: float, roofline: float = 10.0) -> dict[str, object]:
+    """A result of kernels.py, of one workload and one selection."""
+    times = {"estimate": 5.0, "pipeline": step, "limit": roofline, "cuDNN": 50.0}
+    return {
+        "topk": [{"rows": 32, "n": 64, "k": 8, "microseconds": {"topk_pages": {"median": 3.0}}}],
+        "rows": [{"workload": {"name": "w"}, "microseconds": {name: {"median": time} for name, time in times.items()}}],
+    }
+
+
+def test_compare_speed_rows(compare_speed: ModuleType) -> None:
+    old, new = [result(20.0), result(99.0), result(19.0)], [result(20.5, 20.0), result(20.8, 20.0), result(1.0, 20.0)]
+    rows = {(row.workload, row.operator): row for row in compare_speed.compare(old, new)}
+    assert set(rows) == {("topk_pages: 32 x 64, 8", "topk_pages"), ("w", "estimate"), ("w", "pipeline"), ("w", "limit")}
+    assert rows["w", "pipeline"].ratio == pytest.approx(20.5 / 20)
+    assert not any(row.slower for row in rows.values())  # the read roofline is no row to fail
+    assert next(
+        row for row in compare_speed.compare([result(20.0)], [result(20.7)]) if row.operator == "pipeline"
+    ).slower
+
+
+def checkout(folder: Path) -> Path:
+    """A folder with a copy of the package and its libraries."""
+    package = importlib.resources.files("quest_ops")
+    target = folder / "python" / "quest_ops"
+    shutil.copytree(ROOT / "python" / "quest_ops", target, ignore=shutil.ignore_patterns("__pycache__", "model"))
+    for name in ("_C.so", "_C_cuda.so"):
+        if (library := package / name).is_file():
+            shutil.copy(str(library), target / name)
+    return folder
+
+
+def test_compare_speed_loads_each_checkout(compare_speed: ModuleType, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nimport quest_ops\nfrom quest_ops import _library\n"
+        "print(quest_ops.__file__, _library._cpu_path, *sys.argv[1:], sep='\\n')\n"
+    )
+    folder = checkout(tmp_path / "old")
+    command = compare_speed.command(folder, script, "--quick")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    package = folder / "python" / "quest_ops"
+    assert output.split("\n")[:3] == [str(package / "__init__.py"), str(package / "_C.so"), "--quick"]
+
+
+@pytest.mark.parametrize(("step", "status"), [(10.0, 0), (11.0, 1)])
+def test_compare_speed_ends(step: float, status: int, tmp_path: Path) -> None:
+    """The whole driver, with a script in place of kernels.py whose times the checkout decides."""
+    bench = tmp_path / "bench"
+    bench.mkdir()
+    shutil.copy(BENCH / "compare_speed.py", bench)
+    (bench / "kernels.py").write_text(
+        "import json, sys\nfrom pathlib import Path\nimport quest_ops\n"
+        "times = {name: {'median': time} for name, time in (('pipeline', quest_ops.TIME), ('limit', 5.0))}\n"
+        "row = {'workload': {'name': ' '.join(sys.argv[1:-2])}, 'microseconds': times}\n"
+        "result = {'machine': {'gpu': 'none'}, 'topk': [], 'rows': [row]}\n"
+        "Path(sys.argv[-1]).write_text(json.dumps(result))\n"
+    )
+    for name, time in (("old", 10.0), ("new", step)):
+        package = tmp_path / name / "python" / "quest_ops"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(f"TIME = {time}\n")
+        (package / "_C.so").touch()
+    command = [sys.executable, bench / "compare_speed.py", tmp_path / "old", tmp_path / "new"]
+    command += ["--rounds", "2", "--out", tmp_path / "out.json", "--only", "32/8 B 1"]
+
+    refused = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert refused.returncode == 2 and "_C_cuda.so is missing" in refused.stderr
+
+    for name in ("old", "new"):
+        (tmp_path / name / "python" / "quest_ops" / "_C_cuda.so").touch()
+    compared = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert compared.returncode == status, compared.stderr
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["machine"] == {"gpu": "none"}
+    assert written["rows"][0] == {
+        "workload": "--no-peers --only 32/8 B 1",
+        "operator": "pipeline",
+        "old": [10.0, 10.0],
+        "new": [step, step],
+        "ratio": step / 10,
+    }
+    assert ("slower" in compared.stdout) == (status == 1)
