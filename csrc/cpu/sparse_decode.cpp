@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -92,12 +93,12 @@ static void find_tokens(const DecodeParams& p, const List& list, int chunk, Toke
   tokens.n = n;
 }
 
-// The weights of n scores, in their place. Where all are -inf all weigh the same, as far as other chunks let them.
+// The weights of n scores, in their place. Scores of -inf weigh nothing, even where there are no others.
 static void weigh(float* scores, int n, float& max, float& sum) {
   max = loops().max(scores, n);
   if (max == -kInf) {
-    std::fill_n(scores, n, 1.0f);
-    sum = static_cast<float>(n);
+    std::fill_n(scores, n, 0.0f);
+    sum = 0;
   } else {
     sum = loops().exp_sum(scores, n, max);
   }
@@ -161,24 +162,25 @@ static void merge_row(const DecodeParams& p, const Partials& partials, int64_t i
     const float x = partials.max[at];
     if (x > max || x != x) max = x;
   }
+  const int64_t query = list.query(row, p.size);
+  std::byte* const to = element(p.out, query * D, p.dtype);
+  if (max == -kInf) {  // nothing to attend to, or nothing with a weight
+    std::memset(to, 0, D * element_size(p.dtype));
+    p.lse[query] = -kInf;
+    return;
+  }
   for (int64_t at = begin; at < end; at += kBatch * step) {
     const int n = static_cast<int>(std::min<int64_t>(kBatch, (end - at) / step));
     for (int i = 0; i < n; ++i) {
       weights[i] = partials.max[at + i * step];
       outs[i] = partials.out.get() + (at + i * step) * D;
     }
-    if (max == -kInf)
-      std::fill_n(weights, n, 1.0f);
-    else
-      loop.exp_sum(weights, n, max);
+    loop.exp_sum(weights, n, max);
     for (int i = 0; i < n; ++i) sum += weights[i] * partials.sum[at + i * step];
     loop.accumulate[dtype_index(DType::f32)](weights, 0, 1, outs, n, D, out);
   }
-  const bool empty = max == -kInf && sum == 0;
-  const float total = max == -kInf ? std::numeric_limits<float>::quiet_NaN() : sum;
-  for (int d = 0; d < D; ++d) out[d] = empty ? 0 : out[d] / total;
-  const int64_t query = list.query(row, p.size);
-  loop.store[dtype_index(p.dtype)](out, D, element(p.out, query * D, p.dtype));
+  for (int d = 0; d < D; ++d) out[d] /= sum;
+  loop.store[dtype_index(p.dtype)](out, D, to);
   p.lse[query] = std::isinf(max) ? max : max + std::log(sum);
 }
 
