@@ -52,7 +52,7 @@ inline void check_same_device(const Tensor& t, const char* name, const Tensor& l
 inline void check_last_stride(const Tensor& t, const char* name) {
   const int64_t last = t.dim() - 1;
   STD_TORCH_CHECK(
-      t.size(last) <= 1 || t.stride(last) == 1, name, " must have stride 1 in its last dimension, got ",
+      last < 0 || t.size(last) <= 1 || t.stride(last) == 1, name, " must have stride 1 in its last dimension, got ",
       t.stride(last));
 }
 
@@ -106,6 +106,13 @@ inline int32_t check_int32_range(int64_t value, const char* what) {
   return static_cast<int32_t>(value);
 }
 
+// Pages that one sequence or list may have, as int32: their tokens are counted in int32 too. `what` names the tokens.
+inline int32_t check_pages(int64_t pages, int32_t page_shift, const char* what) {
+  const int64_t most = std::numeric_limits<int64_t>::max();
+  check_int32_range(pages > most >> page_shift ? most : pages << page_shift, what);
+  return static_cast<int32_t>(pages);
+}
+
 inline int32_t check_groups(int64_t Hq, int64_t Hkv, const char* heads, const char* kv_heads) {
   STD_TORCH_CHECK(
       Hkv > 0 && Hq > 0 && Hq % Hkv == 0, heads, " must be a positive multiple of ", kv_heads, ", got ", Hq, " and ",
@@ -132,11 +139,13 @@ inline Paging check_paging(
   check_dim(seq_lens, lens_name, 1, "[B]");
   check_size(page_table, "page_table", 0, B, "[B, P]", "one row a sequence");
   check_size(seq_lens, lens_name, 0, B, "[B]", "one length a sequence");
-  const int64_t P = page_table.size(1);
-  check_int32_range(P << page_shift, "page_table's tokens a sequence (P * page_size)");
-  return {static_cast<const int32_t*>(page_table.const_data_ptr()), page_table.stride(0),
-          static_cast<const int32_t*>(seq_lens.const_data_ptr()),   static_cast<int32_t>(P),
-          check_int32_range(N, "the cache's number of pages"),      page_shift};
+  return {
+      .page_table = static_cast<const int32_t*>(page_table.const_data_ptr()),
+      .page_table_stride = page_table.stride(0),
+      .seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr()),
+      .P = check_pages(page_table.size(1), page_shift, "page_table's tokens a sequence (P * page_size)"),
+      .N = check_int32_range(N, "the cache's number of pages"),
+      .page_shift = page_shift};
 }
 
 struct Rows {  // leading sizes and strides of q, scores or pages, [B, H, X] or [B, T, H, X]

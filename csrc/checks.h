@@ -106,12 +106,11 @@ inline TopkParams check_topk_pages(
   check_int32(seq_lens, "seq_lens", scores, "scores");
   check_dim(seq_lens, "seq_lens", 1, "[B]");
   check_size(seq_lens, "seq_lens", 0, r.B, "[B]", "one length a sequence");
-  const int64_t P = scores.size(scores.dim() - 1);
-  check_int32_range(P << shift, "scores' tokens a sequence (P * page_size)");
+  const int32_t P = check_pages(scores.size(scores.dim() - 1), shift, "scores' tokens a sequence (P * page_size)");
   p.size = {
       static_cast<int32_t>(r.B), static_cast<int32_t>(r.T), static_cast<int32_t>(r.H),
       static_cast<int32_t>(num_kv_heads), 0};
-  p.paging = {nullptr, 0, static_cast<const int32_t*>(seq_lens.const_data_ptr()), static_cast<int32_t>(P), 0, shift};
+  p.paging = {nullptr, 0, static_cast<const int32_t*>(seq_lens.const_data_ptr()), P, 0, shift};
   p.scores = static_cast<const float*>(scores.const_data_ptr());
   p.stride_b = r.stride_b, p.stride_t = r.stride_t, p.stride_h = r.stride_h;
   p.reduce = static_cast<GroupReduce>(group_reduce);
@@ -155,11 +154,9 @@ inline DecodeParams check_sparse_decode(
     p.pages = static_cast<const int32_t*>(pages->const_data_ptr());
     p.pages_stride_b = s.stride_b, p.pages_stride_t = s.stride_t, p.pages_stride_h = s.stride_h;
     p.Hs = static_cast<int32_t>(s.H);
-    const int64_t K = pages->size(pages->dim() - 1);
-    check_int32_range(K << shift, "pages' tokens a list (K * page_size)");
-    p.K = static_cast<int32_t>(K);
+    p.K = check_pages(pages->size(pages->dim() - 1), shift, "pages' tokens a list (K * page_size)");
     // An empty tensor has no address, but null means every page: any address will do, as nothing is read from it.
-    if (K == 0) p.pages = p.paging.seq_lens;
+    if (p.K == 0) p.pages = p.paging.seq_lens;
   }
   p.scale = scale ? static_cast<float>(*scale) : 1.0f / std::sqrt(static_cast<float>(D));
   return p;
@@ -179,6 +176,7 @@ inline DecodeStepParams check_decode_step(
   p.append =
       check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, std::nullopt, k_scales, "start_lens");
   check_selection(num_pages, "num_pages", group_reduce, sink_pages, recent_pages);
+  check_pages(num_pages, d.paging.page_shift, "num_pages' tokens a list (num_pages * page_size)");
   p.size = d.size, p.paging = d.paging, p.q = d.q, p.scale = d.scale;
   p.reduce = static_cast<GroupReduce>(group_reduce);
   p.Hs = p.reduce == GroupReduce::none ? p.size.Hq : p.size.Hkv;
