@@ -1,5 +1,5 @@
-// One tensor -> what the kernels take of it, or an error that names it, what it must be and what it was. What an
-// operator asks of all of its tensors is in checks.h.
+// One tensor -> the params that kernels take of it, or an error: the tensor's name, the requirement, the value found.
+// checks.h has what an operator requires of its tensors together.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -32,6 +34,19 @@ inline std::string device_string(const Tensor& t) {
   return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : t.is_cpu() ? "cpu" : "another device";
 }
 
+template <size_t n>
+bool is_one_of(const int32_t (&values)[n], int64_t value) {
+  return std::find(values, values + n, value) != values + n;
+}
+
+// "8, 16 or 32"
+template <size_t n>
+std::string list_string(const int32_t (&values)[n]) {
+  std::ostringstream s;
+  for (size_t i = 0; i < n; ++i) s << (i == 0 ? "" : i + 1 < n ? ", " : " or ") << values[i];
+  return s.str();
+}
+
 inline void check_dim(const Tensor& t, const char* name, int64_t dim, const char* shape) {
   STD_TORCH_CHECK(t.dim() == dim, name, " must have shape ", shape, ", got ", shape_string(t));
 }
@@ -49,10 +64,11 @@ inline void check_same_device(const Tensor& t, const char* name, const Tensor& l
       name, " must be on ", device_string(like), " like ", like_name, ", got ", device_string(t));
 }
 
+// Passes a tensor of no dimensions on to check_dim.
 inline void check_last_stride(const Tensor& t, const char* name) {
   const int64_t last = t.dim() - 1;
   STD_TORCH_CHECK(
-      t.size(last) <= 1 || t.stride(last) == 1, name, " must have stride 1 in its last dimension, got ",
+      last < 0 || t.size(last) <= 1 || t.stride(last) == 1, name, " must have stride 1 in its last dimension, got ",
       t.stride(last));
 }
 
@@ -86,24 +102,30 @@ inline void check_like(const Tensor& t, const char* name, const Tensor& like, co
 inline int32_t check_head_dim(const Tensor& t, const char* name) {
   const int64_t d = t.size(t.dim() - 1);
   STD_TORCH_CHECK(
-      d == 64 || d == 80 || d == 96 || d == 128 || d == 192 || d == 256, name,
-      " must have head_dim 64, 80, 96, 128, 192 or 256 in its last dimension, got ", d);
+      is_one_of(kHeadDims, d), name, " must have head_dim ", list_string(kHeadDims), " in its last dimension, got ", d);
   return static_cast<int32_t>(d);
 }
 
+// The page size as a shift.
 inline int32_t check_page_size(int64_t page_size, const char* name) {
-  STD_TORCH_CHECK(
-      page_size == 8 || page_size == 16 || page_size == 32 || page_size == 64 || page_size == 128, name,
-      " must be 8, 16, 32, 64 or 128, got ", page_size);
-  int32_t shift = 3;
-  while ((1 << shift) < page_size) ++shift;
-  return shift;
+  STD_TORCH_CHECK(is_one_of(kPageSizes, page_size), name, " must be ", list_string(kPageSizes), ", got ", page_size);
+  return std::countr_zero(static_cast<uint64_t>(page_size));
 }
 
 inline int32_t check_int32_range(int64_t value, const char* what) {
   STD_TORCH_CHECK(
       value >= 0 && value <= std::numeric_limits<int32_t>::max(), what, " must fit in 32 bits, got ", value);
   return static_cast<int32_t>(value);
+}
+
+// The pages of a sequence or list, whose tokens are counted in int32; `tokens` names them. The product is clamped, so
+// that it cannot overflow.
+inline int32_t check_pages(int64_t pages, int32_t page_shift, const char* tokens) {
+  constexpr int64_t most = std::numeric_limits<int64_t>::max();
+  STD_TORCH_CHECK(
+      pages >= 0 && pages <= kMaxTokens >> page_shift, tokens, " must fit in 32 bits, got ",
+      pages > most >> page_shift ? most : pages << page_shift);
+  return static_cast<int32_t>(pages);
 }
 
 inline int32_t check_groups(int64_t Hq, int64_t Hkv, const char* heads, const char* kv_heads) {
@@ -132,27 +154,35 @@ inline Paging check_paging(
   check_dim(seq_lens, lens_name, 1, "[B]");
   check_size(page_table, "page_table", 0, B, "[B, P]", "one row a sequence");
   check_size(seq_lens, lens_name, 0, B, "[B]", "one length a sequence");
-  const int64_t P = page_table.size(1);
-  check_int32_range(P << page_shift, "page_table's tokens a sequence (P * page_size)");
-  return {static_cast<const int32_t*>(page_table.const_data_ptr()), page_table.stride(0),
-          static_cast<const int32_t*>(seq_lens.const_data_ptr()),   static_cast<int32_t>(P),
-          check_int32_range(N, "the cache's number of pages"),      page_shift};
+  static_assert(kMaxPoolPages == std::numeric_limits<int32_t>::max());
+  return {
+      .page_table = static_cast<const int32_t*>(page_table.const_data_ptr()),
+      .page_table_stride = page_table.stride(0),
+      .seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr()),
+      .P = check_pages(page_table.size(1), page_shift, "page_table's tokens a sequence (P * page_size)"),
+      .N = check_int32_range(N, "the cache's number of pages"),
+      .page_shift = page_shift};
 }
 
-struct Rows {  // leading sizes and strides of q, scores or pages, [B, H, X] or [B, T, H, X]
+// The sizes and strides before the last dimension of q, scores or pages: [B, H, X], or [B, T, H, X].
+struct Leading {
   int64_t B, T, H, stride_b, stride_t, stride_h;
 };
 
-inline constexpr int64_t kMaxNewTokens = 8;
-
-inline Rows check_rows(const Tensor& t, const char* name, const char* shapes) {
+inline Leading check_leading(const Tensor& t, const char* name, const char* shapes) {
   STD_TORCH_CHECK(t.dim() == 3 || t.dim() == 4, name, " must have shape ", shapes, ", got ", shape_string(t));
-  const bool many = t.dim() == 4;
-  const int64_t T = many ? t.size(1) : 1;
+  const bool has_tokens = t.dim() == 4;
+  const int64_t T = has_tokens ? t.size(1) : 1, heads = has_tokens ? 2 : 1;
   STD_TORCH_CHECK(
       T >= 1 && T <= kMaxNewTokens, name, " must have 1 to ", kMaxNewTokens, " new tokens in dimension 1, got ", T);
   check_int32_range(t.size(0), "the number of sequences");
-  return {t.size(0), T, t.size(many ? 2 : 1), t.stride(0), many ? t.stride(1) : 0, t.stride(many ? 2 : 1)};
+  return {
+      .B = t.size(0),
+      .T = T,
+      .H = t.size(heads),
+      .stride_b = t.stride(0),
+      .stride_t = has_tokens ? t.stride(1) : 0,
+      .stride_h = t.stride(heads)};
 }
 
 inline Cache check_cache(
@@ -161,7 +191,12 @@ inline Cache check_cache(
   check_like(t, name, like, like_name);
   check_size(t, name, 1, Hkv, "[N, Hkv, S, D]", "the number of KV heads");
   check_size(t, name, 3, D, "[N, Hkv, S, D]", "head_dim");
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), is_aligned(t)};
+  return {
+      .data = const_cast<void*>(t.const_data_ptr()),
+      .stride_n = t.stride(0),
+      .stride_h = t.stride(1),
+      .stride_s = t.stride(2),
+      .aligned = is_aligned(t)};
 }
 
 inline void check_same_pages(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
@@ -170,7 +205,7 @@ inline void check_same_pages(const Tensor& t, const char* name, const Tensor& li
       t.size(0));
 }
 
-// Bounds are of the keys' dtype, or int8 where they come with scales.
+// Bounds have the keys' dtype, or are int8 where they come with scales.
 inline Bounds check_bounds(
     const Tensor& t, const std::optional<Tensor>& scales, const Tensor& like, const char* like_name, int64_t Hkv,
     int64_t D) {
@@ -189,7 +224,14 @@ inline Bounds check_bounds(
   check_size(t, "k_bounds", 2, 2, "[N, Hkv, 2, D]", "lower and upper");
   check_size(t, "k_bounds", 3, D, "[N, Hkv, 2, D]", "head_dim");
   Bounds bounds{
-      const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), is_aligned(t), nullptr, 0, 0};
+      .data = const_cast<void*>(t.const_data_ptr()),
+      .stride_n = t.stride(0),
+      .stride_h = t.stride(1),
+      .stride_c = t.stride(2),
+      .aligned = is_aligned(t),
+      .scales = nullptr,
+      .scales_stride_n = 0,
+      .scales_stride_h = 0};
   if (!scales) return bounds;
   STD_TORCH_CHECK(
       scales->scalar_type() == ScalarType::Float, "k_scales must be float32, got ",
@@ -200,7 +242,7 @@ inline Bounds check_bounds(
   check_size(*scales, "k_scales", 1, Hkv, "[N, Hkv]", "the number of KV heads");
   bounds.scales = const_cast<float*>(static_cast<const float*>(scales->const_data_ptr()));
   bounds.scales_stride_n = scales->stride(0), bounds.scales_stride_h = scales->stride(1);
-  // An empty tensor has no address, but null means 16-bit bounds: any address will do, as nothing is read from it.
+  // Null would mean bounds without scales, and an empty tensor's address is null. Nothing is read from this one.
   static float nothing;
   if (!bounds.scales) bounds.scales = &nothing;
   return bounds;
@@ -210,7 +252,12 @@ inline NewTokens check_new_tokens(const Tensor& t, const char* name, const Tenso
   check_dim(t, name, 4, "[B, T, Hkv, D]");
   check_like(t, name, like, like_name);
   for (int64_t i = 0; i < 4; ++i) check_size(t, name, i, like.size(i), "[B, T, Hkv, D]", "the shape of k");
-  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), is_aligned(t)};
+  return {
+      .data = t.const_data_ptr(),
+      .stride_b = t.stride(0),
+      .stride_t = t.stride(1),
+      .stride_h = t.stride(2),
+      .aligned = is_aligned(t)};
 }
 
 inline const int32_t* check_optional_lens(

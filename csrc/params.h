@@ -1,10 +1,13 @@
-// What the kernels see: pointers, strides in elements, sizes. No torch types, so that a kernel reads and builds alone.
+// Plain structs that kernels read: pointers, strides in elements, sizes. Then the limits of the operators. No torch, so
+// that a kernel reads and builds alone.
 //
-// Words: B sequences, T new tokens each, Hq query heads, Hkv KV heads, G = Hq / Hkv, D head_dim, S page_size,
-// N physical pages, P logical pages a sequence may have, K selected pages, Hs selection heads (Hkv or Hq).
+// B sequences, T new tokens each, Hq query heads, Hkv KV heads, G = Hq / Hkv, D head_dim, S page_size, N physical
+// pages, P logical pages a sequence may have, K selected pages, Hs selection heads (Hkv or Hq).
 #pragma once
 
 #include <cstdint>
+#include <iterator>
+#include <limits>
 
 #if defined(__CUDACC__)
 #define QUEST_HOST_DEVICE __host__ __device__ __forceinline__
@@ -14,9 +17,17 @@
 
 namespace quest {
 
+// Limits. The checks, their sentences and the dispatches are made from these.
+inline constexpr int32_t kHeadDims[] = {64, 80, 96, 128, 192, 256};  // ascending
+inline constexpr int32_t kPageSizes[] = {8, 16, 32, 64, 128};        // ascending powers of two
+inline constexpr int32_t kMaxHeadDim = kHeadDims[std::size(kHeadDims) - 1];
+inline constexpr int32_t kMaxNewTokens = 8;                                    // T of q
+inline constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();     // P * S, and K * S of a list
+inline constexpr int64_t kMaxPoolPages = std::numeric_limits<int32_t>::max();  // N
+
 enum class DType : int32_t { f32, f16, bf16 };
 
-// How the scores of the heads of a group become one list of pages. The numbers are part of the operator's schema.
+// How a group's scores become one score a page. The numbers are part of the operators' schemas.
 enum class GroupReduce : int32_t { none = 0, max = 1, sum = 2, soft = 3 };
 
 struct Sizes {
@@ -24,7 +35,8 @@ struct Sizes {
   QUEST_HOST_DEVICE int32_t group() const { return Hq / Hkv; }
 };
 
-// Where the tokens of each sequence are. Reads are clamped to the tables: whatever they hold, no kernel leaves them.
+// Where the tokens of each sequence are. Numbers read from the tables are clamped, so no kernel leaves its tensors
+// whatever the tables hold.
 struct Paging {
   const int32_t* page_table;  // [B, P]
   int64_t page_table_stride;
@@ -39,12 +51,12 @@ struct Paging {
     const int32_t n = seq_lens[b];
     return n < 0 ? 0 : n > capacity() ? capacity() : n;
   }
-  // Tokens that new token t of T may attend to: those before it and itself.
+  // Tokens that new token t of T may attend to: those before it, and itself.
   QUEST_HOST_DEVICE int32_t visible(int32_t b, int32_t t, int32_t T) const {
     const int32_t n = length(b) - (T - 1 - t);
     return n < 0 ? 0 : n;
   }
-  // The physical page, or -1 where a table holds a number that it must not.
+  // -1 where the table holds no physical page.
   QUEST_HOST_DEVICE int32_t physical(int32_t b, int32_t logical) const {
     if (logical < 0 || logical >= P) return -1;
     const int32_t page = page_table[b * page_table_stride + logical];
@@ -55,7 +67,7 @@ struct Paging {
 struct Query {  // [B, T, Hq, D]; a [B, Hq, D] tensor has T = 1
   const void* data;
   int64_t stride_b, stride_t, stride_h;
-  bool aligned;  // base and strides are multiples of 16 bytes; likewise below
+  bool aligned;  // base and strides are multiples of 16 bytes; so in the structs below
 };
 
 struct Cache {  // [N, Hkv, S, D], keys or values
@@ -64,11 +76,11 @@ struct Cache {  // [N, Hkv, S, D], keys or values
   bool aligned;
 };
 
-struct Bounds {  // [N, Hkv, 2, D]: lower, upper; signed bytes where there are scales, else like the cache
+struct Bounds {  // [N, Hkv, 2, D]: lower, upper; int8 where there are scales, else the cache's dtype
   void* data;
   int64_t stride_n, stride_h, stride_c;
   bool aligned;
-  float* scales;  // [N, Hkv] or null: what a byte's unit is worth
+  float* scales;  // [N, Hkv] or null: a bound is its int8 times the scale
   int64_t scales_stride_n, scales_stride_h;
 };
 
@@ -80,13 +92,13 @@ struct NewTokens {  // [B, T, Hkv, D], keys or values
 
 struct AppendParams {
   DType dtype;
-  Sizes size;     // T: the new tokens of the longest row
+  Sizes size;     // T: the most new tokens of a sequence
   Paging paging;  // seq_lens: tokens before the call
   NewTokens k, v;
   Cache k_cache, v_cache;
   Bounds k_bounds;
-  const int32_t* new_lens;  // [B] or null: T for every row
-  int32_t max_touched;      // pages that T new tokens can touch
+  const int32_t* new_lens;  // [B] or null: T for every sequence
+  int32_t max_touched;      // the most pages that T new tokens touch
 
   QUEST_HOST_DEVICE int32_t new_tokens(int32_t b) const {
     if (!new_lens) return size.T;
@@ -101,7 +113,7 @@ struct UpdateBoundsParams {
   Paging paging;
   Cache k_cache;
   Bounds k_bounds;
-  const int32_t* first_token;  // [B] or null: from the first page on
+  const int32_t* first_token;  // [B] or null: every page is updated
 };
 
 struct EstimateParams {
@@ -120,11 +132,11 @@ struct TopkParams {
   int64_t stride_b, stride_t, stride_h;
   int32_t Hs, K, sink_pages, recent_pages;
   GroupReduce reduce;
-  float scale;     // of the scores, for GroupReduce::soft
+  float scale;     // of the scores, in GroupReduce::soft
   int32_t* pages;  // [B, T, Hs, K] contiguous
 };
 
-// One step of decoding: append, estimate, topk_pages and sparse_decode.
+// append_kv, estimate, topk_pages and sparse_decode in one call.
 struct DecodeStepParams {
   AppendParams append;  // paging.seq_lens: tokens before the step
   Sizes size;
@@ -133,9 +145,9 @@ struct DecodeStepParams {
   int32_t Hs, K, sink_pages, recent_pages;
   GroupReduce reduce;
   float scale;
-  int32_t* pages;  // [B, T, Hs, K] contiguous
-  void* out;       // [B, T, Hq, D] contiguous, dtype
-  float* lse;      // [B, T, Hq] contiguous
+  int32_t* pages = nullptr;  // [B, T, Hs, K] contiguous
+  void* out = nullptr;       // [B, T, Hq, D] contiguous, dtype
+  float* lse = nullptr;      // [B, T, Hq] contiguous
 };
 
 struct DecodeParams {
@@ -150,12 +162,6 @@ struct DecodeParams {
   float scale;
   void* out;   // [B, T, Hq, D] contiguous, dtype
   float* lse;  // [B, T, Hq] contiguous
-  // Scratch: a partial result for each part of the list. Sizes and meaning are the kernel's own.
-  int32_t parts, part_chunks;
-  int32_t runs, run_chunks;  // what a block does of a list
-  float* partial_out;        // [B, T, Hq, parts, D]
-  float* partial_max;        // [B, T, Hq, parts]
-  float* partial_sum;        // [B, T, Hq, parts]
 };
 
 }  // namespace quest

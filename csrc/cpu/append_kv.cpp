@@ -1,5 +1,5 @@
-// One task for each page touched, head and sequence: it writes the page's new tokens and then its bounds, so that no
-// two tasks share a page.
+// One task for each head of each page that a sequence's new tokens touch: it writes these tokens, then the page's
+// bounds. So no two tasks share a page.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -19,7 +19,7 @@ static void write_rows(
     std::memcpy(dst + i * to.stride_s * size, src + i * from.stride_t * size, p.size.D * size);
 }
 
-static void append_page(const AppendParams& p, int b, int h, int touched) {
+static void append_page(const AppendParams& p, const Loops& loops, int b, int h, int touched) {
   const int32_t length = p.paging.length(b), count = p.new_tokens(b), page_size = p.paging.page_size();
   const int32_t logical = (length >> p.paging.page_shift) + touched;
   const int64_t start = int64_t{logical} << p.paging.page_shift;
@@ -31,7 +31,7 @@ static void append_page(const AppendParams& p, int b, int h, int touched) {
   const int slot = static_cast<int>(first - start);
   write_rows(p.k, p.k_cache, p, b, h, t, n, page, slot);
   write_rows(p.v, p.v_cache, p, b, h, t, n, page, slot);
-  renew_page_bounds(p.k_cache, p.k_bounds, p.dtype, page, h, slot + n, p.size.D);
+  renew_page_bounds(loops, p.k_cache, p.k_bounds, p.dtype, page, h, slot + n, p.size.D);
 }
 
 void append_kv(
@@ -41,11 +41,12 @@ void append_kv(
   check_values(p);
   const int64_t heads = p.size.Hkv, tasks = int64_t{p.size.B} * p.max_touched * heads;
   const int64_t bytes = int64_t{p.paging.page_size()} * p.size.D * element_size(p.dtype);
+  const Loops& loops = cpu::loops();
   torch::stable::parallel_for(0, tasks, grain(bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t page = i / heads;
       append_page(
-          p, static_cast<int>(page / p.max_touched), static_cast<int>(i % heads),
+          p, loops, static_cast<int>(page / p.max_touched), static_cast<int>(i % heads),
           static_cast<int>(page % p.max_touched));
     }
   });

@@ -1,9 +1,9 @@
-// The four operators in a row.
+// Four operators in a row, after the checks of all of them: nothing is written before an error.
 #include <torch/csrc/stable/library.h>
 
 #include "../checks.h"
+#include "../four_operators.h"
 #include "../namespace.h"
-#include "../operators.h"
 
 namespace quest::cpu {
 

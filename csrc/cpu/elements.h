@@ -1,4 +1,4 @@
-// Addresses of elements whose dtype is known at run time only, and how much work is worth a thread.
+// Addresses of elements whose dtype is known at run time only, and the least work of a thread.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,6 @@
 
 namespace quest::cpu {
 
-inline constexpr int kMaxHeadDim = 256;
-
 inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 inline const std::byte* element(const void* base, int64_t offset, DType dtype) {
@@ -20,7 +18,8 @@ inline std::byte* element(void* base, int64_t offset, DType dtype) {
   return static_cast<std::byte*>(base) + offset * element_size(dtype);
 }
 
-// Tasks that a thread should have at least, each of about so many bytes: less is done before the other thread wakes.
-inline int64_t grain(int64_t bytes) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, bytes)); }
+// The fewest tasks of a thread, where each reads about `task_bytes`. Less than 64 KiB is read before another thread
+// wakes.
+inline int64_t grain(int64_t task_bytes) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, task_bytes)); }
 
 }  // namespace quest::cpu

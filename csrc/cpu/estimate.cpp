@@ -1,5 +1,5 @@
-// q- . lower + q+ . upper for every page: a task takes some pages of a sequence with all heads, as a page's bounds lie
-// together.
+// q- . lower + q+ . upper for every page. A task scores some pages of a sequence for all heads, as the bounds of a page
+// are adjacent in memory.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -13,13 +13,18 @@
 namespace quest::cpu {
 
 static constexpr int kTaskPages = 64;
-static constexpr int kRows = 16;  // query rows at a time
+static constexpr int kQueries = 16;  // at a time
 
-// [B, Hkv, T, 2, G, D]: the negative and the positive parts of the queries.
-static std::unique_ptr<float[]> split_queries(const EstimateParams& p) {
+struct EstimateKernelParams {
+  EstimateParams op;
+  const Loops& loops;
+  const float* queries;  // [B, Hkv, T, 2, G, D]: their negative and positive parts
+};
+
+static std::unique_ptr<float[]> signed_parts(const EstimateParams& p) {
   const auto [B, T, Hq, Hkv, D] = p.size;
-  auto split = std::make_unique_for_overwrite<float[]>(int64_t{B} * T * Hq * 2 * D);
-  float* negative = split.get();
+  auto parts = std::make_unique_for_overwrite<float[]>(int64_t{B} * T * Hq * 2 * D);
+  float* negative = parts.get();
   const int group = p.size.group();
   for (int b = 0; b < B; ++b)
     for (int h = 0; h < Hkv; ++h)
@@ -34,13 +39,14 @@ static std::unique_ptr<float[]> split_queries(const EstimateParams& p) {
             upper[d] = x < 0 ? 0 : x;
           }
         }
-  return split;
+  return parts;
 }
 
-static void estimate_pages(const EstimateParams& p, const float* queries, int b, int first) {
+static void estimate_pages(const EstimateKernelParams& kernel, int b, int first) {
+  const EstimateParams& p = kernel.op;
   const auto [B, T, Hq, Hkv, D] = p.size;
   const Bounds& bounds = p.k_bounds;
-  const auto dots = loops().dots[bounds.scales ? kBytes : dtype_index(p.dtype)];
+  const auto dots = kernel.loops.dots[bounds.scales ? kInt8 : dtype_index(p.dtype)];
   const int64_t size = bounds.scales ? 1 : element_size(p.dtype);
   const int group = p.size.group(), width = std::min(kTaskPages, p.paging.P - first);
   const int pages = std::clamp(p.paging.pages_of(p.paging.length(b)) - first, 0, width);
@@ -55,22 +61,22 @@ static void estimate_pages(const EstimateParams& p, const float* queries, int b,
       scale[i] = bounds.scales ? bounds.scales[page * bounds.scales_stride_n + h * bounds.scales_stride_h] : 1.f;
     }
     for (int t = 0; t < T; ++t) {
-      const float* q = queries + ((int64_t{b} * Hkv + h) * T + t) * 2 * group * D;
+      const float* q = kernel.queries + ((int64_t{b} * Hkv + h) * T + t) * 2 * group * D;
       const int seen = std::clamp(p.paging.pages_of(p.paging.visible(b, t, T)) - first, 0, pages);
       for (int g = 0; g < group; ++g) {
         float* scores = p.scores + ((int64_t{b} * T + t) * Hq + h * group + g) * p.paging.P + first;
         std::fill(scores + seen, scores + width, -std::numeric_limits<float>::infinity());
       }
-      for (int g = 0; g < group; g += kRows) {
-        const int rows = std::min(kRows, group - g);
+      for (int g = 0; g < group; g += kQueries) {
+        const int queries = std::min(kQueries, group - g);
         float* scores = p.scores + ((int64_t{b} * T + t) * Hq + h * group + g) * p.paging.P + first;
-        float uppers[kRows][kTaskPages];
-        dots(q + g * D, rows, lower, seen, D, 1.0f, scores, p.paging.P);
-        dots(q + (group + g) * D, rows, upper, seen, D, 1.0f, uppers[0], kTaskPages);
-        for (int r = 0; r < rows; ++r)
+        float uppers[kQueries][kTaskPages];
+        dots(q + g * D, queries, lower, seen, D, 1.0f, scores, p.paging.P);
+        dots(q + (group + g) * D, queries, upper, seen, D, 1.0f, uppers[0], kTaskPages);
+        for (int j = 0; j < queries; ++j)
           for (int i = 0; i < seen; ++i) {
-            float& score = scores[r * int64_t{p.paging.P} + i];
-            score = (score + uppers[r][i]) * scale[i];
+            float& score = scores[j * int64_t{p.paging.P} + i];
+            score = (score + uppers[j][i]) * scale[i];
           }
       }
     }
@@ -86,12 +92,13 @@ Tensor estimate(
   Tensor scores = q.dim() == 4 ? torch::stable::new_empty(q, {B, T, Hq, P}, ScalarType::Float)
                                : torch::stable::new_empty(q, {B, Hq, P}, ScalarType::Float);
   p.scores = static_cast<float*>(scores.mutable_data_ptr());
-  const auto queries = split_queries(p);
+  const auto queries = signed_parts(p);
+  const EstimateKernelParams kernel{.op = p, .loops = loops(), .queries = queries.get()};
   const int64_t tasks = (P + kTaskPages - 1) / kTaskPages;
   const int64_t bytes = int64_t{kTaskPages} * Hkv * 2 * D * element_size(p.dtype);
   torch::stable::parallel_for(0, B * tasks, grain(bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      estimate_pages(p, queries.get(), static_cast<int>(i / tasks), static_cast<int>(i % tasks) * kTaskPages);
+      estimate_pages(kernel, static_cast<int>(i / tasks), static_cast<int>(i % tasks) * kTaskPages);
   });
   return scores;
 }

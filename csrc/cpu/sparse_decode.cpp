@@ -1,11 +1,12 @@
-// Attention over lists of pages, in two steps. A task takes one chunk of a list, of a fixed number of tokens, with all
-// the query rows that share the list; it leaves the chunk's maximum, sum of exponentials and weighted values. Then the
-// chunks of each row are merged in their order. So what a row gets depends on its list and length alone.
+// Attention over lists of pages, as in split-KV: a task attends to one split of a list, kSplitTokens tokens, with all
+// queries that share the list, and leaves a partial result. Then the partials of each query are combined in order. The
+// splits do not depend on the batch or the capacity, so neither does a result.
 //
-// Without pages every page is listed, and the T new tokens of a sequence share the list: each row sees its own prefix.
+// Without pages every page is listed, and the T new tokens of a sequence share the list: each sees its own prefix.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -17,37 +18,50 @@
 
 namespace quest::cpu {
 
-static constexpr int kChunkTokens = 512;
-static constexpr int kRows = 16;  // query rows at a time
+static constexpr int kSplitTokens = 512;
+static constexpr int kQueries = 16;  // at a time
 static constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// The query rows that read one list of pages: `heads` heads from `head` on, of `tokens` new tokens from t on.
+// A page list and the queries that read it: `heads` heads from `head` on, of `tokens` new tokens from t on.
 struct List {
   int b, t, tokens, head, heads, kv_head;
   const int32_t* pages;  // null: page i is i
   int entries;           // up to the last visible page
 
-  int rows() const { return tokens * heads; }
-  int token(int row) const { return t + row / heads; }
-  int64_t query(int row, const Sizes& size) const {
-    return (int64_t{b} * size.T + token(row)) * size.Hq + head + row % heads;
+  int queries() const { return tokens * heads; }
+  int token(int query) const { return t + query / heads; }
+  // The query's place in [B, T, Hq].
+  int64_t place(int query, const Sizes& size) const {
+    return (int64_t{b} * size.T + token(query)) * size.Hq + head + query % heads;
   }
 };
 
-static int64_t count_lists(const DecodeParams& p) {
-  return p.pages ? int64_t{p.size.B} * p.size.T * p.Hs : int64_t{p.size.B} * p.size.Hkv;
-}
+struct DecodeKernelParams {
+  DecodeParams op;
+  const Loops& loops;
+  // Lists are [outer, Hs]: outer is each new token of each sequence, or each sequence where the tokens share a list.
+  int64_t outer;
+  int queries;  // of a list
+  // Scratch: the partials of task i's query j are at i * queries + j. The tasks of one outer go split by split, and
+  // head by head in a split, as the heads of a page are adjacent in memory.
+  std::vector<int64_t> first_task;  // [outer + 1]
+  std::unique_ptr<float[]> partial_max, partial_sum, partial_out;
+
+  int64_t tasks() const { return first_task.back(); }
+};
 
 static List find_list(const DecodeParams& p, int64_t index) {
-  List list{};
-  const int h = static_cast<int>(index % p.Hs);
-  const int64_t row = index / p.Hs;
-  list.b = static_cast<int>(p.pages ? row / p.size.T : row);
-  list.t = static_cast<int>(p.pages ? row % p.size.T : 0);
-  list.tokens = p.pages ? 1 : p.size.T;
-  list.heads = p.size.Hq / p.Hs;
-  list.head = h * list.heads;
-  list.kv_head = list.head / p.size.group();
+  const int h = static_cast<int>(index % p.Hs), heads = p.size.Hq / p.Hs;
+  const int64_t outer = index / p.Hs;
+  List list{
+      .b = static_cast<int>(p.pages ? outer / p.size.T : outer),
+      .t = static_cast<int>(p.pages ? outer % p.size.T : 0),
+      .tokens = p.pages ? 1 : p.size.T,
+      .head = h * heads,
+      .heads = heads,
+      .kv_head = h * heads / p.size.group(),
+      .pages = nullptr,
+      .entries = 0};
   const int visible = p.paging.pages_of(p.paging.visible(list.b, list.t + list.tokens - 1, p.size.T));
   list.entries = p.pages ? p.K : visible;
   if (p.pages) {
@@ -58,26 +72,23 @@ static List find_list(const DecodeParams& p, int64_t index) {
   return list;
 }
 
-// What the chunks leave. The tasks of one sequence and token go chunk by chunk and, in a chunk, head by head, for the
-// heads of a page lie together. Row r of a task has index task * rows + r.
-struct Partials {
-  std::vector<int64_t> first_task;  // [lists / Hs + 1]
-  int64_t rows;                     // of a list, the same for all
-  std::unique_ptr<float[]> max, sum, out;
-};
+static int count_splits(const DecodeParams& p, const List& list) {
+  const int pages = kSplitTokens >> p.paging.page_shift;
+  return (list.entries + pages - 1) / pages;
+}
 
-// The tokens of one chunk of a list, in its order, that some row of the list sees.
+// The tokens of one split of a list, in its order, that some query of the list sees.
 struct Tokens {
   int n;
-  const void *keys[kChunkTokens], *values[kChunkTokens];
+  const void *keys[kSplitTokens], *values[kSplitTokens];
 };
 
-static void find_tokens(const DecodeParams& p, const List& list, int chunk, Tokens& tokens) {
-  const int shift = p.paging.page_shift, pages = kChunkTokens >> shift;
-  const int last = std::min((chunk + 1) * pages, list.entries);
+static void find_tokens(const DecodeParams& p, const List& list, int split, Tokens& tokens) {
+  const int shift = p.paging.page_shift, pages = kSplitTokens >> shift;
+  const int last = std::min((split + 1) * pages, list.entries);
   const int visible = p.paging.visible(list.b, list.t + list.tokens - 1, p.size.T);
   int n = 0;
-  for (int i = chunk * pages; i < last; ++i) {
+  for (int i = split * pages; i < last; ++i) {
     const int logical = list.pages ? list.pages[i] : i;
     const int64_t page = p.paging.physical(list.b, logical);
     if (page < 0) continue;
@@ -92,126 +103,131 @@ static void find_tokens(const DecodeParams& p, const List& list, int chunk, Toke
   tokens.n = n;
 }
 
-// The weights of n scores, in their place. Where all are -inf all weigh the same, as far as other chunks let them.
-static void weigh(float* scores, int n, float& max, float& sum) {
-  max = loops().max(scores, n);
+// Replaces n scores by their weights. Scores of -inf weigh nothing, even where there are no others.
+static void weigh(const Loops& loops, float* scores, int n, float& max, float& sum) {
+  max = loops.max(scores, n);
   if (max == -kInf) {
-    std::fill_n(scores, n, 1.0f);
-    sum = static_cast<float>(n);
+    std::fill_n(scores, n, 0.0f);
+    sum = 0;
   } else {
-    sum = loops().exp_sum(scores, n, max);
+    sum = loops.exp_sum(scores, n, max);
   }
 }
 
-static void decode_rows(
-    const DecodeParams& p, const List& list, const Tokens& tokens, int chunk, int first_row, int rows, float* max,
-    float* sum, float* out) {
-  const Loops& loop = loops();
+static void attend_queries(
+    const DecodeParams& p, const Loops& loops, const List& list, const Tokens& tokens, int split, int first_query,
+    int queries, float* max, float* sum, float* out) {
   const int D = p.size.D, type = dtype_index(p.dtype);
-  alignas(64) float q[kRows * kMaxHeadDim], weights[kRows][kChunkTokens];
-  for (int r = 0; r < rows; ++r) {
-    const int row = first_row + r, head = list.head + row % list.heads;
-    const int64_t offset = list.b * p.q.stride_b + list.token(row) * p.q.stride_t + head * p.q.stride_h;
-    loop.load[type](element(p.q.data, offset, p.dtype), D, q + r * D);
+  alignas(64) float q[kQueries * kMaxHeadDim], weights[kQueries][kSplitTokens];
+  for (int i = 0; i < queries; ++i) {
+    const int query = first_query + i, head = list.head + query % list.heads;
+    const int64_t offset = list.b * p.q.stride_b + list.token(query) * p.q.stride_t + head * p.q.stride_h;
+    loops.load[type](element(p.q.data, offset, p.dtype), D, q + i * D);
   }
-  loop.dots[type](q, rows, tokens.keys, tokens.n, D, p.scale, weights[0], kChunkTokens);
+  loops.dots[type](q, queries, tokens.keys, tokens.n, D, p.scale, weights[0], kSplitTokens);
 
-  int seen[kRows];  // the row's tokens are the first so many: the tokens of the list but for new ones after its own
-  for (int r = 0; r < rows; ++r) {
-    const int visible = p.paging.visible(list.b, list.token(first_row + r), p.size.T);
-    seen[r] = list.pages ? tokens.n : std::clamp(visible - chunk * kChunkTokens, 0, tokens.n);
-    weigh(weights[r], seen[r], max[r], sum[r]);
+  int seen[kQueries];  // tokens from the first on: all of a selected list, or the new token's prefix
+  for (int i = 0; i < queries; ++i) {
+    const int visible = p.paging.visible(list.b, list.token(first_query + i), p.size.T);
+    seen[i] = list.pages ? tokens.n : std::clamp(visible - split * kSplitTokens, 0, tokens.n);
+    weigh(loops, weights[i], seen[i], max[i], sum[i]);
   }
-  std::fill_n(out, int64_t{rows} * D, 0.0f);
-  // The first row sees the fewest tokens; what the others see beyond starts with a block, as for a row alone.
-  const int common = seen[0] == seen[rows - 1] ? seen[0] : seen[0] / kBlock * kBlock;
-  loop.accumulate[type](weights[0], kChunkTokens, rows, tokens.values, common, D, out);
-  for (int r = 0; r < rows; ++r)
-    if (seen[r] > common)
-      loop.accumulate[type](weights[r] + common, 0, 1, tokens.values + common, seen[r] - common, D, out + r * D);
+  std::fill_n(out, int64_t{queries} * D, 0.0f);
+  // The first query sees the fewest tokens. The other queries' further tokens start with a block, as for a query alone,
+  // so that their sums have the same order.
+  const int common = seen[0] == seen[queries - 1] ? seen[0] : seen[0] / kBlock * kBlock;
+  loops.accumulate[type](weights[0], kSplitTokens, queries, tokens.values, common, D, out);
+  for (int i = 0; i < queries; ++i)
+    if (seen[i] > common)
+      loops.accumulate[type](weights[i] + common, 0, 1, tokens.values + common, seen[i] - common, D, out + i * D);
 }
 
-static int count_chunks(const DecodeParams& p, const List& list) {
-  const int pages = kChunkTokens >> p.paging.page_shift;
-  return (list.entries + pages - 1) / pages;
-}
-
-static void decode_chunk(const DecodeParams& p, const Partials& partials, const List& list, int chunk, int64_t task) {
+static void attend_split(const DecodeKernelParams& p, const List& list, int split, int64_t task) {
   Tokens tokens;
-  find_tokens(p, list, chunk, tokens);
-  for (int r = 0; r < list.rows(); r += kRows) {
-    const int64_t at = task * partials.rows + r;
-    decode_rows(
-        p, list, tokens, chunk, r, std::min(kRows, list.rows() - r), partials.max.get() + at, partials.sum.get() + at,
-        partials.out.get() + at * p.size.D);
+  find_tokens(p.op, list, split, tokens);
+  for (int query = 0; query < p.queries; query += kQueries) {
+    const int64_t at = task * p.queries + query;
+    attend_queries(
+        p.op, p.loops, list, tokens, split, query, std::min(kQueries, p.queries - query), p.partial_max.get() + at,
+        p.partial_sum.get() + at, p.partial_out.get() + at * p.op.size.D);
   }
 }
 
-static void merge_row(const DecodeParams& p, const Partials& partials, int64_t index, int row) {
-  constexpr int kBatch = 64;
-  const Loops& loop = loops();
-  const int D = p.size.D;
-  const List list = find_list(p, index);
-  const int64_t step = p.Hs * partials.rows;  // from chunk to chunk
-  const int64_t begin = (partials.first_task[index / p.Hs] + index % p.Hs) * partials.rows + row;
-  const int64_t end = begin + count_chunks(p, list) * step;
+static void combine_query(const DecodeKernelParams& p, int64_t index, int query) {
+  constexpr int kBatch = 64;  // partials at a time
+  const int D = p.op.size.D, Hs = p.op.Hs;
+  const List list = find_list(p.op, index);
+  const int64_t step = int64_t{Hs} * p.queries;  // from split to split
+  const int64_t begin = (p.first_task[index / Hs] + index % Hs) * p.queries + query;
+  const int64_t end = begin + count_splits(p.op, list) * step;
   float max = -kInf, sum = 0, weights[kBatch], out[kMaxHeadDim] = {};
   const void* outs[kBatch];
   for (int64_t at = begin; at < end; at += step) {
-    const float x = partials.max[at];
+    const float x = p.partial_max[at];
     if (x > max || x != x) max = x;
+  }
+  const int64_t place = list.place(query, p.op.size);
+  std::byte* const to = element(p.op.out, place * D, p.op.dtype);
+  if (max == -kInf) {  // no token, or none with a weight
+    std::memset(to, 0, D * element_size(p.op.dtype));
+    p.op.lse[place] = -kInf;
+    return;
   }
   for (int64_t at = begin; at < end; at += kBatch * step) {
     const int n = static_cast<int>(std::min<int64_t>(kBatch, (end - at) / step));
     for (int i = 0; i < n; ++i) {
-      weights[i] = partials.max[at + i * step];
-      outs[i] = partials.out.get() + (at + i * step) * D;
+      weights[i] = p.partial_max[at + i * step];
+      outs[i] = p.partial_out.get() + (at + i * step) * D;
     }
-    if (max == -kInf)
-      std::fill_n(weights, n, 1.0f);
-    else
-      loop.exp_sum(weights, n, max);
-    for (int i = 0; i < n; ++i) sum += weights[i] * partials.sum[at + i * step];
-    loop.accumulate[dtype_index(DType::f32)](weights, 0, 1, outs, n, D, out);
+    p.loops.exp_sum(weights, n, max);
+    for (int i = 0; i < n; ++i) sum += weights[i] * p.partial_sum[at + i * step];
+    p.loops.accumulate[dtype_index(DType::f32)](weights, 0, 1, outs, n, D, out);
   }
-  const bool empty = max == -kInf && sum == 0;
-  const float total = max == -kInf ? std::numeric_limits<float>::quiet_NaN() : sum;
-  for (int d = 0; d < D; ++d) out[d] = empty ? 0 : out[d] / total;
-  const int64_t query = list.query(row, p.size);
-  loop.store[dtype_index(p.dtype)](out, D, element(p.out, query * D, p.dtype));
-  p.lse[query] = std::isinf(max) ? max : max + std::log(sum);
+  for (int d = 0; d < D; ++d) out[d] /= sum;
+  p.loops.store[dtype_index(p.op.dtype)](out, D, to);
+  p.op.lse[place] = std::isinf(max) ? max : max + std::log(sum);
 }
 
-static void decode(const DecodeParams& p) {
-  const int64_t lists = count_lists(p), groups = lists / p.Hs;
-  if (lists == 0) return;
-  Partials partials;
-  partials.rows = find_list(p, 0).rows();
-  partials.first_task.resize(groups + 1);
-  for (int64_t g = 0; g < groups; ++g) {
-    int chunks = 0;
-    for (int h = 0; h < p.Hs; ++h) chunks = std::max(chunks, count_chunks(p, find_list(p, g * p.Hs + h)));
-    partials.first_task[g + 1] = partials.first_task[g] + int64_t{chunks} * p.Hs;
+static DecodeKernelParams make_tasks(const DecodeParams& op) {
+  const int64_t outer = int64_t{op.size.B} * (op.pages ? op.size.T : 1);
+  DecodeKernelParams p{
+      .op = op,
+      .loops = loops(),
+      .outer = outer,
+      .queries = outer ? find_list(op, 0).queries() : 0,
+      .first_task = std::vector<int64_t>(outer + 1),
+      .partial_max = nullptr,
+      .partial_sum = nullptr,
+      .partial_out = nullptr};
+  for (int64_t i = 0; i < outer; ++i) {
+    int splits = 0;
+    for (int h = 0; h < op.Hs; ++h) splits = std::max(splits, count_splits(op, find_list(op, i * op.Hs + h)));
+    p.first_task[i + 1] = p.first_task[i] + int64_t{splits} * op.Hs;
   }
-  const int64_t tasks = partials.first_task[groups];
-  partials.max = std::make_unique_for_overwrite<float[]>(tasks * partials.rows);
-  partials.sum = std::make_unique_for_overwrite<float[]>(tasks * partials.rows);
-  partials.out = std::make_unique_for_overwrite<float[]>(tasks * partials.rows * p.size.D);
+  const int64_t partials = p.tasks() * p.queries;
+  p.partial_max = std::make_unique_for_overwrite<float[]>(partials);
+  p.partial_sum = std::make_unique_for_overwrite<float[]>(partials);
+  p.partial_out = std::make_unique_for_overwrite<float[]>(partials * op.size.D);
+  return p;
+}
 
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const auto& first = partials.first_task;
-    int64_t g = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+static void decode(const DecodeParams& op) {
+  const DecodeKernelParams p = make_tasks(op);
+  if (p.outer == 0) return;
+  const int Hs = op.Hs;
+  torch::stable::parallel_for(0, p.tasks(), 1, [&](int64_t begin, int64_t end) {
+    const std::vector<int64_t>& first = p.first_task;
+    int64_t outer = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t task = begin; task < end; ++task) {
-      while (first[g + 1] <= task) ++g;
-      const List list = find_list(p, g * p.Hs + (task - first[g]) % p.Hs);
-      const int chunk = static_cast<int>((task - first[g]) / p.Hs);
-      if (chunk < count_chunks(p, list)) decode_chunk(p, partials, list, chunk, task);
+      while (first[outer + 1] <= task) ++outer;
+      const List list = find_list(op, outer * Hs + (task - first[outer]) % Hs);
+      const int split = static_cast<int>((task - first[outer]) / Hs);
+      if (split < count_splits(op, list)) attend_split(p, list, split, task);
     }
   });
-  const int64_t bytes = (tasks / lists + 1) * p.size.D * 4;
-  torch::stable::parallel_for(0, lists * partials.rows, grain(bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      merge_row(p, partials, i / partials.rows, static_cast<int>(i % partials.rows));
+  const int64_t lists = p.outer * Hs, bytes = (p.tasks() / lists + 1) * op.size.D * 4;
+  torch::stable::parallel_for(0, lists * p.queries, grain(bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) combine_query(p, i / p.queries, static_cast<int>(i % p.queries));
   });
 }
 
@@ -221,10 +237,10 @@ std::tuple<Tensor, Tensor> sparse_decode(
   DecodeParams p = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale);
   check_values(p);
   const auto [B, T, Hq, Hkv, D] = p.size;
-  const bool many = q.dim() == 4;
-  Tensor out = many ? torch::stable::new_empty(q, {B, T, Hq, D}) : torch::stable::new_empty(q, {B, Hq, D});
-  Tensor lse = many ? torch::stable::new_empty(q, {B, T, Hq}, ScalarType::Float)
-                    : torch::stable::new_empty(q, {B, Hq}, ScalarType::Float);
+  const bool has_tokens = q.dim() == 4;
+  Tensor out = has_tokens ? torch::stable::new_empty(q, {B, T, Hq, D}) : torch::stable::new_empty(q, {B, Hq, D});
+  Tensor lse = has_tokens ? torch::stable::new_empty(q, {B, T, Hq}, ScalarType::Float)
+                          : torch::stable::new_empty(q, {B, Hq}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   decode(p);

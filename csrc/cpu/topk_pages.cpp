@@ -1,6 +1,6 @@
-// One task a list: the heads' scores become one score a page, each score an integer of the same order, and a radix
-// selection finds the integer of the last page that fits. One pass in page order then writes the pages, so that the
-// list is ascending and ties go to the lower page. Nothing is dropped however the scores cluster.
+// One task a list. The heads' scores are reduced to one score a page, and each score to an integer key of the same
+// order. A radix selection finds the key of the last page that fits. One pass in page order then writes the pages, so
+// the list is ascending and ties go to the lower page. The selection is exact however the scores cluster.
 #include <torch/csrc/stable/library.h>
 
 #include <bit>
@@ -14,29 +14,43 @@
 
 namespace quest::cpu {
 
-static constexpr int kPasses = 8;  // over the scores of a list, about: what its work is worth
+static constexpr int kPasses = 8;  // over the scores of a list, about
+
+struct TopkKernelParams {
+  TopkParams op;
+  const Loops& loops;
+  // Scratch of each worker.
+  uint32_t* keys;           // [workers, P]
+  float *reduced, *scaled;  // [workers, P]
+};
 
 static float nan_max(float a, float b) { return b > a || b != b ? b : a; }
 
-// One score a page for the `heads` heads from `head` on; `row` is scratch for as many floats.
-static void reduce_heads(const TopkParams& p, const float* head, int heads, int n, float* reduced, float* row) {
-  if (p.reduce == GroupReduce::soft) {
-    std::fill_n(reduced, n, 0.0f);
-    for (int g = 0; g < heads; ++g) {
-      for (int i = 0; i < n; ++i) row[i] = head[g * p.stride_h + i] * p.scale;
-      const float sum = loops().exp_sum(row, n, loops().max(row, n));
-      for (int i = 0; i < n; ++i) reduced[i] += row[i] / sum;
-    }
-    return;
+// One score a page from `heads` heads, `scores` being those of the first; `scaled` is scratch.
+static void reduce_heads(
+    const TopkParams& p, const Loops& loops, const float* scores, int heads, int n, float* reduced, float* scaled) {
+  switch (p.reduce) {
+    case GroupReduce::none: std::copy_n(scores, n, reduced); return;
+    case GroupReduce::max:
+      std::copy_n(scores, n, reduced);
+      for (int g = 1; g < heads; ++g)
+        for (int i = 0; i < n; ++i) reduced[i] = nan_max(reduced[i], scores[g * p.stride_h + i]);
+      return;
+    case GroupReduce::sum:
+      std::copy_n(scores, n, reduced);
+      for (int g = 1; g < heads; ++g)
+        for (int i = 0; i < n; ++i) reduced[i] += scores[g * p.stride_h + i];
+      return;
+    case GroupReduce::soft:
+      std::fill_n(reduced, n, 0.0f);
+      for (int g = 0; g < heads; ++g) {
+        for (int i = 0; i < n; ++i) scaled[i] = scores[g * p.stride_h + i] * p.scale;
+        const float sum = loops.exp_sum(scaled, n, loops.max(scaled, n));
+        for (int i = 0; i < n; ++i) reduced[i] += scaled[i] / sum;
+      }
+      return;
   }
-  std::copy_n(head, n, reduced);
-  for (int g = 1; g < heads; ++g) {
-    const float* other = head + g * p.stride_h;
-    if (p.reduce == GroupReduce::sum)
-      for (int i = 0; i < n; ++i) reduced[i] += other[i];
-    else
-      for (int i = 0; i < n; ++i) reduced[i] = nan_max(reduced[i], other[i]);
-  }
+  STD_TORCH_CHECK(false, "group_reduce must be 0 to 3, got ", static_cast<int32_t>(p.reduce));
 }
 
 // Larger floats have larger keys; both zeros have the same one, and NaN the largest.
@@ -47,8 +61,8 @@ static uint32_t order_key(float x) {
 }
 
 struct Threshold {
-  uint32_t key;  // all pages above it are selected,
-  int ties;      // and of those at it the first so many
+  uint32_t key;  // pages with a larger one are selected
+  int ties;      // and this many of those that have it
 };
 
 static Threshold select_largest(const uint32_t* keys, int n, int k) {
@@ -65,12 +79,8 @@ static Threshold select_largest(const uint32_t* keys, int n, int k) {
   return {prefix, k};
 }
 
-struct Scratch {
-  uint32_t* keys;
-  float *reduced, *row;  // each of P
-};
-
-static void select_list(const TopkParams& p, int64_t list, const Scratch& scratch) {
+static void select_list(const TopkKernelParams& kernel, int64_t list, int64_t worker) {
+  const TopkParams& p = kernel.op;
   const int T = p.size.T, h = static_cast<int>(list % p.Hs), t = static_cast<int>(list / p.Hs % T);
   const int b = static_cast<int>(list / p.Hs / T), heads = p.size.Hq / p.Hs;
   const int n = p.paging.pages_of(p.paging.visible(b, t, T));
@@ -81,10 +91,12 @@ static void select_list(const TopkParams& p, int64_t list, const Scratch& scratc
     std::fill(out, out_end, -1);
     return;
   }
-  const float* head = p.scores + b * p.stride_b + t * p.stride_t + h * heads * p.stride_h;
-  uint32_t* const keys = scratch.keys;
-  reduce_heads(p, head, heads, n, scratch.reduced, scratch.row);
-  for (int i = 0; i < n; ++i) keys[i] = order_key(scratch.reduced[i]);
+  const float* scores = p.scores + b * p.stride_b + t * p.stride_t + h * heads * p.stride_h;
+  const int64_t own = worker * p.paging.P;
+  uint32_t* const keys = kernel.keys + own;
+  float* const reduced = kernel.reduced + own;
+  reduce_heads(p, kernel.loops, scores, heads, n, reduced, kernel.scaled + own);
+  for (int i = 0; i < n; ++i) keys[i] = order_key(reduced[i]);
 
   const int recent = n - p.recent_pages;  // n > K, so that forced pages do not overlap
   const int free = p.K - p.sink_pages - p.recent_pages;
@@ -107,17 +119,16 @@ Tensor topk_pages(
   Tensor pages = scores.dim() == 4 ? torch::stable::new_empty(scores, {B, T, Hs, K}, ScalarType::Int)
                                    : torch::stable::new_empty(scores, {B, Hs, K}, ScalarType::Int);
   p.pages = static_cast<int32_t*>(pages.mutable_data_ptr());
-  // A worker owns a scratch and takes every workers-th list.
+  // A worker has scratch of its own and takes every workers-th list.
   const int64_t lists = B * T * Hs, workers = std::min<int64_t>(lists, torch::stable::get_num_threads());
   const int64_t P = p.paging.P, bytes = workers ? lists / workers * P * kPasses * 4 : 0;
   const auto keys = std::make_unique_for_overwrite<uint32_t[]>(workers * P);
   const auto floats = std::make_unique_for_overwrite<float[]>(workers * 2 * P);
+  const TopkKernelParams kernel{
+      .op = p, .loops = loops(), .keys = keys.get(), .reduced = floats.get(), .scaled = floats.get() + workers * P};
   torch::stable::parallel_for(0, workers, grain(bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      float* const own = floats.get() + worker * 2 * P;
-      const Scratch scratch{keys.get() + worker * P, own, own + P};
-      for (int64_t list = worker; list < lists; list += workers) select_list(p, list, scratch);
-    }
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t list = worker; list < lists; list += workers) select_list(kernel, list, worker);
   });
   return pages;
 }

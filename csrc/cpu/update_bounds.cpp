@@ -1,4 +1,4 @@
-// One task for each page and head of each sequence, from the page of first_token on.
+// One task for each head of each page of a sequence; those before the page of first_token do nothing.
 #include <torch/csrc/stable/library.h>
 
 #include "../checks.h"
@@ -7,12 +7,12 @@
 
 namespace quest::cpu {
 
-static void update_page(const UpdateBoundsParams& p, int b, int h, int logical) {
+static void update_page(const UpdateBoundsParams& p, const Loops& loops, int b, int h, int logical) {
   const int64_t keys = p.paging.length(b) - (int64_t{logical} << p.paging.page_shift);
   const int64_t page = p.paging.physical(b, logical);
   if (keys <= 0 || page < 0 || (p.first_token && logical < p.first_token[b] >> p.paging.page_shift)) return;
   const int n = static_cast<int>(std::min<int64_t>(keys, p.paging.page_size()));
-  renew_page_bounds(p.k_cache, p.k_bounds, p.dtype, page, h, n, p.size.D);
+  renew_page_bounds(loops, p.k_cache, p.k_bounds, p.dtype, page, h, n, p.size.D);
 }
 
 void update_bounds(
@@ -22,10 +22,12 @@ void update_bounds(
   check_values(p);
   const int64_t heads = p.size.Hkv, pages = p.paging.P, tasks = p.size.B * pages * heads;
   const int64_t bytes = int64_t{p.paging.page_size()} * p.size.D * element_size(p.dtype);
+  const Loops& loops = cpu::loops();
   torch::stable::parallel_for(0, tasks, grain(bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t page = i / heads;
-      update_page(p, static_cast<int>(page / pages), static_cast<int>(i % heads), static_cast<int>(page % pages));
+      update_page(
+          p, loops, static_cast<int>(page / pages), static_cast<int>(i % heads), static_cast<int>(page % pages));
     }
   });
 }

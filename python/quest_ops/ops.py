@@ -160,7 +160,7 @@ def sparse_decode(
 
     Returns:
         out like q, and lse, float32 [B, Hq] or [B, T, Hq]: the natural-log sum of exponentials of the scaled scores.
-        A row with nothing to attend to gives 0 and -inf.
+        A row with nothing to attend to, or whose scores are all -inf, gives 0 and -inf.
     """
     out, lse = _ops.sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale)
     return out, lse

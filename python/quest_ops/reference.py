@@ -248,6 +248,8 @@ def sparse_decode(
                 keys = k_cache[physical, h // kv_group].flatten(0, 1)[seen].double()
                 values = v_cache[physical, h // kv_group].flatten(0, 1)[seen].double()
                 score = keys @ q[b, t, h].double() * scale
+                if bool((score == -math.inf).all()):
+                    continue  # no token has a weight: an empty row too
                 lse[b, t, h] = score.logsumexp(0)
                 out[b, t, h] = score.softmax(0) @ values
     return out, lse

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.operator_cases import Case, Shape, assert_same_bits, place
-from quest_ops import ops
+from quest_ops import ops, reference
 from torch import Tensor
 
 Arguments = dict[str, Any]
@@ -78,6 +78,12 @@ def test_dimensions(device: str, name: str, key: str) -> None:
     good = arguments(name, device)
     bad = good[key][None, None, None]
     assert_refused(name, good, {key: bad}, f"{key} must have shape", f"got {list(bad.shape)}")
+
+
+@pytest.mark.parametrize(("name", "key"), TENSORS)
+def test_no_dimensions(device: str, name: str, key: str) -> None:
+    good = arguments(name, device)
+    assert_refused(name, good, {key: good[key].flatten()[0]}, f"{key} must have shape", "got []")
 
 
 @pytest.mark.parametrize(("name", "key"), TENSORS)
@@ -255,6 +261,118 @@ def test_sizes(device: str, name: str, key: str, value: Any, message: str) -> No
     good = arguments(name, device)
     bad = value().to(device) if callable(value) else value
     assert_refused(name, good, {key: bad}, *message.split("|"))
+
+
+MOST_TOKENS = 2**31 - 1  # of a sequence, and of a list of pages
+
+
+def without_sequences(name: str, device: str, page_size: int, N: int = 9) -> Arguments:
+    """Arguments with B = 0, and N pages that are all one: their sizes cost no memory."""
+    good = arguments(name, device)
+    for key, value in good.items():
+        if key in WRITTEN:
+            size = (N, 2, page_size if key.endswith("cache") else 2, 64)
+            good[key] = torch.zeros(1, *size[1:], dtype=value.dtype, device=device).expand(size)
+        elif isinstance(value, Tensor):
+            good[key] = value[:0]
+    if "page_size" in good:
+        good["page_size"] = page_size
+    if name == "topk_pages":  # of one head: a stride past 2^63 is an error of torch's
+        good["scores"], good["num_kv_heads"] = good["scores"][:, :1], 1
+    return good
+
+
+def columns(tensor: Tensor, count: int) -> Tensor:
+    """A tensor with no elements like one that has none, with another last dimension."""
+    return tensor.new_empty((*tensor.shape[:-1], count))
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 128])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_most_pages_of_a_sequence(device: str, name: str, page_size: int) -> None:
+    good = without_sequences(name, device, page_size)
+    key = "scores" if name == "topk_pages" else "page_table"
+    most = MOST_TOKENS // page_size
+    result = OPERATORS[name](**{**good, key: columns(good[key], most)})
+    if name == "estimate":
+        assert result.shape == (0, 4, most)
+    for pages in (most + 1, 2**60 // page_size, 2**64 // page_size):
+        message = f"{key}'{'s' * (key == 'page_table')} tokens a sequence (P * page_size) must fit in 32 bits"
+        got = f"got {min(pages * page_size, 2**63 - 1)}"
+        with pytest.raises(RuntimeError, match=re.escape(message) + ".*" + got):
+            OPERATORS[name](**{**good, key: columns(good[key], pages)})
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 128])
+def test_most_pages_of_a_list(device: str, page_size: int) -> None:
+    most = MOST_TOKENS // page_size
+    good = without_sequences("sparse_decode", device, page_size)
+    ops.sparse_decode(**{**good, "pages": columns(good["pages"], most)})
+    with pytest.raises(
+        RuntimeError, match=r"pages' tokens a list \(K \* page_size\) must fit in 32 bits, got 2147483648"
+    ):
+        ops.sparse_decode(**{**good, "pages": columns(good["pages"], most + 1)})
+    good = without_sequences("decode_step", device, page_size)
+    pages = ops.decode_step(**{**good, "num_pages": most})[2]
+    assert pages.shape == (0, 2, most)
+    message = r"num_pages' tokens a list \(num_pages \* page_size\) must fit in 32 bits, got 2147483648"
+    with pytest.raises(RuntimeError, match=message):
+        ops.decode_step(**{**good, "num_pages": most + 1})
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "topk_pages"])
+def test_most_pages_of_a_pool(device: str, name: str) -> None:
+    OPERATORS[name](**without_sequences(name, device, 16, N=2**31 - 1))
+    with pytest.raises(RuntimeError, match="the cache's number of pages must fit in 32 bits, got 2147483648"):
+        OPERATORS[name](**without_sequences(name, device, 16, N=2**31))
+
+
+def test_most_of_other_sizes(device: str) -> None:
+    good = without_sequences("topk_pages", device, 16)
+    assert ops.topk_pages(**{**good, "k": 2**31 - 1}).shape == (0, 1, 2**31 - 1)
+    good = without_sequences("append_kv", device, 16)
+    for tokens, message in ((2**31 - 1, None), (2**31, "T must fit in 32 bits, got 2147483648")):
+        k = good["k"].new_empty(0, tokens, 2, 64)
+        if message is None:
+            ops.append_kv(**{**good, "k": k, "v": k})
+        else:
+            with pytest.raises(RuntimeError, match=message):
+                ops.append_kv(**{**good, "k": k, "v": k})
+    good = arguments("estimate", device)
+    with pytest.raises(RuntimeError, match="the number of sequences must fit in 32 bits, got 2147483648"):
+        ops.estimate(**{**good, "q": good["q"][:1].expand(2**31, 4, 64)})
+
+
+def test_a_step_at_the_most_pages(device: str) -> None:
+    """16,777,215 pages of 128, which are all physical page 0 but for the last: the last token is 2^31 - 129."""
+    S, D, P = 128, 64, MOST_TOKENS // 128
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(size, generator=random).half() for size in ((1, 2, D), (1, 1, 1, D), (1, 1, 1, D)))
+    k_cache, v_cache = (torch.randn(2, 1, S, D, generator=random).half() for _ in "kv")
+    k_bounds = torch.stack([k_cache.amin(2), k_cache.amax(2)], 2)
+    page_table = torch.zeros(1, P, dtype=torch.int32, device=device)
+    page_table[0, -1] = 1
+    seq_lens = torch.tensor([P * S], dtype=torch.int32, device=device)
+    x = [y.to(device) for y in (q, k, v, k_cache, v_cache, k_bounds)]
+    out, lse, pages = ops.decode_step(*x, page_table, seq_lens - 1, seq_lens, 4)
+    assert pages.tolist() == [[[0, 1, 2, P - 1]]]  # of equal scores the first
+    k_cache[1, :, -1], v_cache[1, :, -1] = k[0, 0], v[0, 0]
+    assert_same_bits(x[3].cpu(), k_cache)
+    few = torch.tensor([[0, 0, 0, 1]], dtype=torch.int32)
+    exact = reference.sparse_decode(q, k_cache, v_cache, few, torch.tensor([4 * S]))
+    torch.testing.assert_close(out.cpu().double(), exact[0], rtol=0, atol=1e-3)
+    torch.testing.assert_close(lse.cpu().double(), exact[1], rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_more_blocks_than_a_grid_holds() -> None:
+    """B * P * Hkv = 2^32 blocks, over one row of the page table."""
+    B, P, Hkv = 2**16, 2**12, 16
+    k_cache, k_bounds = torch.zeros(1, Hkv, 16, 64, device="cuda"), torch.zeros(1, Hkv, 2, 64, device="cuda")
+    page_table = torch.zeros(1, P, dtype=torch.int32, device="cuda").expand(B, P)
+    seq_lens = torch.zeros(B, dtype=torch.int32, device="cuda")
+    with pytest.raises(RuntimeError, match=f"update_bounds needs {2**32} blocks, more than a CUDA grid holds"):
+        ops.update_bounds(k_cache, k_bounds, page_table, seq_lens)
 
 
 def test_group_reduce_has_four_names() -> None:

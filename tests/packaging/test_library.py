@@ -186,3 +186,28 @@ def test_build_info() -> None:
     assert info["torch_target"] == ".".join(map(str, _library.MINIMUM_TORCH))
     assert info["cpu_isa"] in ("generic", "avx2", "avx512")
     assert all(info[key] for key in ("version", "schemas", "torch_headers", "compiler", "build_type"))
+
+
+def test_an_unknown_instruction_set(folder: Path) -> None:
+    before = """
+import os
+os.environ["QUEST_OPS_CPU_ISA"] = "avx9"
+def errors(library):
+    x, lens = torch.zeros(1, 1, 64), torch.ones(1, dtype=torch.int32)
+    new, cache, bounds = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 16, 64), torch.zeros(1, 1, 2, 64)
+    calls = {
+        "append_kv": (new, new, cache, cache, bounds, 0 * lens[None], 0 * lens),
+        "update_bounds": (cache, bounds, 0 * lens[None], lens),
+        "estimate": (x, bounds, 0 * lens[None], lens, 16),
+        "topk_pages": (x[..., :1], lens, 16, 1, 1),
+        "sparse_decode": (x, cache, cache, 0 * lens[None], lens),
+        "decode_step": (x, new, new, cache, cache, bounds, 0 * lens[None], 0 * lens, lens, 1),
+    }
+    for name, arguments in calls.items():
+        try:
+            getattr(library.ops, name)(*arguments)
+        except RuntimeError as error:
+            yield str(error)
+"""
+    messages = run(folder, before, "list(errors(_library))")
+    assert messages.count("QUEST_OPS_CPU_ISA must be generic, avx2 or avx512, got avx9") == len(_library.OPERATORS)

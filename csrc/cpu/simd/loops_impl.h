@@ -1,8 +1,8 @@
-// The loops themselves, written once over the compiler's vector types and included by one file per instruction set,
-// which sets QUEST_ISA (its namespace) and QUEST_WIDTH (floats a vector). Everything is static or in that namespace.
+// The loops, written once over the compiler's vector types. One file for each instruction set includes them and sets
+// QUEST_ISA, the namespace, and QUEST_WIDTH, floats a vector. Everything is static or in that namespace.
 //
-// Explicit vectors rather than `omp simd` reductions: the order of every sum is then written here, the same for a row
-// alone and in a group, and tiles of accumulators stay in registers.
+// Explicit vectors fix the order of every sum, as `omp simd` reductions would not. It is the same for a query alone and
+// beside others, and tiles of accumulators stay in registers.
 #include "loops.h"
 
 #if QUEST_WIDTH > 4
@@ -32,7 +32,7 @@ QUEST_INLINE void store_as(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 QUEST_INLINE Vec load(const float* p) { return load_as<Vec>(p); }
-// For a vector that several instructions share: GCC would load it anew in each, and loads are the limit here.
+// For a vector that several instructions use. GCC would load it again in each, and loads are the bottleneck.
 QUEST_INLINE Vec keep(Vec v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
@@ -44,7 +44,7 @@ QUEST_INLINE Vec splat(float x) { return x - Vec{}; }
 QUEST_INLINE Bits bits(Vec v) { return (Bits)v; }
 QUEST_INLINE Vec floats(Bits b) { return (Vec)b; }
 
-// Compilers make three instructions of the conversion where the processor has one.
+// Compilers emit three instructions for the conversion where the processor has one.
 QUEST_INLINE Bits widen(Halves h) {
 #if QUEST_WIDTH == 16
   return (Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);
@@ -55,7 +55,7 @@ QUEST_INLINE Bits widen(Halves h) {
 #endif
 }
 
-// ---- Elements. Conversions are exact or round to nearest even, whatever the processor's denormal mode.
+// ---- Elements. Conversions are exact or round to nearest even, in every denormal mode of the processor.
 
 struct F32 {
   using Storage = float;
@@ -84,7 +84,7 @@ struct F16 {
     const Bits sign = (h & 0x8000) << 16, magnitude = (h & 0x7fff) << 13, exponent = magnitude & 0x0f800000;
     const Bits normal = magnitude + ((127 - 15) << 23);
     const Bits special = normal + ((128 - 16) << 23);
-    // A denormal half is the fraction of a float whose leading one is then taken off.
+    // A denormal half is the fraction of a float, less its leading one.
     const Bits denormal = bits(floats(normal + (1 << 23)) - floats(Bits{} + (113u << 23)));
     return floats((exponent == 0x0f800000 ? special : exponent == 0 ? denormal : normal) | sign);
 #endif
@@ -98,7 +98,7 @@ struct F16 {
     const Bits sign = (bits(v) >> 16) & 0x8000, magnitude = bits(v) & 0x7fffffff;
     const Bits nan = ((magnitude >> 13) & 0x3ff) | 0x7e00, infinite = Bits{} + 0x7c00;
     const Bits normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    // Adding 0.5 leaves the rounded fraction of a denormal half in the last bits.
+    // Adding 0.5 rounds the fraction of a denormal half into the last bits.
     const Bits denormal = bits(floats(magnitude) + 0.5f) - 0x3f000000;
     const Bits finite = magnitude < 0x38800000 ? denormal : normal;
     const Bits half = magnitude > 0x7f800000 ? nan : magnitude >= 0x47800000 ? infinite : finite;
@@ -107,7 +107,7 @@ struct F16 {
   }
 };
 
-// Load only: 8-bit page bounds.
+// 8-bit page bounds, which are only loaded.
 struct I8 {
   using Storage = int8_t;
   typedef int8_t Bytes __attribute__((vector_size(W)));
@@ -124,19 +124,19 @@ void store_row(const float* src, int n, void* dst) {
   for (int i = 0; i < n; i += W) E::store(static_cast<typename E::Storage*>(dst) + i, load(src + i));
 }
 
-// ---- Rows of a page list lie anywhere, so that the processor does not foresee them: a block of rows asks for the next
-// one, a few rows at a time, as it is worked on.
+// ---- The tokens of a page list are scattered, so hardware does not prefetch them. Work on a block prefetches the next
+// one, a few tokens at a time.
 
 template <class E>
-QUEST_INLINE void prefetch(const void* const* rows, int first, int last, int D) {
+QUEST_INLINE void prefetch(const void* const* tokens, int first, int last, int D) {
   for (int i = first; i < last; ++i)
     for (int d = 0; d < D; d += 64 / int{sizeof(typename E::Storage)})
-      __builtin_prefetch(static_cast<const typename E::Storage*>(rows[i]) + d);
+      __builtin_prefetch(static_cast<const typename E::Storage*>(tokens[i]) + d);
 }
 
 QUEST_INLINE int min(int a, int b) { return a < b ? a : b; }
 
-// ---- Dot products: tiles of R rows by 8 / R keys.
+// ---- Dot products: tiles of R queries by 8 / R keys.
 
 // The sums of the lanes of a, b, c and d.
 QUEST_INLINE Vec4 sum_lanes(Vec a, Vec b, Vec c, Vec d) {
@@ -202,7 +202,7 @@ QUEST_INLINE void dots_tile(
 
 template <class E>
 void dots(
-    const float* q, int rows, const void* const* keys, int n, int D, float scale, float* out, int64_t out_stride) {
+    const float* q, int queries, const void* const* keys, int n, int D, float scale, float* out, int64_t out_stride) {
   for (int begin = 0; begin < n; begin += kBlock) {
     const int end = min(begin + kBlock, n);
     int r = 0;
@@ -214,13 +214,13 @@ void dots(
       }
       r += R;
     };
-    while (r + 4 <= rows) tiles.template operator()<4>();
-    if (r + 2 <= rows) tiles.template operator()<2>();
-    if (r < rows) tiles.template operator()<1>();
+    while (r + 4 <= queries) tiles.template operator()<4>();
+    if (r + 2 <= queries) tiles.template operator()<2>();
+    if (r < queries) tiles.template operator()<1>();
   }
 }
 
-// ---- Weighted sums: tiles of R rows by V vectors of the head dimension.
+// ---- Weighted sums: tiles of R queries by V vectors of the head dimension.
 
 template <class E, int R, int V>
 QUEST_INLINE void accumulate_tile(
@@ -249,7 +249,7 @@ QUEST_INLINE void accumulate_tile(
 
 template <class E>
 void accumulate(
-    const float* weights, int64_t weights_stride, int rows, const void* const* values, int n, int D, float* out) {
+    const float* weights, int64_t weights_stride, int queries, const void* const* values, int n, int D, float* out) {
   for (int begin = 0; begin < n; begin += kBlock) {
     const int end = min(begin + kBlock, n);
     int r = 0;
@@ -258,7 +258,7 @@ void accumulate(
       const float* w = weights + r * weights_stride + begin;
       int d = 0;
       for (; d + V * W <= D; d += V * W) {
-        if (r == 0) {  // the share of this tile
+        if (r == 0) {  // this tile's share of the next block
           const int next = min(end + d * kBlock / D, n), last = min(end + (d + V * W) * kBlock / D, n);
           prefetch<E>(values, next, last, D);
         }
@@ -267,9 +267,9 @@ void accumulate(
       for (; d < D; d += W) accumulate_tile<E, R, 1>(w, weights_stride, values + begin, end - begin, d, D, out + r * D);
       r += R;
     };
-    while (r + 4 <= rows) tiles.template operator()<4>();
-    if (r + 2 <= rows) tiles.template operator()<2>();
-    if (r < rows) tiles.template operator()<1>();
+    while (r + 4 <= queries) tiles.template operator()<4>();
+    if (r + 2 <= queries) tiles.template operator()<2>();
+    if (r < queries) tiles.template operator()<1>();
   }
 }
 
@@ -278,7 +278,7 @@ void accumulate(
 template <class E, int V>
 QUEST_INLINE void bounds_tile(const typename E::Storage* keys, int64_t stride, int n, float* lower, float* upper) {
   Vec least[V], most[V];
-  Bits nan[V] = {};  // a comparison with NaN is false, so that the minimum passes over it
+  Bits nan[V] = {};  // comparisons with NaN are false, so minimum and maximum miss it
 #pragma GCC unroll 4
   for (int i = 0; i < V; ++i) least[i] = most[i] = E::load(keys + i * W);
   for (int j = 0; j < n; ++j)
@@ -308,7 +308,7 @@ QUEST_INLINE Vec nan_max(Vec a, Vec b) { return ((b > a) | (b != b)) ? b : a; }
 
 constexpr float kInf = __builtin_inff();
 
-// The last n < W of a row, the lanes behind them filled.
+// The last n < W elements, with `fill` in the lanes past them.
 QUEST_INLINE Vec load_tail(const float* x, int n, float fill) {
   float lanes[W];
   for (int i = 0; i < W; ++i) lanes[i] = i < n ? x[i] : fill;
@@ -325,12 +325,12 @@ float max(const float* x, int n) {
   return result;
 }
 
-// ---- exp(x) for x <= 0 to about 1 ulp: 2^k * p(r) with k = round(x / ln 2) and r = x - k ln 2, |r| <= ln(2) / 2.
+// ---- exp(x) for x <= 0 to about 1 ulp, as 2^k * p(r): k = round(x / ln 2), r = x - k ln 2, |r| <= ln(2) / 2.
 
 QUEST_INLINE Vec exp_nonpositive(Vec x) {
-  const Vec least = splat(-87.33654f);  // exp of less is denormal: 0
+  const Vec least = splat(-87.33654f);  // below it exp is denormal, and 0 here
   const Vec clamped = x < least ? least : x;
-  const Vec shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are k
+  const Vec shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23, so that the sum's last bits are k
   const Vec k = shifted - 12582912.0f;
   const Vec r = (clamped - k * 0.693359375f) - k * -2.12194440e-4f;
   Vec p = splat(1.9875691500e-4f);

@@ -13,7 +13,6 @@ namespace quest::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kMaxHeadDim = 256;
 constexpr int kSimtBlock = 16;  // dimensions of a short sum; divides every head_dim
 
 __device__ __forceinline__ float to_float(float x) { return x; }

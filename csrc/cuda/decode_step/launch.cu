@@ -1,7 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
+#include "../../four_operators.h"
 #include "../../namespace.h"
-#include "../../operators.h"
 #include "../host/nvtx_range.h"
 #include "../host/split.h"
 #include "../host/value_checks.h"

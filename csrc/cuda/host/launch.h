@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <utility>
+
 #include "../../checks.h"
 #include "../core/elements.cuh"
 
@@ -27,17 +29,13 @@ void dispatch_dtype(DType dtype, Launch&& launch) {
   STD_TORCH_CHECK(false, "no kernel for dtype number ", static_cast<int32_t>(dtype));
 }
 
+// Calls launch(integral_constant<D>) for the head_dim of kHeadDims that equals D.
 template <class Launch>
 void dispatch_head_dim(int32_t D, Launch&& launch) {
-  switch (D) {
-    case 64: return launch(std::integral_constant<int, 64>{});
-    case 80: return launch(std::integral_constant<int, 80>{});
-    case 96: return launch(std::integral_constant<int, 96>{});
-    case 128: return launch(std::integral_constant<int, 128>{});
-    case 192: return launch(std::integral_constant<int, 192>{});
-    case 256: return launch(std::integral_constant<int, 256>{});
-  }
-  STD_TORCH_CHECK(false, "no kernel for head_dim ", D);
+  const auto try_each = [&]<size_t... i>(std::index_sequence<i...>) {
+    return ((D == kHeadDims[i] && (launch(std::integral_constant<int, kHeadDims[i]>{}), true)) || ...);
+  };
+  STD_TORCH_CHECK(try_each(std::make_index_sequence<std::size(kHeadDims)>{}), "no kernel for head_dim ", D);
 }
 
 inline unsigned grid_size(int64_t blocks, const char* op) {

@@ -1,5 +1,5 @@
-// The operators as functions, for the one that is made of the others. QUEST_BACKEND is the namespace of their kernels,
-// cpu or cuda; the build sets it.
+// decode_step by its definition: the four operators of a step in a row. The build sets QUEST_BACKEND, the namespace of
+// their kernels: cpu or cuda.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -23,7 +23,6 @@ std::tuple<Tensor, Tensor> sparse_decode(
     Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, std::optional<Tensor> pages,
     std::optional<double> scale);
 
-// What decode_step is by definition.
 inline std::tuple<Tensor, Tensor, Tensor> four_operators(
     Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor start_lens,
     Tensor seq_lens, int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, double scale,
