@@ -12,15 +12,22 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ._library import refuse_backward
-from .cache import PAGE_SIZES, PagedKVCache
+from ._autograd import refuse_backward
+from .bounds import BoundsKind
+from .cache import PagedKVCache
 from .dense import dense_attention
-from .ops import GroupReduce, decode_step, estimate, sparse_decode, topk_pages
-from .page_bounds import BoundsKind
+from .ops import (
+    MAX_NEW_TOKENS,
+    PAGE_SIZES,
+    GroupReduce,
+    check_choice,
+    decode_step,
+    estimate,
+    sparse_decode,
+    topk_pages,
+)
 from .report import LayerPlan, Report
 
-#: The most new tokens a sequence that the decode kernels take; more is a prefill.
-MAX_DECODE_TOKENS = 8
 # Of what has no backward, in the error that says so.
 _NAME = "quest_attention over a cache"
 # Queries attended to at a time where a mask is needed, which bounds its size.
@@ -55,8 +62,7 @@ class QuestConfig:
     bounds: BoundsKind = "int8"
 
     def __post_init__(self) -> None:
-        if self.page_size not in PAGE_SIZES:
-            raise ValueError(f"page_size must be one of {', '.join(map(str, PAGE_SIZES))}, got {self.page_size}")
+        check_choice("page_size", self.page_size, PAGE_SIZES)
         if self.budget < self.page_size:
             raise ValueError(f"budget must be at least a page, {self.page_size} tokens, got {self.budget}")
         for name in ("sink_pages", "recent_pages", "dense_layers"):
@@ -89,7 +95,7 @@ def attention_path(
 
     "prefill" and "dense" read the whole context. "sparse" reads at most ``config.budget`` tokens of it.
     """
-    if num_new > MAX_DECODE_TOKENS:
+    if num_new > MAX_NEW_TOKENS:
         return "prefill"
     if layer < config.dense_layers or cache.pages_per_sequence <= config.num_pages:
         return "dense"

@@ -1,7 +1,7 @@
 """PagedKVCache: keys, values and page bounds of all layers in one pool of pages, with a page table and lengths.
 
 The device holds what the kernels read and is only ever written in place, so addresses stay as they are: a CUDA graph or
-a compiled function may be replayed while the cache grows. The host keeps an account of its own (:mod:`.pages`), so that
+a compiled function may be replayed while the cache grows. The host keeps an account of its own, so that
 nothing on the way of a decode step waits for the device.
 """
 
@@ -13,14 +13,10 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .ops import append_kv, update_bounds
-from .page_bounds import BoundsKind, new_bounds
-from .pages import NewPage, PageAccount
+from .bounds import BoundsKind, new_bounds
+from .ops import DTYPES, HEAD_DIMS, PAGE_SIZES, append_kv, check_choice, update_bounds
+from .page_allocator import NewPage, PageAllocator
 from .report import AttentionCounts
-
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-PAGE_SIZES = (8, 16, 32, 64, 128)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class LayerCache(NamedTuple):
@@ -85,11 +81,10 @@ class PagedKVCache:
         for name, value, allowed in (
             ("head_dim", head_dim, HEAD_DIMS),
             ("page_size", page_size, PAGE_SIZES),
-            ("dtype", dtype, _DTYPES),
+            ("dtype", dtype, DTYPES),
             ("bounds", bounds, get_args(BoundsKind)),
         ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
+            check_choice(name, value, allowed)
         self.pages_per_sequence = -(-max_tokens // page_size)
         self.num_pages = batch_size * self.pages_per_sequence if num_pages is None else num_pages
         for name, value in (
@@ -118,7 +113,7 @@ class PagedKVCache:
         self.new_lens = torch.zeros_like(self.seq_lens)
         self._mark_static()
 
-        self._account = PageAccount(batch_size, self.num_pages, page_size, max_tokens)
+        self._account = PageAllocator(batch_size, self.num_pages, page_size, max_tokens)
         self._stale = False  # an advance in a compiled or captured region moved the lengths unseen
         self._step, self._step_of_layer, self._step_open, self._num_new = 0, [0] * num_layers, False, 0
         self.ragged = self.starts_empty = False

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .page_bounds import BoundsKind, bytes_of_bounds
+from .bounds import BoundsKind, bytes_of_bounds
 
 
 class LayerPlan(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from helpers.cache_model import History, same_snapshot, snapshot
 from helpers.small_caches import BOUNDS, make, poison_free_pages
 from quest_ops import CacheFullError, PagedKVCache
-from quest_ops.cache import HEAD_DIMS, PAGE_SIZES
+from quest_ops.ops import HEAD_DIMS, PAGE_SIZES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from quest_ops import CacheFullError
-from quest_ops.pages import PageAccount
+from quest_ops.page_allocator import PageAllocator
 
 
 @BOUNDS
@@ -70,7 +70,7 @@ def test_reserve_copies_all_of_a_shared_page(device: str, bounds: str) -> None:
 
 
 def test_an_unsure_length_copies_every_shared_page_it_may_write() -> None:
-    account = PageAccount(sequences=2, num_pages=8, page_size=S, max_tokens=64)
+    account = PageAllocator(sequences=2, num_pages=8, page_size=S, max_tokens=64)
     account.reserve([20, 0])
     account.grow([9, 0], [20, 0])  # 9 to 20 tokens, so any of pages 1 and 2 may be the one being written
     assert account.fork(0, 1) == 3

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from quest_ops import PagedKVCache, QuestConfig, attention_report, quest_attention
-from quest_ops.page_bounds import BoundsKind
+from quest_ops.bounds import BoundsKind
 
 B, HKV, GROUP, D, S, L = 2, 2, 2, 64, 16, 3
 

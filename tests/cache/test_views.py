@@ -20,7 +20,7 @@ from quest_ops import (
     topk_pages,
     update_bounds,
 )
-from quest_ops.page_bounds import BoundsKind
+from quest_ops.bounds import BoundsKind
 from quest_ops.views import empty_scales
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from quest_ops import PagedKVCache, QuestConfig, attention_path, quest_attention, reference, update_bounds
-from quest_ops.page_bounds import new_bounds
+from quest_ops.bounds import new_bounds
 from torch import Tensor
 
 from helpers import torch_baseline

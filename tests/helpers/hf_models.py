@@ -4,7 +4,7 @@ import functools
 
 import torch
 from quest_ops import reference, update_bounds
-from quest_ops.page_bounds import new_bounds
+from quest_ops.bounds import new_bounds
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,

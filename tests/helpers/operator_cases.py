@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 from quest_ops import reference
+from quest_ops.ops import DTYPES, HEAD_DIMS, PAGE_SIZES
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-PAGE_SIZES = (8, 16, 32, 64, 128)
 LAYOUTS = ("contiguous", "transposed", "sliced", "unaligned")
 GARBAGE = 2**31 - 1
 UNREAD_BYTE = 77

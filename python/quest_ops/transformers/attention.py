@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .._library import refuse_backward
-from ..attention import MAX_DECODE_TOKENS
+from .._autograd import refuse_backward
+from ..ops import MAX_NEW_TOKENS
 from ._say import say_once
 from .dense import Features, attend, prefill
 from .layer import QuestCacheLayer
@@ -63,7 +63,7 @@ def quest_attention_forward(
     if dropout:
         raise ValueError(f"attention 'quest' is for inference: call model.eval() first, got dropout {dropout}")
     real = real_tokens(attention_mask, query)
-    reads_cache = query.shape[2] <= MAX_DECODE_TOKENS or not layer.known_empty
+    reads_cache = query.shape[2] <= MAX_NEW_TOKENS or not layer.known_empty
     out = layer.attend(query, key, value, real, features)
     if reads_cache:
         out = refuse_backward("attention 'quest' over a QuestCache", out, query, key, value)

@@ -9,7 +9,7 @@ from transformers import Cache
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..attention import QuestConfig
-from ..cache import HEAD_DIMS
+from ..ops import HEAD_DIMS, check_choice
 from ..report import LayerPlan, Report
 from ._say import say_once
 from .layer import QuestCacheLayer, Settings
@@ -175,6 +175,6 @@ def _make_layers(text_config: Any, head_dim: int, max_tokens: int, settings: Set
             raise ValueError(
                 f"QuestCache supports layers of full_attention and sliding_attention, got {kind} in layer {index}"
             )
-    if head_dim not in HEAD_DIMS and any(isinstance(layer, PagedLayer) for layer in layers):
-        raise ValueError(f"the model's head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}")
+    if any(isinstance(layer, PagedLayer) for layer in layers):
+        check_choice("the model's head_dim", head_dim, HEAD_DIMS)
     return layers

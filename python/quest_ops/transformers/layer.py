@@ -19,13 +19,12 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from ..attention import QuestConfig
+from ..ops import DTYPES
 from ..report import AttentionCounts
 from .dense import Features
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass

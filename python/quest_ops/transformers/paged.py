@@ -8,10 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..attention import MAX_DECODE_TOKENS, select_pages
-from ..cache import HEAD_DIMS
-from ..ops import append_kv, decode_step, sparse_decode, update_bounds
-from ..page_bounds import new_bounds
+from ..attention import select_pages
+from ..bounds import new_bounds
+from ..ops import HEAD_DIMS, MAX_NEW_TOKENS, append_kv, check_choice, decode_step, sparse_decode, update_bounds
 from ._say import say_once
 from .dense import Features, Past, attend, prefill
 from .layer import QuestCacheLayer, Settings
@@ -30,8 +29,7 @@ class PagedLayer(QuestCacheLayer):
         self._dense_feature: str | None = None  # what the model asks of this layer that the operators do not have
 
     def allocate(self, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        if head_dim not in HEAD_DIMS:
-            raise ValueError(f"the model's head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}")
+        check_choice("the model's head_dim", head_dim, HEAD_DIMS)
         pages = batch * self.pages_per_row
         # Zeros: dense attention multiplies what lies past the last token by a weight of 0, so it must not be NaN.
         self.keys = torch.zeros(pages, heads, self.page_size, head_dim, dtype=dtype, device=device)
@@ -62,7 +60,7 @@ class PagedLayer(QuestCacheLayer):
         if features.window is not None and features.window >= self.max_cache_len:
             features = features._replace(window=None)
         self._note(features)
-        if q.shape[2] > MAX_DECODE_TOKENS:
+        if q.shape[2] > MAX_NEW_TOKENS:
             if self.settings.counts is not None:
                 self.settings.counts.record_prefill(self.index)
             return self._prefill(q, k, v, real, features)
@@ -96,8 +94,8 @@ class PagedLayer(QuestCacheLayer):
             compiling = torch.compiler.is_compiling()
             if not compiling and q.shape[2] <= 64:
                 say_once(
-                    f"a step of {q.shape[2]} tokens ran dense: more than {MAX_DECODE_TOKENS} new tokens are a prefill. "
-                    f"For assisted decoding set num_assistant_tokens to at most {MAX_DECODE_TOKENS - 1}",
+                    f"a step of {q.shape[2]} tokens ran dense: more than {MAX_NEW_TOKENS} new tokens are a prefill. "
+                    f"For assisted decoding set num_assistant_tokens to at most {MAX_NEW_TOKENS - 1}",
                     logging.INFO,
                 )
             past = self._past(self.pages_per_row if compiling else self._used_pages(self.columns))

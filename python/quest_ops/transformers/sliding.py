@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention import MAX_DECODE_TOKENS
+from ..ops import MAX_NEW_TOKENS
 from .dense import Features, Past, attend, prefill
 from .layer import QuestCacheLayer, Settings
 
@@ -38,9 +38,9 @@ class SlidingLayer(QuestCacheLayer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
         features, counts = features._replace(window=self.window), self.settings.counts
         if counts is not None:
-            count = counts.record_prefill if q.shape[2] > MAX_DECODE_TOKENS else counts.record_step
+            count = counts.record_prefill if q.shape[2] > MAX_NEW_TOKENS else counts.record_step
             count(self.index)
-        if q.shape[2] > MAX_DECODE_TOKENS:
+        if q.shape[2] > MAX_NEW_TOKENS:
             past = None if self.known_empty else self._past()
             out = prefill(q, k, v, real, features, past)
             self._append(k, v, real)
@@ -59,7 +59,7 @@ class SlidingLayer(QuestCacheLayer):
     def crop(self, tokens_to_remove: int) -> None:
         columns = self.columns if self.is_initialized else 0
         # The ring has lost what the removed tokens, and the next few, take the place of.
-        most = self.ring - self.window - MAX_DECODE_TOKENS
+        most = self.ring - self.window - MAX_NEW_TOKENS
         if columns > self.ring and -tokens_to_remove > most:
             raise ValueError(
                 f"a QuestCache with sliding layers can crop {most} tokens at most, got {-tokens_to_remove}"
