@@ -15,7 +15,7 @@ from torch import Tensor
 from ._autograd import refuse_backward
 from .bounds import BoundsKind
 from .cache import PagedKVCache
-from .dense import dense_attention
+from .dense import Features, attend, attend_by_position, past_of_pages
 from .ops import (
     MAX_NEW_TOKENS,
     PAGE_SIZES,
@@ -30,8 +30,6 @@ from .report import LayerPlan, Report
 
 # Of what has no backward, in the error that says so.
 _NAME = "quest_attention over a cache"
-# Queries attended to at a time where a mask is needed, which bounds its size.
-_MASKED_QUERIES = 1024
 
 
 @dataclass(frozen=True)
@@ -293,23 +291,19 @@ def _prefill_first(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, scale: 
     if padding is not None:
         # No token looks at padding behind it, but a weight of 0 times a NaN there would still be NaN.
         k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-    out = dense_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, scale)
+    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, Features(scale))
     return out if padding is None else out.masked_fill(padding, 0)
 
 
 def _prefill_next(q: Tensor, cache: PagedKVCache, layer: int, scale: float | None) -> Tensor:
     """Dense attention of tokens that follow others: over a contiguous copy of the pages."""
     table = cache.page_table[:, : cache.pages_in_use].clamp(min=0)
-    position = torch.arange(table.shape[1] * cache.page_size, device=q.device)
-    unwritten = (position >= cache.seq_lens[:, None])[:, None, :, None]
-    k, v = (
-        pool[table].transpose(1, 2).flatten(2, 3).masked_fill_(unwritten, 0)  # [B, Hkv, tokens, D]
-        for pool in cache.layer(layer)[:2]
-    )
-    queries, ends = (torch.split(x, _MASKED_QUERIES, 1) for x in (q, _visible(q, cache)))
-    masks = ((position < until[:, :, None])[:, None] for until in ends)
-    outs = [dense_attention(part.transpose(1, 2), k, v, mask, scale) for part, mask in zip(queries, masks, strict=True)]
-    out = torch.cat(outs, 1)
+    k_cache, v_cache, *_ = cache.layer(layer)
+    past = past_of_pages(k_cache[table], v_cache[table], cache.seq_lens)
+    for tokens in (past.k, past.v):
+        # Unwritten memory may hold NaN, and a weight of 0 times NaN is NaN.
+        tokens.masked_fill_((past.position < 0)[:, None, :, None], 0)
+    out = attend_by_position(q.transpose(1, 2), past, _visible(q, cache) - 1, Features(scale))
     return out.masked_fill(~_is_real(q, cache)[:, :, None, None], 0) if cache.ragged else out
 
 

@@ -16,6 +16,7 @@ from quest_ops import (
     append_kv,
     attention,
     attention_path,
+    dense,
     estimate,
     quest_attention,
     select_pages,
@@ -151,7 +152,7 @@ def test_prefill_in_chunks_equals_one_prefill(device: str, chunks: list[int]) ->
 
 
 def test_a_long_prefill_behind_others_is_cut_to_bound_its_mask(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_MASKED_QUERIES", 16)
+    monkeypatch.setattr(dense, "_BLOCK", 16)
     model, config = Model(device), QuestConfig(1024, S, dense_layers=0)
     for T, lens in ((9, [9, 0]), (50, [50, 33]), (33, [20, 33])):
         model.assert_right(model.attend(T, config, lens), config)

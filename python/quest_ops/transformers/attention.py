@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .._autograd import refuse_backward
+from ..dense import Features, attend, prefill
 from ..ops import MAX_NEW_TOKENS
 from ._say import say_once
-from .dense import Features, attend, prefill
 from .layer import QuestCacheLayer
 from .masks import is_quest_mask, real_tokens
 

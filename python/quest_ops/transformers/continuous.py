@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dense import Features, Past, prefill
 from ._say import say_once
-from .dense import Features, Past, prefill
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from ..attention import QuestConfig
+from ..dense import Features
 from ..ops import DTYPES
 from ..report import AttentionCounts
-from .dense import Features
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,6 +173,10 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
     def known_empty(self) -> bool:
         """Whether the host knows that nothing is in the cache; compiled code never does."""
         return not torch.compiler.is_compiling() and self.columns == 0
+
+    def last_positions(self, tokens: int) -> Tensor:
+        """[B, T]: the positions of each row's last ``tokens`` tokens."""
+        return self.seq_lens[:, None] - torch.arange(tokens, 0, -1, device=self.seq_lens.device)
 
     def advance(self, tokens: int, real: Tensor | None) -> None:
         if torch.compiler.is_compiling():

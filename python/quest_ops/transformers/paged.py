@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..attention import select_pages
 from ..bounds import new_bounds
+from ..dense import Features, Past, attend_by_position, past_of_pages, prefill
 from ..ops import HEAD_DIMS, MAX_NEW_TOKENS, append_kv, check_choice, decode_step, sparse_decode, update_bounds
 from ._say import say_once
-from .dense import Features, Past, attend, prefill
 from .layer import QuestCacheLayer, Settings
 
 #: Called in each layer that is kept in pages, in each decoding step run in eager mode, with the layer's number, the
@@ -104,12 +104,8 @@ class PagedLayer(QuestCacheLayer):
         return out
 
     def _past(self, pages: int) -> Past:
-        k, v = (
-            pool.unflatten(0, (self.batch_size, -1))[:, :pages].transpose(1, 2).flatten(2, 3)
-            for pool in (self.keys, self.values)
-        )
-        place = torch.arange(k.shape[2], device=k.device)
-        return Past(k, v, torch.where(place < self.seq_lens[:, None], place, -1), self.seq_lens.clone())
+        k_pages, v_pages = (x.unflatten(0, (self.batch_size, -1))[:, :pages] for x in (self.keys, self.values))
+        return past_of_pages(k_pages, v_pages, self.seq_lens)
 
     def _append(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
         tokens = k.shape[2]
@@ -161,12 +157,7 @@ class PagedLayer(QuestCacheLayer):
             self._observe(None)
         self._count(None, tokens)
         past = self._past(self.pages_per_row if compiling else self._used_pages(self.columns))
-        ends = self.seq_lens[:, None] - torch.arange(tokens - 1, -1, -1, device=q.device)  # [B, T], tokens visible
-        visible = past.position[:, None] < ends[..., None].clamp(min=1)
-        visible = visible & (past.position[:, None] >= 0)
-        if features.window is not None:
-            visible = visible & (past.position[:, None] >= ends[..., None] - features.window)
-        return attend(q, past.k, past.v, visible[:, None], features)
+        return attend_by_position(q, past, self.last_positions(tokens), features)
 
     def _observe(self, selected: Tensor | None) -> None:
         if self.settings.observer is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dense import Features, Past, attend_by_position, prefill
 from ..ops import MAX_NEW_TOKENS
-from .dense import Features, Past, attend, prefill
 from .layer import QuestCacheLayer, Settings
 
 #: Tokens kept besides the window, so that as many can be cropped.
@@ -74,7 +74,7 @@ class SlidingLayer(QuestCacheLayer):
 
     def _past(self) -> Past:
         ring = slice(0, self.ring)
-        return Past(self.keys[:, :, ring], self.values[:, :, ring], self._position(), self.seq_lens.clone())
+        return Past(self.keys[:, :, ring], self.values[:, :, ring], self._position(), self.seq_lens)
 
     def _append(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
         tokens = k.shape[2]
@@ -91,8 +91,4 @@ class SlidingLayer(QuestCacheLayer):
         self.advance(tokens, real)
 
     def _decode(self, q: Tensor, features: Features) -> Tensor:
-        past, tokens = self._past(), q.shape[2]
-        now = self.seq_lens[:, None] - torch.arange(tokens, 0, -1, device=q.device)  # [B, T], each query's position
-        position, now = past.position[:, None], now[..., None].clamp(min=0)
-        visible = (position >= 0) & (position <= now) & (position > now - self.window)
-        return attend(q, past.k, past.v, visible[:, None], features)
+        return attend_by_position(q, self._past(), self.last_positions(q.shape[2]), features)
