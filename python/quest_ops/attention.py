@@ -14,14 +14,13 @@ from torch import Tensor
 
 from ._autograd import refuse_backward
 from .bounds import BoundsKind
-from .cache import PagedKVCache
 from .dense import Features, attend, attend_by_position, past_of_pages
+from .kv_state import StepCache
 from .ops import (
     MAX_NEW_TOKENS,
     PAGE_SIZES,
     GroupReduce,
     check_choice,
-    decode_step,
     estimate,
     sparse_decode,
     topk_pages,
@@ -81,13 +80,18 @@ class QuestConfig:
         return self.budget // self.page_size
 
     @property
+    def selection(self) -> tuple[int, GroupReduce, int, int]:
+        """num_pages, group_reduce, sink_pages and recent_pages: the selection of :func:`quest_ops.decode_step`."""
+        return self.num_pages, self.group_reduce, self.sink_pages, self.recent_pages
+
+    @property
     def is_window(self) -> bool:
         """Whether every page of the budget is forced, as in a recent window: no score changes the list."""
         return self.sink_pages + self.recent_pages == self.num_pages
 
 
 def attention_path(
-    cache: PagedKVCache, layer: int, config: QuestConfig, num_new: int = 1
+    cache: StepCache, layer: int, config: QuestConfig, num_new: int = 1
 ) -> Literal["prefill", "dense", "sparse"]:
     """What :func:`quest_attention` runs for ``num_new`` tokens in this layer: the function it asks itself.
 
@@ -100,7 +104,7 @@ def attention_path(
     return "sparse"
 
 
-def layer_plan(cache: PagedKVCache, layer: int, config: QuestConfig) -> LayerPlan:
+def layer_plan(cache: StepCache, layer: int, config: QuestConfig) -> LayerPlan:
     """How :func:`quest_attention` decodes in this layer, and why."""
     path = attention_path(cache, layer, config)
     if path == "sparse":
@@ -112,7 +116,7 @@ def layer_plan(cache: PagedKVCache, layer: int, config: QuestConfig) -> LayerPla
     return LayerPlan(layer, path, reason)
 
 
-def attention_report(cache: PagedKVCache, config: QuestConfig) -> Report:
+def attention_report(cache: StepCache, config: QuestConfig) -> Report:
     """What each layer read since ``cache.start_report()``. Waits for the device; prints as a table.
 
     Raises:
@@ -168,7 +172,7 @@ def quest_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cache: PagedKVCache,
+    cache: StepCache,
     layer: int,
     config: QuestConfig,
     scale: float | None = None,
@@ -220,7 +224,7 @@ def quest_attention(
     return refuse_backward(_NAME, out, q, k, v)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, config: QuestConfig) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, config: QuestConfig) -> None:
     for name in ("page_size", "bounds"):
         if getattr(config, name) != getattr(cache, name):
             raise ValueError(f"config.{name} must be the cache's, {getattr(cache, name)}, got {getattr(config, name)}")
@@ -244,33 +248,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, config: QuestCo
 
 
 def _decode_step(
-    q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, layer: int, config: QuestConfig, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, cache: StepCache, layer: int, config: QuestConfig, scale: float | None
 ) -> Tensor:
     cache.claim_step(layer, k)
-    k_cache, v_cache, k_bounds, k_scales = cache.layer(layer)
-    out, _, pages = decode_step(
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        k_bounds,
-        cache.page_table,
-        cache.start_lens,
-        cache.seq_lens,
-        config.num_pages,
-        config.group_reduce,
-        config.sink_pages,
-        config.recent_pages,
-        scale,
-        k_scales,
-    )
+    out, _, pages = cache.state.decode_step(layer, q, k, v, cache.start_lens, cache.seq_lens, config.selection, scale)
     if cache.counts is not None:
         cache.counts.record(layer, pages, cache.seq_lens, q.shape[1])
     return out
 
 
-def _decode(q: Tensor, cache: PagedKVCache, layer: int, config: QuestConfig | None, scale: float | None) -> Tensor:
+def _decode(q: Tensor, cache: StepCache, layer: int, config: QuestConfig | None, scale: float | None) -> Tensor:
     """Over tokens that the cache already has: dense (no config), ragged rows, and windows."""
     k_cache, v_cache, k_bounds, k_scales = cache.layer(layer)
     page_table, seq_lens, rows, num_new = cache.page_table, cache.seq_lens, q, q.shape[1]
@@ -286,7 +273,7 @@ def _decode(q: Tensor, cache: PagedKVCache, layer: int, config: QuestConfig | No
     return out.view(q.shape)
 
 
-def _prefill_first(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, scale: float | None) -> Tensor:
+def _prefill_first(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, scale: float | None) -> Tensor:
     padding = ~_is_real(q, cache)[:, :, None, None] if cache.ragged else None
     if padding is not None:
         # No token looks at padding behind it, but a weight of 0 times a NaN there would still be NaN.
@@ -295,7 +282,7 @@ def _prefill_first(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, scale: 
     return out if padding is None else out.masked_fill(padding, 0)
 
 
-def _prefill_next(q: Tensor, cache: PagedKVCache, layer: int, scale: float | None) -> Tensor:
+def _prefill_next(q: Tensor, cache: StepCache, layer: int, scale: float | None) -> Tensor:
     """Dense attention of tokens that follow others: over a contiguous copy of the pages."""
     table = cache.page_table[:, : cache.pages_in_use].clamp(min=0)
     k_cache, v_cache, *_ = cache.layer(layer)
@@ -307,11 +294,11 @@ def _prefill_next(q: Tensor, cache: PagedKVCache, layer: int, scale: float | Non
     return out.masked_fill(~_is_real(q, cache)[:, :, None, None], 0) if cache.ragged else out
 
 
-def _is_real(q: Tensor, cache: PagedKVCache) -> Tensor:
+def _is_real(q: Tensor, cache: StepCache) -> Tensor:
     """[B, T]: whether a token is one of its row's, not padding."""
     return torch.arange(q.shape[1], dtype=torch.int32, device=q.device) < cache.new_lens[:, None]
 
 
-def _visible(q: Tensor, cache: PagedKVCache) -> Tensor:
+def _visible(q: Tensor, cache: StepCache) -> Tensor:
     """[B, T] int32: tokens that a token may attend to, itself included. At least 1, so no mask row is empty."""
     return cache.start_lens[:, None] + torch.arange(1, q.shape[1] + 1, dtype=torch.int32, device=q.device)

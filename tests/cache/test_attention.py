@@ -18,6 +18,7 @@ from quest_ops import (
     attention_path,
     dense,
     estimate,
+    kv_state,
     quest_attention,
     select_pages,
     sparse_decode,
@@ -109,8 +110,8 @@ def test_a_step_is_the_four_operators_bit_for_bit(
 def test_a_window_reads_no_bounds(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = Model(device), QuestConfig(24, S, 1, 2, 0)
     model.attend(60, config)
-    for name in ("estimate", "decode_step"):
-        monkeypatch.setattr(attention, name, None)
+    monkeypatch.setattr(attention, "estimate", None)
+    monkeypatch.setattr(kv_state, "decode_step", None)
     model.assert_right(model.attend(1, config), config)
 
 
@@ -119,7 +120,7 @@ def test_a_cache_no_larger_than_the_budget_selects_nothing(device: str, monkeypa
     config = QuestConfig(24, S, dense_layers=0)
     assert attention_path(model.cache, 1, config) == "dense"
     monkeypatch.setattr(attention, "select_pages", None)
-    monkeypatch.setattr(attention, "decode_step", None)
+    monkeypatch.setattr(kv_state, "decode_step", None)
     model.attend(12, config)
     model.assert_right(model.attend(5, config), config)
 
