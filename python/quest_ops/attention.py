@@ -7,7 +7,7 @@ the pages whose keys may score highest.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ from .ops import (
 )
 from .report import LayerPlan, Report
 
-# Of what has no backward, in the error that says so.
+#: How a layer's attention runs.
+Path = Literal["prefill", "dense", "sparse"]
+# The name in the error that refuses backward.
 _NAME = "quest_attention over a cache"
 
 
@@ -90,30 +92,57 @@ class QuestConfig:
         return self.sink_pages + self.recent_pages == self.num_pages
 
 
-def attention_path(
-    cache: StepCache, layer: int, config: QuestConfig, num_new: int = 1
-) -> Literal["prefill", "dense", "sparse"]:
-    """What :func:`quest_attention` runs for ``num_new`` tokens in this layer: the function it asks itself.
+class Decision(NamedTuple):
+    """How a layer's attention runs, and the rule that decides it.
+
+    Attributes:
+        path: "prefill" and "dense" read the whole context, "sparse" at most the budget.
+        rule: "many new tokens" are a prefill. A "feature" that the operators lack, a "dense layer" of the configuration
+            and a cache that "fits the budget" run dense. All else is "over the budget".
+    """
+
+    path: Path
+    rule: Literal["many new tokens", "feature", "dense layer", "fits the budget", "over the budget"]
+
+
+def decide(config: QuestConfig, layer: int, pages: int, num_new: int = 1, lacks_feature: bool = False) -> Decision:
+    """The one place that decides between prefill, dense and sparse.
+
+    Args:
+        config: of the selection.
+        layer: index of the layer.
+        pages: P, logical pages that a sequence may have. Its length is on the device, so it cannot decide.
+        num_new: T.
+        lacks_feature: whether the layer needs a feature that the operators lack, such as a sliding window.
+    """
+    if num_new > MAX_NEW_TOKENS:
+        return Decision("prefill", "many new tokens")
+    if lacks_feature:
+        return Decision("dense", "feature")
+    if layer < config.dense_layers:
+        return Decision("dense", "dense layer")
+    if pages <= config.num_pages:
+        return Decision("dense", "fits the budget")
+    return Decision("sparse", "over the budget")
+
+
+def attention_path(cache: StepCache, layer: int, config: QuestConfig, num_new: int = 1) -> Path:
+    """The path of :func:`quest_attention` for ``num_new`` tokens in this layer.
 
     "prefill" and "dense" read the whole context. "sparse" reads at most ``config.budget`` tokens of it.
     """
-    if num_new > MAX_NEW_TOKENS:
-        return "prefill"
-    if layer < config.dense_layers or cache.pages_per_sequence <= config.num_pages:
-        return "dense"
-    return "sparse"
+    return decide(config, layer, cache.pages_per_sequence, num_new).path
 
 
 def layer_plan(cache: StepCache, layer: int, config: QuestConfig) -> LayerPlan:
     """How :func:`quest_attention` decodes in this layer, and why."""
-    path = attention_path(cache, layer, config)
-    if path == "sparse":
-        reason = f"at most {config.budget} tokens of {cache.max_tokens}"
-    elif layer < config.dense_layers:
-        reason = f"one of the first {config.dense_layers} layers"
-    else:
-        reason = f"the budget of {config.budget} tokens holds the cache's {cache.max_tokens}"
-    return LayerPlan(layer, path, reason)
+    path, rule = decide(config, layer, cache.pages_per_sequence)
+    reasons = {
+        "dense layer": f"one of the first {config.dense_layers} layers",
+        "fits the budget": f"the budget of {config.budget} tokens holds the cache's {cache.max_tokens}",
+        "over the budget": f"at most {config.budget} tokens of {cache.max_tokens}",
+    }
+    return LayerPlan(layer, path, reasons[rule])
 
 
 def attention_report(cache: StepCache, config: QuestConfig) -> Report:

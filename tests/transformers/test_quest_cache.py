@@ -27,7 +27,7 @@ BOUNDS = pytest.mark.parametrize("bounds", ["cache", "int8"])
 
 def bounds_of(cache):
     """Bounds of each paged layer, on the CPU; one row."""
-    return [layer.bounds.cpu() for layer in cache.layers if hasattr(layer, "bounds")]
+    return [layer.state.k_bounds[0].cpu() for layer in cache.layers if hasattr(layer, "state")]
 
 
 @pytest.mark.parametrize("back", [1, 8, 20, 23])
@@ -62,12 +62,13 @@ def test_crop_renews_int8_bounds(device):
     cache.crop(-13)
     step(model, ids[:, :87], short)
     for layer, other in zip(cache.layers, short.layers, strict=True):
-        fresh = torch.zeros_like(layer.bounds), torch.zeros_like(layer.scales)
-        update_bounds(layer.keys, fresh[0], layer.page_table, layer.seq_lens, k_scales=fresh[1])
-        assert torch.equal(layer.bounds[:6], fresh[0][:6])
-        assert torch.equal(layer.scales[:6], fresh[1][:6])
-        assert layer.scales[:6].gt(0).all()
-        torch.testing.assert_close(layer.scales[:6], other.scales[:6], rtol=1e-3, atol=1e-4)
+        (keys, _, bounds, scales), others = layer.state.layer(0), other.state.layer(0).k_scales
+        fresh = torch.zeros_like(bounds), torch.zeros_like(scales)
+        update_bounds(keys, fresh[0], layer.state.page_table, layer.seq_lens, k_scales=fresh[1])
+        assert torch.equal(bounds[:6], fresh[0][:6])
+        assert torch.equal(scales[:6], fresh[1][:6])
+        assert scales[:6].gt(0).all()
+        torch.testing.assert_close(scales[:6], others[:6], rtol=1e-3, atol=1e-4)
 
 
 @BOUNDS
@@ -89,7 +90,10 @@ def test_a_copy_of_the_cache_is_a_cache_of_its_own(bounds, device):
 
 
 def tensors_of(layer):
-    return [tensor for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
+    """Those of a layer and of its KVState, one a storage."""
+    held = [*vars(layer).values(), *(vars(layer.state).values() if hasattr(layer, "state") else ())]
+    tensors = [x for x in held if isinstance(x, torch.Tensor)]
+    return list({x.untyped_storage().data_ptr(): x for x in tensors}.values())
 
 
 @BOUNDS

@@ -10,7 +10,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .._autograd import refuse_backward
 from ..dense import Features, attend, prefill
-from ..ops import MAX_NEW_TOKENS
 from ._say import say_once
 from .layer import QuestCacheLayer
 from .masks import is_quest_mask, real_tokens
@@ -63,7 +62,7 @@ def quest_attention_forward(
     if dropout:
         raise ValueError(f"attention 'quest' is for inference: call model.eval() first, got dropout {dropout}")
     real = real_tokens(attention_mask, query)
-    reads_cache = query.shape[2] <= MAX_NEW_TOKENS or not layer.known_empty
+    reads_cache = layer.decide(query.shape[2]).path != "prefill" or not layer.known_empty
     out = layer.attend(query, key, value, real, features)
     if reads_cache:
         out = refuse_backward("attention 'quest' over a QuestCache", out, query, key, value)

@@ -77,7 +77,7 @@ class QuestCache(Cache):  # type: ignore[misc]
 
     def plan(self) -> list[LayerPlan]:
         """How each layer decodes, sparse or dense, and why: as configured, and once a step has run, as the model is."""
-        return [LayerPlan(i, *layer.decision()) for i, layer in enumerate(self.layers)]
+        return [layer.plan() for layer in self.layers]
 
     def start_report(self) -> None:
         """Count from now on what each layer reads, on the device; before compiling. See :mod:`quest_ops.report`."""

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from ..attention import QuestConfig
+from ..attention import Decision, QuestConfig
 from ..dense import Features
 from ..ops import DTYPES
-from ..report import AttentionCounts
+from ..report import AttentionCounts, LayerPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,8 +77,12 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         """
         raise NotImplementedError
 
-    def decision(self) -> tuple[str, str]:
-        """How decoding steps run, "sparse" or "dense", and why."""
+    def decide(self, num_new: int = 1) -> Decision:
+        """How a step of ``num_new`` tokens runs: :func:`quest_ops.attention.decide`."""
+        raise NotImplementedError
+
+    def plan(self) -> LayerPlan:
+        """How this layer decodes, and why."""
         raise NotImplementedError
 
     def _forget_cropped(self) -> None:

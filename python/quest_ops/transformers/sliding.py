@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attention import Decision, decide
 from ..dense import Features, Past, attend_by_position, prefill
 from ..ops import MAX_NEW_TOKENS
+from ..report import LayerPlan
 from .layer import QuestCacheLayer, Settings
 
 #: Tokens kept besides the window, so that as many can be cropped.
@@ -32,21 +34,25 @@ class SlidingLayer(QuestCacheLayer):
         self.values = torch.zeros_like(self.keys)
         return [self.keys, self.values]
 
-    def decision(self) -> tuple[str, str]:
-        return "dense", f"sliding window of {self.window} tokens"
+    def decide(self, num_new: int = 1) -> Decision:
+        return decide(self.settings.config, self.index, 0, num_new, lacks_feature=True)
+
+    def plan(self) -> LayerPlan:
+        return LayerPlan(self.index, self.decide().path, f"sliding window of {self.window} tokens")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
         features, counts = features._replace(window=self.window), self.settings.counts
+        is_prefill = self.decide(q.shape[2]).path == "prefill"
         if counts is not None:
-            count = counts.record_prefill if q.shape[2] > MAX_NEW_TOKENS else counts.record_step
+            count = counts.record_prefill if is_prefill else counts.record_step
             count(self.index)
-        if q.shape[2] > MAX_NEW_TOKENS:
+        if is_prefill:
             past = None if self.known_empty else self._past()
             out = prefill(q, k, v, real, features, past)
             self._append(k, v, real)
             return out
         self._append(k, v, real)
-        return self._decode(q, features)
+        return attend_by_position(q, self._past(), self.last_positions(q.shape[2]), features)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row b be what row ``beam_idx[b]`` was, in place."""
@@ -89,6 +95,3 @@ class SlidingLayer(QuestCacheLayer):
         for store, new in ((self.keys, k), (self.values, v)):
             store.transpose(1, 2).index_put_((row, slot), new[:, :, tokens - kept :].transpose(1, 2).detach())
         self.advance(tokens, real)
-
-    def _decode(self, q: Tensor, features: Features) -> Tensor:
-        return attend_by_position(q, self._past(), self.last_positions(q.shape[2]), features)
