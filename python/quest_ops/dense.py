@@ -6,6 +6,7 @@ block of queries at a time, so none has the size of the prompt squared.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -55,14 +56,15 @@ class Past(NamedTuple):
     length: Tensor
 
 
-def past_of_pages(k_pages: Tensor, v_pages: Tensor, seq_lens: Tensor) -> Past:
+def past_of_pages(keys_and_values: Iterable[Tensor], seq_lens: Tensor) -> Past:
     """A contiguous copy of each sequence's pages.
 
     Args:
-        k_pages, v_pages: [B, P, Hkv, S, D], the first P logical pages of each sequence.
+        keys_and_values: two tensors [B, P, Hkv, S, D], the first P logical pages of each sequence. An iterator may
+            gather one after the other, so that both need not lie in memory twice.
         seq_lens: [B].
     """
-    k, v = (pages.transpose(1, 2).flatten(2, 3) for pages in (k_pages, v_pages))
+    k, v = (pages.transpose(1, 2).flatten(2, 3) for pages in keys_and_values)
     place = torch.arange(k.shape[2], device=k.device)
     return Past(k, v, torch.where(place < seq_lens[:, None], place, -1), seq_lens)
 

@@ -1,9 +1,9 @@
 """The operators, typed and documented, and their limits. Each is a thin call of ``torch.ops.quest.<name>``.
 
-Sizes: B sequences, T new tokens a sequence (at most :data:`MAX_NEW_TOKENS`), Hq query heads, Hkv KV heads, D head_dim
-(one of :data:`HEAD_DIMS`), S page_size (one of :data:`PAGE_SIZES`), N physical pages, P logical pages that a sequence
-may have, K selected pages, Hs selection heads. Hs is Hkv where a group shares a page list, and Hq where each head has
-its own. P * S must fit in 31 bits.
+Sizes: B sequences, T new tokens a sequence, Hq query heads, Hkv KV heads, D head_dim, S page_size, N physical pages,
+P logical pages that a sequence may have, K selected pages, Hs selection heads. Hs is Hkv where a group shares a page
+list, and Hq where each head has its own. The limits are :data:`HEAD_DIMS` for D, :data:`PAGE_SIZES` for S, and
+:data:`MAX_NEW_TOKENS` for T but in append_kv. P * S must fit in 31 bits.
 
 All operators run on CPU and CUDA in the dtypes :data:`DTYPES`. They read lengths and page numbers on the device only.
 Caches take any strides with ``stride(-1) == 1``: a cache laid out [N, S, Hkv, D] goes in as ``cache.transpose(1, 2)``.
@@ -149,9 +149,10 @@ def topk_pages(
         page_size: S.
         k: K, pages to select, forced ones included. A sequence of at most k pages gets them all.
         num_kv_heads: Hkv.
-        group_reduce: how the heads of a group agree on one list. "max" and "sum" reduce their scores. "soft" sums
-            the softmax over the pages of each head's scores times ``scale``. "none" selects for each query head
-            separately, as in the paper.
+        group_reduce: how the heads of a group agree on one list.
+            "max" and "sum" reduce their scores.
+            "soft" takes each head's softmax over the pages, of its scores times ``scale``, and sums them.
+            "none" selects for each query head separately, as in the paper.
         sink_pages: first pages that are always selected.
         recent_pages: last pages that are always selected; 1 keeps the page being written.
         scale: the attention's softmax scale, used by "soft" only.
@@ -187,8 +188,8 @@ def sparse_decode(
         k_cache, v_cache: [N, Hkv, S, D].
         page_table: [B, P] int32.
         seq_lens: [B] int32, tokens in the cache, those of q included.
-        pages: int32 [B, Hs, K] or [B, T, Hs, K], Hs = Hkv or Hq: logical pages without repetition, -1 where there is
-            none, from :func:`topk_pages` or any other source. None is dense paged attention by the same kernel.
+        pages: int32 [B, Hs, K] or [B, T, Hs, K], Hs = Hkv or Hq. Logical pages without repetition, padded with -1.
+            They may come from :func:`topk_pages` or elsewhere. None is dense paged attention by the same kernel.
         scale: of the scores before the softmax, 1 / sqrt(D) by default.
 
     Returns:

@@ -108,8 +108,8 @@ class PagedLayer(QuestCacheLayer):
     def _past(self) -> Past:
         """The cached tokens: in compiled code the whole capacity, since the host knows no length there."""
         pages = self.pages_per_row if torch.compiler.is_compiling() else self._used_pages(self.columns)
-        k_pages, v_pages = (x.unflatten(0, (self.batch_size, -1))[:, :pages] for x in self.state.layer(0)[:2])
-        return past_of_pages(k_pages, v_pages, self.seq_lens)
+        rows = (pool.unflatten(0, (self.batch_size, -1))[:, :pages] for pool in self.state.layer(0)[:2])
+        return past_of_pages(rows, self.seq_lens)
 
     def _append(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
         tokens = k.shape[2]

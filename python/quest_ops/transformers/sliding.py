@@ -1,4 +1,4 @@
-"""A layer of sliding-window attention: it keeps the window, and is read densely."""
+"""A layer of sliding-window attention: it stores the window only and reads it densely."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..ops import MAX_NEW_TOKENS
 from ..report import LayerPlan
 from .layer import QuestCacheLayer, Settings
 
-#: Tokens kept besides the window, so that as many can be cropped.
+#: Tokens stored besides the window, which bounds the tokens that can be cropped.
 SLACK = 128
 
 
 class SlidingLayer(QuestCacheLayer):
-    """Keys and values [B, Hkv, C + 1, D]: a ring of the last C tokens of each row, and a place for padding.
+    """Keys and values [B, Hkv, C + 1, D]: a ring of the last C tokens of each row, and a slot for padding.
 
-    Token p of a row lies at p modulo C. With C larger than the window, what a few new tokens overwrite is out of sight,
-    and so is what they leave behind when they are cropped.
+    Token p of a row lies at p modulo C. C is larger than the window. So the tokens that a few new ones overwrite are
+    outside the window, even after the new ones are cropped.
     """
 
     is_sliding = True
@@ -55,7 +55,7 @@ class SlidingLayer(QuestCacheLayer):
         return attend_by_position(q, self._past(), self.last_positions(q.shape[2]), features)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row b be what row ``beam_idx[b]`` was, in place."""
+        """Let row b be row ``beam_idx[b]`` of before, in place."""
         if not self.is_initialized:
             return
         rows = beam_idx.to(self.device)
@@ -64,7 +64,7 @@ class SlidingLayer(QuestCacheLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         columns = self.columns if self.is_initialized else 0
-        # The ring has lost what the removed tokens, and the next few, take the place of.
+        # The removed tokens, and the next few, have overwritten older ones in the ring.
         most = self.ring - self.window - MAX_NEW_TOKENS
         if columns > self.ring and -tokens_to_remove > most:
             raise ValueError(
@@ -73,7 +73,7 @@ class SlidingLayer(QuestCacheLayer):
         super().crop(tokens_to_remove)
 
     def _position(self) -> Tensor:
-        """[B, C]: which token of its row lies where, -1 where none does."""
+        """[B, C]: the position of the token in each slot of the ring, -1 where there is none."""
         last = self.seq_lens[:, None].long() - 1
         place = torch.arange(self.ring, device=self.seq_lens.device)
         return (last - torch.remainder(last - place, self.ring)).clamp(min=-1)
