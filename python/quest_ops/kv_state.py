@@ -190,7 +190,7 @@ class StepCache:
         new_lens: [B] int32, the current step's tokens.
         ragged: whether the current step was given a length for each sequence.
         starts_empty: whether the host knows that every sequence was empty before the current step.
-        counts: counters of what attention reads, from ``start_report`` on; else None.
+        counts: counters of the attention calls, from ``start_report`` on; else None.
     """
 
     counts: AttentionCounts | None = None
@@ -274,7 +274,7 @@ class StepCache:
         self._check_layer(layer)
 
     def start_report(self) -> None:
-        """Count from now on what attention reads in each layer. Call it before compiling or capturing.
+        """Count from now on the pages that each layer reads. Call it before compiling or capturing.
 
         See :mod:`quest_ops.report`.
         """

@@ -32,7 +32,7 @@ from torch import Tensor
 def test_a_budget_that_holds_everything_is_dense_attention(device: str, heads: int, dtype: torch.dtype) -> None:
     model = Model(device, heads, dtype=dtype)
     config = QuestConfig(budget=1024, page_size=S, dense_layers=0)
-    for T in (13, 1, 2, 1, 8, 7, 17, 1):  # prefill, decode over page boundaries, prefill behind it
+    for T in (13, 1, 2, 1, 8, 7, 17, 1):  # prefill, decode over page boundaries, later prefill
         model.assert_right(model.attend(T, config), config)
         model.check()
 
@@ -60,7 +60,7 @@ def test_scale_reaches_attention_and_soft_selection(device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @BOUNDS
 def test_ragged_steps(device: str, dtype: torch.dtype, bounds: str) -> None:
-    """Padding is NaN in k and v, and 0 in the output; rows of all lengths, also none, select for themselves."""
+    """Padding is NaN in k and v, and gives 0. Rows of any length, 0 included, select their own pages."""
     model = Model(device, batch=3, dtype=dtype, bounds=bounds)
     config = QuestConfig(16, S, dense_layers=1, bounds=bounds)
     steps = ((40, [40, 0, 23]), (9, [0, 9, 4]), (1, [1, 0, 1]), (6, [6, 5, 0]), (8, [3, 8, 1]), (1, [1, 1, 1]))
@@ -88,7 +88,7 @@ def test_a_sequence_within_the_budget_equals_dense_bit_for_bit(device: str, boun
 def test_a_step_is_the_four_operators_bit_for_bit(
     device: str, group_reduce: str, dtype: torch.dtype, bounds: str
 ) -> None:
-    """The output and what is left in the cache."""
+    """The output and the cache after the step."""
     model, other = (Model(device, heads=8, batch=3, dtype=dtype, bounds=bounds) for _ in range(2))
     config = QuestConfig(24, S, 1, 1, 0, group_reduce, bounds)  # type: ignore[arg-type]
     for m in (model, other):

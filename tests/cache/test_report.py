@@ -1,4 +1,4 @@
-"""What ran sparse and what ran dense, against counts by hand."""
+"""The report of sparse and dense layers, against counts by hand."""
 
 import re
 
@@ -26,7 +26,7 @@ def new_cache(device: str, max_tokens: int = 200, bounds: BoundsKind = "int8") -
 @pytest.mark.parametrize("group_reduce", ["max", "none"])
 @pytest.mark.parametrize(("kind", "bounds"), [("cache", 2 * D * 4), ("int8", 2 * D + 4)])
 def test_counts(device: str, group_reduce: str, kind: BoundsKind, bounds: int) -> None:
-    """bounds: bytes of a page and head."""
+    """bounds: their bytes a page and head."""
     cache = new_cache(device, bounds=kind)
     config = QuestConfig(48, S, dense_layers=1, group_reduce=group_reduce, bounds=kind)
     run(cache, config, 100, [100, 20])

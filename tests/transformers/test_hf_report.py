@@ -1,4 +1,4 @@
-"""What a model's layers read while it generates, against counts by hand."""
+"""The report of a model's layers after generation, against counts by hand."""
 
 from dataclasses import replace
 
