@@ -3,9 +3,9 @@
     python examples/decoder.py
     python examples/decoder.py --device cuda --dtype bfloat16 --graph --prompt 32768 --tokens 256 --budget 2048
 
-Llama's architecture (RMSNorm, rotary embeddings, grouped-query attention, SwiGLU) with random weights. What is there
-for Quest: ``PagedKVCache`` holds the keys, ``quest_attention`` reads the pages that matter, ``cache.advance`` begins a
-step. :func:`generate` needs nothing of this model but ``model(tokens, cache)`` and a step: lift it into your own code.
+The architecture is Llama's (RMSNorm, rotary embeddings, grouped-query attention, SwiGLU), with random weights. Quest
+needs three things: a ``PagedKVCache`` for the keys and values, ``quest_attention`` in each layer, and ``cache.advance``
+at the start of a step. :func:`generate` uses only ``model(tokens, cache)`` and a step, so it works for other models.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class DecoderConfig:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the cache: Quest's where the configuration lets it."""
+    """Grouped-query attention over the cache, sparse where the configuration allows it."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each normalised before and added to the residual stream."""
+    """Attention and feed-forward, each after a norm and added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The model. It knows neither how its step is run nor how long the sequences are: the cache does."""
+    """The model. The cache keeps the lengths, so the same step runs eager, compiled and captured."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -108,12 +108,12 @@ class Decoder(nn.Module):
         return self.output(self.norm(x[:, -1]))
 
     def step(self, tokens: Tensor, cache: PagedKVCache) -> Tensor:
-        """One greedy decode step, [B] -> [B]: all that is compiled, captured or exported."""
+        """One greedy decode step, [B] -> [B]: the code that is compiled, captured or exported."""
         cache.advance(1)
         return self(tokens[:, None], cache).argmax(-1)
 
     def new_cache(self, batch_size: int, max_tokens: int) -> PagedKVCache:
-        """An empty cache for this model, of its dtype and on its device."""
+        """An empty cache of this model's dtype, on its device."""
         config, weight = self.config, self.output.weight
         return PagedKVCache(
             config.layers,
@@ -129,22 +129,22 @@ class Decoder(nn.Module):
 
 
 def rotations(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [B, T, 1, D / 2] of each position's angles, in float32: they grow with the context."""
+    """Cosine and sine [B, T, 1, D / 2] of each position's angles, in float32, since angles grow with the context."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     angle = (positions[..., None] * frequency)[:, :, None]
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, T, H, D], whose halves are the two parts of each pair."""
+    """Rotary embedding of x [B, T, H, D]; a pair has one number in each half of D."""
     first, second = x.float().chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
 @torch.no_grad()
 def prefill(model: nn.Module, prompt: Tensor, cache: PagedKVCache, chunk: int = 1024) -> Tensor:
-    """The first greedy token [B] after ``prompt`` [B, T], which is read densely in chunks of about ``chunk`` tokens."""
-    # Chunks of one size: a last one of a few tokens would be taken for a decode step and read only a budget.
+    """The first greedy token [B] after ``prompt`` [B, T], read densely in chunks of about ``chunk`` tokens."""
+    # The chunks have equal sizes: a last one of at most 8 tokens would be a decode step and read only the budget.
     for part in prompt.tensor_split(-(-prompt.shape[1] // chunk), dim=1):
         cache.advance(part.shape[1])
         logits = model(part, cache)
@@ -155,13 +155,13 @@ def prefill(model: nn.Module, prompt: Tensor, cache: PagedKVCache, chunk: int = 
 def decode(step: Step, token: Tensor, cache: PagedKVCache, new_tokens: int) -> Tensor:
     """The ``new_tokens`` tokens [B, new_tokens] that follow ``token`` [B].
 
-    ``step`` may be compiled or captured: such code does not see the host, so the pages of all steps are reserved before
-    them, and the lengths read back after them.
+    ``step`` may be compiled or captured. Such code cannot reserve pages on the host, so the pages of all steps are
+    reserved before them, and the lengths are read back after them.
     """
     tokens = []
     cache.reserve(new_tokens)
     for _ in range(new_tokens):
-        token = step(token, cache).clone()  # a replayed graph writes over its last output
+        token = step(token, cache).clone()  # a replayed graph overwrites its last output
         tokens.append(token)
     cache.sync_lengths()
     return torch.stack(tokens, 1)
@@ -175,15 +175,15 @@ def generate(model: nn.Module, prompt: Tensor, cache: PagedKVCache, new_tokens: 
 
 @torch.no_grad()
 def capture(step: Step, cache: PagedKVCache) -> Step:
-    """``step`` as a CUDA graph over this cache; run it once before, so that everything it needs is loaded.
+    """``step`` as a CUDA graph over this cache. Run the step once before, so that all kernels are loaded.
 
-    Nothing runs in a capture, so the cache may be in any state, and stays in it.
+    Nothing runs during a capture, so the cache may be in any state and keeps it.
     """
     static_input = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         static_output = step(static_input, cache)
-    cache.sync_lengths()  # the captured advance has marked them as unknown
+    cache.sync_lengths()  # the captured advance has marked the lengths as unknown
 
     def replay(tokens: Tensor, _: PagedKVCache) -> Tensor:
         static_input.copy_(tokens)
@@ -194,7 +194,7 @@ def capture(step: Step, cache: PagedKVCache) -> Step:
 
 
 def timed(name: str, model: Decoder, prompt: Tensor, cache: PagedKVCache, new_tokens: int, step: Step) -> Tensor:
-    """:func:`generate` twice, since the first run may compile; prints how fast the second one decoded."""
+    """Runs :func:`generate` twice, since the first run may compile, and prints the second one's decoding speed."""
     for _ in range(2):
         cache.reset()
         first = prefill(model, prompt, cache)
@@ -206,7 +206,7 @@ def timed(name: str, model: Decoder, prompt: Tensor, cache: PagedKVCache, new_to
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

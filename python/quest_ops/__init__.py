@@ -5,7 +5,7 @@ from .attention import QuestConfig, attention_path, attention_report, quest_atte
 from .cache import PagedKVCache
 from .cache_view import CacheView
 from .ops import append_kv, decode_step, estimate, sparse_decode, topk_pages, update_bounds
-from .pages import CacheFullError
+from .page_allocator import CacheFullError
 from .views import PageView, empty_bounds, empty_scales, page_view_bhld, page_view_blhd
 
 __version__: str = build_info["version"]

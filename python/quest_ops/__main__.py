@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cache import PAGE_SIZES
 from .evaluation.command_line import add_commands
+from .ops import PAGE_SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

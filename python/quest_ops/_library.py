@@ -1,7 +1,7 @@
-"""Finds and loads the compiled libraries, and gives their operators what PyTorch asks of them in Python.
+"""Finds, checks and loads the compiled libraries.
 
-Two plain libraries, both built on LibTorch's stable ABI: ``_C`` with the schemas and the CPU kernels, ``_C_cuda`` with
-the CUDA kernels, loaded only where torch itself is built for CUDA.
+Both are plain libraries on LibTorch's stable ABI. ``_C`` has the schemas and the CPU kernels. ``_C_cuda`` has the CUDA
+kernels and is loaded only where torch itself is built for CUDA.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch.autograd import forward_ad
 
 MINIMUM_TORCH = (2, 10)
 OPERATORS = ("append_kv", "update_bounds", "estimate", "topk_pages", "sparse_decode", "decode_step")
@@ -31,13 +30,17 @@ def _check_torch_version() -> None:
 
 
 def _find(stem: str) -> Path | None:
-    # importlib.resources also follows editable installs, where the libraries are not beside this file.
+    # importlib.resources follows editable installs too; there the libraries do not lie beside this file.
     entry = importlib.resources.files(__package__) / f"{stem}.so"
     return Path(str(entry)) if entry.is_file() else None
 
 
 def _check_namespace(path: Path) -> str:
-    """The namespace that the library at `path` registers, if it is free."""
+    """The namespace that the library at ``path`` registers.
+
+    Raises:
+        ImportError: the file is not this library, or the namespace is taken.
+    """
     found = re.search(rb"quest_ops_namespace=(\w+)", path.read_bytes())
     if found is None:
         raise _not_ours(path)
@@ -57,10 +60,8 @@ def _not_ours(path: Path) -> ImportError:
 
 
 def _load(path: Path, symbol: str) -> dict[str, Any]:
-    """Loads a library and returns what it says of its build.
-
-    What can be told from the file is: torch ends the process as a library loads that registers an operator twice.
-    """
+    """Loads a library and returns its build information."""
+    # Read from the file first: torch ends the process when a loading library registers an operator twice.
     if symbol.encode() not in path.read_bytes():
         raise _not_ours(path)
     try:
@@ -87,7 +88,7 @@ if _cpu_path is None:
 
 #: The operator namespace, ``quest`` unless the build set its own QUEST_NAMESPACE.
 NAMESPACE: str = _check_namespace(_cpu_path)
-#: What the CPU library says of its build: namespace, version, torch target, compiler, instruction set in use.
+#: The CPU library's build: namespace, version, torch target, compiler, instruction set in use.
 build_info: dict[str, Any] = _load(_cpu_path, "quest_ops_build_info")
 ops = getattr(torch.ops, NAMESPACE)
 
@@ -95,9 +96,9 @@ for _name in OPERATORS:
     if not hasattr(ops, _name):
         raise ImportError(f"quest_ops found a library _C older than its Python files, without {_name}: {_REBUILD}.")
 
-#: Why the CUDA kernels are not there, or None where they are.
+#: Why the CUDA kernels are missing; None where they are loaded.
 cuda_missing: str | None = None
-#: What the CUDA library says of its build, or None.
+#: The CUDA library's build; None where it is not loaded.
 cuda_build_info: dict[str, Any] | None = None
 
 _cuda_path = _find("_C_cuda")
@@ -119,7 +120,7 @@ else:
 
 
 def _refuse_cuda(name: str) -> Any:
-    def kernel(*args: Any) -> NoReturn:
+    def kernel(*_: Any) -> NoReturn:
         raise RuntimeError(f"{NAMESPACE}::{name} cannot run on CUDA tensors: {cuda_missing}.")
 
     return kernel
@@ -129,120 +130,3 @@ if cuda_missing and torch.version.cuda:
     _refusals = torch.library.Library(NAMESPACE, "IMPL")
     for _name in OPERATORS:
         _refusals.impl(_name, _refuse_cuda(_name), "CUDA")
-
-
-def _fake(name: str) -> Any:
-    return torch.library.register_fake(f"{NAMESPACE}::{name}")
-
-
-@_fake("append_kv")
-def _append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens=None, k_scales=None):  # type: ignore[no-untyped-def]
-    return None
-
-
-@_fake("update_bounds")
-def _update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token=None, k_scales=None):  # type: ignore[no-untyped-def]
-    return None
-
-
-@_fake("estimate")
-def _estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales=None):  # type: ignore[no-untyped-def]
-    return q.new_empty((*q.shape[:-1], page_table.shape[1]), dtype=torch.float32)
-
-
-@_fake("topk_pages")
-def _topk_pages(  # type: ignore[no-untyped-def]
-    scores,
-    seq_lens,
-    page_size,
-    k,
-    num_kv_heads,
-    group_reduce=1,
-    sink_pages=0,
-    recent_pages=1,
-    scale=1.0,
-):
-    heads = scores.shape[-2] if group_reduce == 0 else num_kv_heads
-    return scores.new_empty((*scores.shape[:-2], heads, k), dtype=torch.int32)
-
-
-@_fake("sparse_decode")
-def _sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages=None, scale=None):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-@_fake("decode_step")
-def _decode_step(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    v,
-    k_cache,
-    v_cache,
-    k_bounds,
-    page_table,
-    start_lens,
-    seq_lens,
-    num_pages,
-    group_reduce=1,
-    sink_pages=0,
-    recent_pages=1,
-    scale=None,
-    k_scales=None,
-):
-    heads = q.shape[-2] if group_reduce == 0 else k_cache.shape[1]
-    pages = q.new_empty((*q.shape[:-2], heads, num_pages), dtype=torch.int32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32), pages
-
-
-class _WithoutBackward(torch.autograd.Function):
-    """The first ``count`` tensors, as results of the others whose backward raises."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.name = name
-        return tuple(x.view_as(x) for x in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> NoReturn:
-        raise _no_gradient(ctx.name, "backward")
-
-
-def _no_gradient(name: str, kind: str) -> RuntimeError:
-    return RuntimeError(
-        f"{name} has no {kind}: quest_ops is for decoding. Call it under torch.no_grad() or torch.inference_mode(), or "
-        f"train with dense attention."
-    )
-
-
-def refuse_backward(name: str, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-    """``out``, with a backward that raises where ``inputs`` want a gradient that ``out`` would not give them."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        (out,) = _WithoutBackward.apply(name, 1, out, *inputs)  # type: ignore[no-untyped-call]
-    return out
-
-
-def _autograd_kernel(name: str) -> Any:
-    """Runs the operator below autograd. ``torch.library.register_autograd`` would drop forward-mode tangents unsaid."""
-    op, qualified = getattr(ops, name).default, f"{NAMESPACE}::{name}"
-
-    def kernel(keyset: Any, *args: Any) -> Any:
-        tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            raise _no_gradient(qualified, "forward-mode derivative")
-        differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        if differentiated and torch._C._are_functorch_transforms_active():
-            raise _no_gradient(qualified, "backward")  # torch.func would make an internal error of a later one
-        with torch._C._AutoDispatchBelowAutograd():
-            result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-        if not differentiated:
-            return result
-        results = result if isinstance(result, tuple) else (result,)
-        refused = _WithoutBackward.apply(qualified, len(results), *results, *tensors)  # type: ignore[no-untyped-call]
-        return refused if isinstance(result, tuple) else refused[0]
-
-    return kernel
-
-
-_autograd = torch.library.Library(NAMESPACE, "IMPL")
-for _name in ("estimate", "sparse_decode", "decode_step"):
-    _autograd.impl(_name, _autograd_kernel(_name), "Autograd", with_keyset=True)

@@ -1,30 +1,36 @@
-"""Quest attention over a PagedKVCache: append, then estimate, topk_pages, sparse_decode, or dense where that is right.
+"""Quest attention over a paged cache, and the decision between prefill, dense and sparse.
 
-The algorithm is Quest's (Tang et al., ICML 2024): the first layers and the prefill are dense, and a decoded token reads
-the pages whose keys may score highest.
+The algorithm is Quest's (Tang et al., ICML 2024). The prefill and the first layers are dense. Elsewhere a decoded token
+reads only the pages whose keys may score highest.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ._library import refuse_backward
-from .cache import PAGE_SIZES, PagedKVCache
-from .dense import dense_attention
-from .ops import GroupReduce, decode_step, estimate, sparse_decode, topk_pages
-from .page_bounds import BoundsKind
+from ._autograd import refuse_backward
+from .bounds import BoundsKind
+from .dense import Features, attend, attend_by_position, past_of_pages
+from .kv_state import StepCache
+from .ops import (
+    MAX_NEW_TOKENS,
+    PAGE_SIZES,
+    GroupReduce,
+    check_choice,
+    estimate,
+    sparse_decode,
+    topk_pages,
+)
 from .report import LayerPlan, Report
 
-#: The most new tokens a sequence that the decode kernels take; more is a prefill.
-MAX_DECODE_TOKENS = 8
-# Of what has no backward, in the error that says so.
+#: How a layer's attention runs.
+Path = Literal["prefill", "dense", "sparse"]
+# The name in the error that refuses backward.
 _NAME = "quest_attention over a cache"
-# Queries attended to at a time where a mask is needed, which bounds its size.
-_MASKED_QUERIES = 1024
 
 
 @dataclass(frozen=True)
@@ -32,15 +38,16 @@ class QuestConfig:
     """How Quest selects pages.
 
     Args:
-        budget: tokens a head reads, at least a page; rounded down to whole pages.
-        page_size: S, that of the cache.
+        budget: tokens that a head reads, at least a page; rounded down to whole pages.
+        page_size: S, the cache's.
         sink_pages: first pages that are always read, counted in the budget.
         recent_pages: last pages that are always read, counted in the budget; 1 keeps the page being written.
         dense_layers: first layers that read everything, as in the paper.
-        group_reduce: how the query heads of a KV head agree on pages: "max", "sum", "soft" or "none", see
+        group_reduce: how the query heads of a KV head agree on pages: "max", "sum", "soft" or "none". See
             :func:`quest_ops.topk_pages`.
-        bounds: how a page's bounds are kept, as in the cache: "int8" in bytes with a scale for each page and head,
-            half of 16-bit bounds to hold and to read, and a little looser; or "cache" in the cache's dtype.
+        bounds: how the cache stores a page's bounds.
+            "int8" is bytes with a scale a page and head: half the size of 16-bit bounds, and a little looser.
+            "cache" is the cache's dtype.
 
     Raises:
         ValueError: an argument out of its range.
@@ -55,8 +62,7 @@ class QuestConfig:
     bounds: BoundsKind = "int8"
 
     def __post_init__(self) -> None:
-        if self.page_size not in PAGE_SIZES:
-            raise ValueError(f"page_size must be one of {', '.join(map(str, PAGE_SIZES))}, got {self.page_size}")
+        check_choice("page_size", self.page_size, PAGE_SIZES)
         if self.budget < self.page_size:
             raise ValueError(f"budget must be at least a page, {self.page_size} tokens, got {self.budget}")
         for name in ("sink_pages", "recent_pages", "dense_layers"):
@@ -77,39 +83,71 @@ class QuestConfig:
         return self.budget // self.page_size
 
     @property
+    def selection(self) -> tuple[int, GroupReduce, int, int]:
+        """num_pages, group_reduce, sink_pages and recent_pages: the selection of :func:`quest_ops.decode_step`."""
+        return self.num_pages, self.group_reduce, self.sink_pages, self.recent_pages
+
+    @property
     def is_window(self) -> bool:
-        """Whether every page of the budget is forced, as in a recent window: no score changes the list."""
+        """Whether every page of the budget is forced, as in a recent window, so that no score changes the list."""
         return self.sink_pages + self.recent_pages == self.num_pages
 
 
-def attention_path(
-    cache: PagedKVCache, layer: int, config: QuestConfig, num_new: int = 1
-) -> Literal["prefill", "dense", "sparse"]:
-    """What :func:`quest_attention` runs for ``num_new`` tokens in this layer: the function it asks itself.
+class Decision(NamedTuple):
+    """How a layer's attention runs, and the rule that decides it.
+
+    Attributes:
+        path: "prefill" and "dense" read the whole context, "sparse" at most the budget.
+        rule: "many new tokens" are a prefill. A "feature" that the operators lack, a "dense layer" of the configuration
+            and a cache that "fits the budget" run dense. All else is "over the budget".
+    """
+
+    path: Path
+    rule: Literal["many new tokens", "feature", "dense layer", "fits the budget", "over the budget"]
+
+
+def decide(config: QuestConfig, layer: int, pages: int, num_new: int = 1, lacks_feature: bool = False) -> Decision:
+    """The one place that decides between prefill, dense and sparse.
+
+    Args:
+        config: of the selection.
+        layer: index of the layer.
+        pages: P, logical pages that a sequence may have. Its length is on the device, so it cannot decide.
+        num_new: T.
+        lacks_feature: whether the layer needs a feature that the operators lack, such as a sliding window.
+    """
+    if num_new > MAX_NEW_TOKENS:
+        return Decision("prefill", "many new tokens")
+    if lacks_feature:
+        return Decision("dense", "feature")
+    if layer < config.dense_layers:
+        return Decision("dense", "dense layer")
+    if pages <= config.num_pages:
+        return Decision("dense", "fits the budget")
+    return Decision("sparse", "over the budget")
+
+
+def attention_path(cache: StepCache, layer: int, config: QuestConfig, num_new: int = 1) -> Path:
+    """The path of :func:`quest_attention` for ``num_new`` tokens in this layer.
 
     "prefill" and "dense" read the whole context. "sparse" reads at most ``config.budget`` tokens of it.
     """
-    if num_new > MAX_DECODE_TOKENS:
-        return "prefill"
-    if layer < config.dense_layers or cache.pages_per_sequence <= config.num_pages:
-        return "dense"
-    return "sparse"
+    return decide(config, layer, cache.pages_per_sequence, num_new).path
 
 
-def layer_plan(cache: PagedKVCache, layer: int, config: QuestConfig) -> LayerPlan:
+def layer_plan(cache: StepCache, layer: int, config: QuestConfig) -> LayerPlan:
     """How :func:`quest_attention` decodes in this layer, and why."""
-    path = attention_path(cache, layer, config)
-    if path == "sparse":
-        reason = f"at most {config.budget} tokens of {cache.max_tokens}"
-    elif layer < config.dense_layers:
-        reason = f"one of the first {config.dense_layers} layers"
-    else:
-        reason = f"the budget of {config.budget} tokens holds the cache's {cache.max_tokens}"
-    return LayerPlan(layer, path, reason)
+    path, rule = decide(config, layer, cache.pages_per_sequence)
+    reasons = {
+        "dense layer": f"one of the first {config.dense_layers} layers",
+        "fits the budget": f"the budget of {config.budget} tokens holds the cache's {cache.max_tokens}",
+        "over the budget": f"at most {config.budget} tokens of {cache.max_tokens}",
+    }
+    return LayerPlan(layer, path, reasons[rule])
 
 
-def attention_report(cache: PagedKVCache, config: QuestConfig) -> Report:
-    """What each layer read since ``cache.start_report()``. Waits for the device; prints as a table.
+def attention_report(cache: StepCache, config: QuestConfig) -> Report:
+    """The pages and bytes that each layer read since ``cache.start_report()``. Synchronises; prints as a table.
 
     Raises:
         RuntimeError: the cache does not count.
@@ -128,7 +166,7 @@ def select_pages(
     scale: float | None = None,
     k_scales: Tensor | None = None,
 ) -> Tensor:
-    """The pages Quest reads: estimate, then topk_pages.
+    """The pages that Quest reads: :func:`quest_ops.estimate`, then :func:`quest_ops.topk_pages`.
 
     Args:
         q: [B, Hq, D], or [B, T, Hq, D] for the last T (1 to 8) tokens of each sequence.
@@ -136,14 +174,17 @@ def select_pages(
         page_table: [B, P] int32.
         seq_lens: [B] int32, tokens in the cache, those of q included.
         scale: the attention's softmax scale, 1 / sqrt(D) by default; only group_reduce "soft" depends on it.
-        k_scales: [N, Hkv] float32, where k_bounds is int8.
+        k_scales: [N, Hkv] float32, for int8 k_bounds.
 
     Returns:
         int32 [B, Hs, K] or [B, T, Hs, K] with K = config.num_pages: logical pages, ascending, -1 at the end where there
         are fewer. Hs is Hq for group_reduce "none", else Hkv.
+
+    Raises:
+        RuntimeError: as the operators.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if config.is_window:  # so no bounds are read
+    if config.is_window:  # bounds need not be read
         scores = q.new_zeros((*q.shape[:-1], page_table.shape[1]), dtype=torch.float32)
     else:
         scores = estimate(q, k_bounds, page_table, seq_lens, config.page_size, k_scales)
@@ -164,37 +205,40 @@ def quest_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cache: PagedKVCache,
+    cache: StepCache,
     layer: int,
     config: QuestConfig,
     scale: float | None = None,
 ) -> Tensor:
-    """Causal attention of the step's tokens over a layer of the cache, which gets their keys and values first.
+    """Appends the step's keys and values to a layer of the cache, then attends causally over the layer.
 
-    Call ``cache.advance(T)`` once a step, before the layers. Reads no length on the host; works under torch.compile
-    (fullgraph) and in CUDA graphs.
+    Call ``cache.advance(T)`` once a step, before the layers. No length is read on the host, so this works under
+    torch.compile (fullgraph) and in CUDA graphs.
 
-    1 to 8 tokens are decoded by Quest, each with pages of its own; densely in the first ``config.dense_layers`` layers
-    and where the cache's capacity fits the budget. A sequence that is no longer than the budget reads all its pages,
-    with the dense result bit for bit. More tokens are a prefill and dense: if all sequences start empty, by PyTorch's
-    causal attention on q, k, v as they are; otherwise over a contiguous copy of the layer's keys and values, as long as
-    the longest sequence by the host's account (as the cache's capacity in compiled and captured code), with a mask of
-    B * min(T, 1024) entries for each of those tokens; on CUDA that copy has a head for each query head.
+    A step of 1 to 8 tokens is a decode step. Quest selects pages for each token. The first ``config.dense_layers``
+    layers are dense, and so is a cache whose capacity fits the budget. A sequence no longer than the budget reads all
+    its pages, with the dense result bit for bit.
+
+    More tokens are a prefill and dense. Where all sequences start empty, PyTorch's causal attention runs on q, k and v
+    as they are. Otherwise it runs over a contiguous copy of the layer's keys and values, with a mask for at most 512
+    queries at a time. The copy is as long as the longest sequence by the host's account, and as the cache's capacity in
+    compiled and captured code. On CUDA it has a head for each query head.
 
     Args:
         q: [B, T, Hq, D], or [B, Hq, D] for one token.
         k, v: [B, T, Hkv, D], or [B, Hkv, D]. Keys with RoPE applied.
-        cache: holds the step's lengths; of the tokens of a row those past its ``new_lens`` are padding.
+        cache: a PagedKVCache or a CacheView. A row's tokens past its ``new_lens`` are padding.
         layer: index of the layer in the cache.
         config: its page_size and bounds must be the cache's.
         scale: of the scores before the softmax, 1 / sqrt(D) by default.
 
     Returns:
-        Like q. Padding gives 0.
+        Like q; 0 for padding.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together, before anything is written.
-        RuntimeError: ``cache.advance`` was not called for this step; or as the operators.
+        RuntimeError: ``cache.advance`` was not called for this step; or as the operators. Backward raises it too, but
+            for the prefill of an empty cache.
     """
     _check(q, k, v, cache, config)
     if q.dim() == 3:
@@ -212,11 +256,11 @@ def quest_attention(
         out = _prefill_next(q, cache, layer, scale)
     else:
         out = _decode(q, cache, layer, config if path == "sparse" else None, scale)
-    # The cache holds values: without this, gradients of the keys and values would be lost in silence.
+    # The cache stores values only, so gradients of the keys and values would be lost silently.
     return refuse_backward(_NAME, out, q, k, v)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, config: QuestConfig) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, config: QuestConfig) -> None:
     for name in ("page_size", "bounds"):
         if getattr(config, name) != getattr(cache, name):
             raise ValueError(f"config.{name} must be the cache's, {getattr(cache, name)}, got {getattr(config, name)}")
@@ -240,39 +284,23 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, config: QuestCo
 
 
 def _decode_step(
-    q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, layer: int, config: QuestConfig, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, cache: StepCache, layer: int, config: QuestConfig, scale: float | None
 ) -> Tensor:
     cache.claim_step(layer, k)
-    k_cache, v_cache, k_bounds, k_scales = cache.layer(layer)
-    out, _, pages = decode_step(
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        k_bounds,
-        cache.page_table,
-        cache.start_lens,
-        cache.seq_lens,
-        config.num_pages,
-        config.group_reduce,
-        config.sink_pages,
-        config.recent_pages,
-        scale,
-        k_scales,
-    )
+    out, _, pages = cache.state.decode_step(layer, q, k, v, cache.start_lens, cache.seq_lens, config.selection, scale)
     if cache.counts is not None:
         cache.counts.record(layer, pages, cache.seq_lens, q.shape[1])
     return out
 
 
-def _decode(q: Tensor, cache: PagedKVCache, layer: int, config: QuestConfig | None, scale: float | None) -> Tensor:
-    """Over tokens that the cache already has: dense (no config), ragged rows, and windows."""
+def _decode(q: Tensor, cache: StepCache, layer: int, config: QuestConfig | None, scale: float | None) -> Tensor:
+    """Decoding over tokens that the cache already has: ragged rows, windows, and dense layers, which have no config."""
     k_cache, v_cache, k_bounds, k_scales = cache.layer(layer)
     page_table, seq_lens, rows, num_new = cache.page_table, cache.seq_lens, q, q.shape[1]
     if cache.ragged:
-        # A row's tokens come first in it, not last: each becomes a sequence of its own that ends with it, or is empty.
-        seq_lens = torch.where(_is_real(q, cache), _visible(q, cache), 0).flatten()
+        # The operators take a row's last tokens for the new ones, but padding comes last here. So each token becomes a
+        # sequence that ends with it, and padding an empty one.
+        seq_lens = torch.where(_is_real(q, cache), _positions(q, cache, first=1), 0).flatten()
         page_table = page_table.repeat_interleave(q.shape[1], 0)
         rows, num_new = q.flatten(0, 1), 1
     pages = None if config is None else select_pages(rows, k_bounds, page_table, seq_lens, config, scale, k_scales)
@@ -282,36 +310,32 @@ def _decode(q: Tensor, cache: PagedKVCache, layer: int, config: QuestConfig | No
     return out.view(q.shape)
 
 
-def _prefill_first(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, scale: float | None) -> Tensor:
+def _prefill_first(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, scale: float | None) -> Tensor:
     padding = ~_is_real(q, cache)[:, :, None, None] if cache.ragged else None
     if padding is not None:
-        # No token looks at padding behind it, but a weight of 0 times a NaN there would still be NaN.
+        # Padding comes after all tokens and has a weight of 0, but 0 times NaN is NaN.
         k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-    out = dense_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, scale)
+    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, Features(scale))
     return out if padding is None else out.masked_fill(padding, 0)
 
 
-def _prefill_next(q: Tensor, cache: PagedKVCache, layer: int, scale: float | None) -> Tensor:
-    """Dense attention of tokens that follow others: over a contiguous copy of the pages."""
+def _prefill_next(q: Tensor, cache: StepCache, layer: int, scale: float | None) -> Tensor:
+    """The prefill of sequences that are not empty, over a contiguous copy of their pages."""
     table = cache.page_table[:, : cache.pages_in_use].clamp(min=0)
-    position = torch.arange(table.shape[1] * cache.page_size, device=q.device)
-    unwritten = (position >= cache.seq_lens[:, None])[:, None, :, None]
-    k, v = (
-        pool[table].transpose(1, 2).flatten(2, 3).masked_fill_(unwritten, 0)  # [B, Hkv, tokens, D]
-        for pool in cache.layer(layer)[:2]
-    )
-    queries, ends = (torch.split(x, _MASKED_QUERIES, 1) for x in (q, _visible(q, cache)))
-    masks = ((position < until[:, :, None])[:, None] for until in ends)
-    outs = [dense_attention(part.transpose(1, 2), k, v, mask, scale) for part, mask in zip(queries, masks, strict=True)]
-    out = torch.cat(outs, 1)
+    k_cache, v_cache, *_ = cache.layer(layer)
+    past = past_of_pages((pool[table] for pool in (k_cache, v_cache)), cache.seq_lens)
+    unwritten = (past.position < 0)[:, None, :, None]
+    for tokens in (past.k, past.v):
+        tokens.masked_fill_(unwritten, 0)  # it has a weight of 0, but may hold NaN, and 0 times NaN is NaN
+    out = attend_by_position(q.transpose(1, 2), past, _positions(q, cache), Features(scale))
     return out.masked_fill(~_is_real(q, cache)[:, :, None, None], 0) if cache.ragged else out
 
 
-def _is_real(q: Tensor, cache: PagedKVCache) -> Tensor:
-    """[B, T]: whether a token is one of its row's, not padding."""
+def _is_real(q: Tensor, cache: StepCache) -> Tensor:
+    """Bool [B, T]: whether a token is real, not padding."""
     return torch.arange(q.shape[1], dtype=torch.int32, device=q.device) < cache.new_lens[:, None]
 
 
-def _visible(q: Tensor, cache: PagedKVCache) -> Tensor:
-    """[B, T] int32: tokens that a token may attend to, itself included. At least 1, so no mask row is empty."""
-    return cache.start_lens[:, None] + torch.arange(1, q.shape[1] + 1, dtype=torch.int32, device=q.device)
+def _positions(q: Tensor, cache: StepCache, first: int = 0) -> Tensor:
+    """int32 [B, T]: the position of each of the step's tokens in its sequence, counted from ``first``."""
+    return cache.start_lens[:, None] + torch.arange(first, q.shape[1] + first, dtype=torch.int32, device=q.device)

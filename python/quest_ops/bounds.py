@@ -1,14 +1,50 @@
-"""Page summaries other than the minimum and maximum, for the same :func:`quest_ops.estimate`.
+"""Kinds of page summary: their dtypes, their bytes and their allocation, and one kind that Python computes.
 
-The operator computes ``q+ . upper + q- . lower`` of whatever lies in k_bounds. With ``lower = mean - c * std`` and
-``upper = mean + c * std`` of a page's keys that is ``q . mean + c * sum_d |q_d| std_d``: not an upper bound of q.k any
-more, but less at the mercy of a single key, where Quest's own bounds (Tang et al., ICML 2024) grow loose.
+:func:`quest_ops.estimate` scores a page by ``q+ . upper + q- . lower``, whatever k_bounds holds. The operators write
+Quest's own summary (Tang et al., ICML 2024), the elementwise minimum and maximum of a page's keys.
+:func:`update_mean_std_bounds` writes another into the same tensor.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+#: How minimum and maximum are stored. "cache": in the cache's dtype. "int8": in bytes with a float32 scale a page and
+#: head, half the size of 16-bit bounds. The bytes are rounded outward, so they stay bounds but are a little looser.
+BoundsKind = Literal["cache", "int8"]
+
+
+def bounds_dtype(kind: BoundsKind, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of k_bounds for a cache of ``dtype``."""
+    return dtype if kind == "cache" else torch.int8
+
+
+def bytes_of_bounds(head_dim: int, kind: BoundsKind, dtype: torch.dtype) -> int:
+    """Bytes of one page's bounds for one head, its scale included."""
+    scale = 0 if kind == "cache" else torch.float32.itemsize
+    return 2 * head_dim * bounds_dtype(kind, dtype).itemsize + scale
+
+
+def new_bounds(
+    pool: tuple[int, ...], head_dim: int, kind: BoundsKind, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Tensor, Tensor | None]:
+    """Zeroed bounds for a cache.
+
+    Args:
+        pool: leading dimensions, such as (N, Hkv) or (L, N, Hkv).
+        head_dim: D.
+        kind: of the bounds.
+        dtype: the cache's.
+        device: the cache's.
+
+    Returns:
+        k_bounds [*pool, 2, D], and k_scales [*pool] float32, or None where the kind has no scales.
+    """
+    k_bounds = torch.zeros((*pool, 2, head_dim), dtype=bounds_dtype(kind, dtype), device=device)
+    return k_bounds, None if kind == "cache" else torch.zeros(pool, dtype=torch.float32, device=device)
 
 
 def update_mean_std_bounds(
@@ -22,15 +58,16 @@ def update_mean_std_bounds(
 ) -> None:
     """Write ``mean - c * std`` and ``mean + c * std`` of each page's keys in place of their minimum and maximum.
 
-    The standard deviation is that of the keys in the page (divided by their number), so a single key has itself for
-    both. Computed in float32 and rounded once. Waits for nothing: lengths are read on the device.
+    The score becomes ``q . mean + c * sum_d |q_d| std_d``. It is no upper bound of q.k, but a single extreme key moves
+    it less than it moves the minimum and maximum. The standard deviation divides by the number of keys in the page.
+    Everything is computed in float32 and rounded once. Lengths are read on the device, so nothing synchronises.
 
     Args:
         k_cache: [N, Hkv, S, D], float16, bfloat16 or float32.
         k_bounds: [N, Hkv, 2, D], written: [..., 0, :] the lower, [..., 1, :] the upper.
         page_table: [B, P] int32, logical to physical page.
         seq_lens: [B] int32, tokens in the cache, at least 1 each.
-        num_new: only the pages of each sequence's last ``num_new`` tokens; None: all pages.
+        num_new: update only the pages of each sequence's last ``num_new`` tokens; None: all pages.
         c: standard deviations to either side, at least 0.
 
     Raises:
@@ -45,7 +82,7 @@ def update_mean_std_bounds(
         raise ValueError(f"c must be at least 0, got {c}")
     P = page_table.shape[1]
     last = (seq_lens[:, None] - 1) // S
-    # As many pages as there may be, so that no length is read by the host: those that are not there repeat a real one.
+    # The host reads no length, so every possible page is computed; pages past the last one repeat it.
     if num_new is None:
         logical = torch.arange(P, device=page_table.device).minimum(last)
     else:

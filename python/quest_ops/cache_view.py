@@ -1,31 +1,35 @@
-"""CacheView: a paged cache as a step sees it, tensors alone, for programs that have nothing but tensors."""
+"""CacheView: a paged cache made of given tensors, for programs that have nothing but tensors."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
-from .cache import PagedKVCache
+from .kv_state import KVState, StepCache
 
 
-class CacheView(PagedKVCache):
-    """The tensors of a paged cache that someone else keeps the account of: for torch.export, and for serving engines.
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise RuntimeError("a CacheView keeps no account of pages and lengths: call this on the cache whose tensors it has")
 
-    ``advance``, ``append`` and :func:`quest_ops.quest_attention` work as over a PagedKVCache, and write to the given
-    tensors. There is no host's account: the pages of a step's tokens must already be in the page table (``reserve`` on
-    the PagedKVCache that the tensors come from, whose ``sync_lengths`` then follows), and what needs an account raises.
+
+class CacheView(StepCache):
+    """The tensors of a paged cache whose pages are assigned elsewhere: for torch.export, and for serving engines.
+
+    ``advance``, ``append`` and :func:`quest_ops.quest_attention` work as over a PagedKVCache and write to the given
+    tensors. The host knows neither pages nor lengths. So the page table must already hold the pages of a step's tokens:
+    call ``reserve`` on the PagedKVCache that owns the tensors, and its ``sync_lengths`` afterwards. Methods that need
+    the host's account raise RuntimeError.
 
     Args:
         k_cache, v_cache: [L, N, Hkv, S, D].
         k_bounds: [L, N, Hkv, 2, D].
         page_table: [B, P] int32; B may be symbolic.
         seq_lens: [B] int32, tokens in the cache; ``advance`` moves it.
-        k_scales: [L, N, Hkv] float32, where k_bounds is int8.
+        k_scales: [L, N, Hkv] float32, for int8 k_bounds.
 
     Raises:
-        ValueError: N is symbolic, which Inductor would compile to a wrong program: every layer writing into the first.
+        ValueError: N is symbolic. Inductor would compile a wrong program, in which every layer writes into the first.
     """
 
     def __init__(
@@ -37,25 +41,8 @@ class CacheView(PagedKVCache):
         seq_lens: Tensor,
         k_scales: Tensor | None = None,
     ) -> None:
-        if isinstance(k_cache.shape[1], torch.SymInt):
-            raise ValueError(f"k_cache must have a static number of pages in dimension 1, got {k_cache.shape[1]}")
-        self.k_cache, self.v_cache, self.k_bounds, self.k_scales = k_cache, v_cache, k_bounds, k_scales
-        self.bounds = "cache" if k_scales is None else "int8"
-        self.page_table, self.seq_lens = page_table, seq_lens
-        self.start_lens, self.new_lens = seq_lens.clone(), torch.zeros_like(seq_lens)
-        self.num_layers, self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = k_cache.shape
-        self.batch_size, self.pages_per_sequence = page_table.shape
-        self.max_tokens, self.device = self.pages_per_sequence * self.page_size, k_cache.device
-        self.ragged = self.starts_empty = self._stale = False
+        capacity = page_table.shape[1] * k_cache.shape[3]
+        super().__init__(KVState(k_cache, v_cache, k_bounds, page_table, seq_lens, k_scales), capacity)
 
-    def _tracing(self) -> bool:
-        return True  # as in compiled code, the host knows no lengths
-
-    def _require_known_lengths(self) -> None:
-        _ = self._account
-
-    @property
-    def _account(self) -> NoReturn:  # type: ignore[override]
-        raise RuntimeError(
-            "a CacheView keeps no account of pages and lengths: call this on the cache whose tensors it has"
-        )
+    lengths = free_pages = property(_refuse)
+    sync_lengths = reserve = crop = fork = free = reset = _refuse

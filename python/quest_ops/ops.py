@@ -1,27 +1,48 @@
-"""The operators, typed and documented. Each is a thin call of ``torch.ops.quest.<name>``, which may be called as well.
+"""The operators, typed and documented, and their limits. Each is a thin call of ``torch.ops.quest.<name>``.
 
-Words: B sequences, T new tokens each (1 to 8), Hq query heads, Hkv KV heads, D head_dim (64, 80, 96, 128, 192, 256),
-S page_size (8, 16, 32, 64, 128), N physical pages, P logical pages a sequence may have, K selected pages, Hs selection
-heads: Hkv where a group shares a list, Hq where each head has its own.
+Sizes: B sequences, T new tokens a sequence, Hq query heads, Hkv KV heads, D head_dim, S page_size, N physical pages,
+P logical pages that a sequence may have, K selected pages, Hs selection heads. Hs is Hkv where a group shares a page
+list, and Hq where each head has its own. The limits are :data:`HEAD_DIMS` for D, :data:`PAGE_SIZES` for S, and
+:data:`MAX_NEW_TOKENS` for T but in append_kv. P * S must fit in 31 bits.
 
-All operators run on CPU and CUDA in float32, float16 and bfloat16, read lengths and page numbers on the device only,
-and raise RuntimeError for a shape, dtype, device or stride they do not take, naming the argument, what it must be and
-what it was, before anything is written. Page numbers and lengths are checked on the CPU always, and on the GPU where
-the environment has ``QUEST_OPS_CHECK=1`` (which costs a synchronisation); unchecked, a wrong number never leads outside
-the tensors, and a page that does not exist scores NaN. Caches take any strides with ``stride(-1) == 1``: a cache that
-is laid out [N, S, Hkv, D] goes in as ``cache.transpose(1, 2)``.
+All operators run on CPU and CUDA in the dtypes :data:`DTYPES`. They read lengths and page numbers on the device only.
+Caches take any strides with ``stride(-1) == 1``: a cache laid out [N, S, Hkv, D] goes in as ``cache.transpose(1, 2)``.
+
+A shape, dtype, device or stride that is not supported raises RuntimeError before anything is written. The error names
+the argument, the requirement and the value found. Page numbers and lengths are always checked on the CPU. On the GPU
+they are checked only with ``QUEST_OPS_CHECK=1`` in the environment, which costs a synchronisation. Unchecked, a wrong
+number never leads outside the tensors, and a page that does not exist scores NaN.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from . import _autograd, _fake  # noqa: F401 - they register their kernels
 from ._library import ops as _ops
 
+#: Supported sizes of a head.
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+#: Supported tokens a page.
+PAGE_SIZES = (8, 16, 32, 64, 128)
+#: Supported dtypes of queries, keys and values.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: The most new tokens a sequence that the decode operators take; more is a prefill.
+MAX_NEW_TOKENS = 8
+
 GroupReduce = Literal["none", "max", "sum", "soft"]
+#: The operators' number for each way of reducing a group.
 GROUP_REDUCE: dict[str, int] = {"none": 0, "max": 1, "sum": 2, "soft": 3}
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises ValueError unless ``value`` is one of the values ``allowed`` for the argument ``name``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
 
 
 def append_kv(
@@ -35,22 +56,24 @@ def append_kv(
     new_lens: Tensor | None = None,
     k_scales: Tensor | None = None,
 ) -> None:
-    """Write new tokens behind what each sequence holds and renew the bounds of every page touched.
+    """Write each sequence's new tokens after its cached ones and recompute the bounds of every page touched.
 
-    The bounds are recomputed from the keys that are in the page, so they are exact whatever the page held before.
-    Two rows must not write to the same physical page.
+    The bounds come from the keys in the page, so they are exact whatever the page held before. Two sequences must not
+    write to the same physical page. Page bounds are Quest's (Tang et al., ICML 2024, section 3.2).
 
     Args:
         k, v: [B, T, Hkv, D], any T. Keys are stored as given: apply RoPE first.
         k_cache, v_cache: [N, Hkv, S, D], written.
-        k_bounds: [N, Hkv, 2, D], written: [..., 0, :] the elementwise minimum of a page's keys, [..., 1, :] maximum.
+        k_bounds: [N, Hkv, 2, D], written. [..., 0, :] is the elementwise minimum of a page's keys, [..., 1, :] the
+            maximum.
         page_table: [B, P] int32, logical to physical page; only the pages written to are looked up.
         seq_lens: [B] int32, tokens in the cache before the call.
-        new_lens: [B] int32, how many of the T tokens of each row are real; all by default.
-        k_scales: [N, Hkv] float32, written, with 8-bit bounds: k_bounds is then int8, and a page's bounds are its
-            numbers times its scale, rounded outward, so that they stay bounds.
+        new_lens: [B] int32, the number of real tokens among the T of each sequence, its first ones; T by default.
+        k_scales: [N, Hkv] float32, written, for int8 k_bounds. A page's bounds are then its bytes times its scale,
+            rounded outward so that they stay bounds.
 
-    Page metadata as in Quest (Tang et al., ICML 2024, section 3.2).
+    Raises:
+        RuntimeError: an argument that is not supported, as the module says.
     """
     _ops.append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales)
 
@@ -63,7 +86,7 @@ def update_bounds(
     first_token: Tensor | None = None,
     k_scales: Tensor | None = None,
 ) -> None:
-    """Recompute page bounds from the cache: for engines that write their cache themselves, and after roll-back.
+    """Recompute page bounds from the cache: after a roll-back, or where an engine writes its cache itself.
 
     Args:
         k_cache: [N, Hkv, S, D].
@@ -71,7 +94,10 @@ def update_bounds(
         page_table: [B, P] int32.
         seq_lens: [B] int32, tokens in the cache.
         first_token: [B] int32, the first token that changed; 0 by default.
-        k_scales: [N, Hkv] float32, written, where k_bounds is int8, as in :func:`append_kv`.
+        k_scales: [N, Hkv] float32, written, for int8 k_bounds, as in :func:`append_kv`.
+
+    Raises:
+        RuntimeError: an argument that is not supported, as the module says.
     """
     _ops.update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales)
 
@@ -92,10 +118,13 @@ def estimate(
         page_table: [B, P] int32.
         seq_lens: [B] int32, tokens in the cache, those of q included.
         page_size: S.
-        k_scales: [N, Hkv] float32, where k_bounds is int8: the scores are those of the bounds times their scales.
+        k_scales: [N, Hkv] float32, for int8 k_bounds: the scores use each bound times its scale.
 
     Returns:
         float32 [B, Hq, P] or [B, T, Hq, P], without the softmax scale; -inf past the last page that a token may see.
+
+    Raises:
+        RuntimeError: an argument that is not supported, as the module says.
     """
     scores: Tensor = _ops.estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales)
     return scores
@@ -118,17 +147,22 @@ def topk_pages(
         scores: [B, Hq, P] or [B, T, Hq, P] float32, from :func:`estimate`.
         seq_lens: [B] int32, tokens in the cache.
         page_size: S.
-        k: pages to select, forced ones included. A sequence of at most k pages gets them all.
+        k: K, pages to select, forced ones included. A sequence of at most k pages gets them all.
         num_kv_heads: Hkv.
-        group_reduce: how the heads of a group agree on one list: "max" or "sum" of their scores, "soft" (each head's
-            scores times ``scale`` softmaxed over the pages, then summed), or "none": a list for each query head, as in
-            the paper.
+        group_reduce: how the heads of a group agree on one list.
+            "max" and "sum" reduce their scores.
+            "soft" takes each head's softmax over the pages, of its scores times ``scale``, and sums them.
+            "none" selects for each query head separately, as in the paper.
         sink_pages: first pages that are always selected.
         recent_pages: last pages that are always selected; 1 keeps the page being written.
         scale: the attention's softmax scale, used by "soft" only.
 
     Returns:
-        int32 [B, Hs, k] or [B, T, Hs, k]: logical pages, ascending, unique, -1 at the end where there are fewer.
+        int32 [B, Hs, K] or [B, T, Hs, K]: logical pages, ascending, unique, -1 at the end where there are fewer.
+
+    Raises:
+        ValueError: an unknown ``group_reduce``.
+        RuntimeError: an argument that is not supported, as the module says.
     """
     how = _group_reduce(group_reduce)
     pages: Tensor = _ops.topk_pages(scores, seq_lens, page_size, k, num_kv_heads, how, sink_pages, recent_pages, scale)
@@ -146,21 +180,24 @@ def sparse_decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the selected pages, or over all of them.
 
-    Work is cut by a fixed number of tokens of the page list, so that a row's result depends on neither the batch it is
-    in nor the cache's capacity, reruns are bit-identical, and selecting every page equals ``pages=None`` bit for bit.
+    The page list is cut into splits of a fixed number of tokens. So a sequence's result depends on neither its batch
+    nor the cache's capacity. Reruns are bit-identical. Selecting every page equals ``pages=None`` bit for bit.
 
     Args:
         q: [B, Hq, D], or [B, T, Hq, D] for the last T tokens of each sequence, causal among themselves.
         k_cache, v_cache: [N, Hkv, S, D].
         page_table: [B, P] int32.
         seq_lens: [B] int32, tokens in the cache, those of q included.
-        pages: int32 [B, Hs, K] or [B, T, Hs, K], Hs = Hkv or Hq, logical pages without repetition, -1 where there is
-            none; any other source than :func:`topk_pages` will do. None: dense paged attention by the same kernel.
+        pages: int32 [B, Hs, K] or [B, T, Hs, K], Hs = Hkv or Hq. Logical pages without repetition, padded with -1.
+            They may come from :func:`topk_pages` or elsewhere. None is dense paged attention by the same kernel.
         scale: of the scores before the softmax, 1 / sqrt(D) by default.
 
     Returns:
         out like q, and lse, float32 [B, Hq] or [B, T, Hq]: the natural-log sum of exponentials of the scaled scores.
-        A row with nothing to attend to, or whose scores are all -inf, gives 0 and -inf.
+        A query with no visible token, or whose scores are all -inf, gives 0 and -inf.
+
+    Raises:
+        RuntimeError: an argument that is not supported, as the module says.
     """
     out, lse = _ops.sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale)
     return out, lse
@@ -185,9 +222,12 @@ def decode_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's whole step: append_kv, estimate, topk_pages and sparse_decode, with their results bit for bit.
 
-    On a GPU one kernel where it can be: one new token in fp16 or bf16, at most 8 query heads a KV head, "max" or "sum"
-    ("none" too where each KV head has one query head), recent_pages >= 1, at most 256 sequences, all aligned to 16
-    bytes, and 768 bytes of shared memory a head dimension. Else the four in a row.
+    On a GPU the step is a single kernel where all of these hold; otherwise it is the four operators in a row.
+
+    - One new token in float16 or bfloat16, and at most 256 sequences.
+    - At most 8 query heads a KV head. ``group_reduce`` "max" or "sum", or "none" with one query head a KV head.
+    - ``recent_pages`` of at least 1.
+    - All tensors aligned to 16 bytes, and 768 bytes of shared memory a head dimension.
 
     Args:
         q: [B, Hq, D], or [B, T, Hq, D] for the T new tokens of each sequence.
@@ -202,6 +242,10 @@ def decode_step(
 
     Returns:
         out and lse of :func:`sparse_decode`, and the pages that :func:`topk_pages` selected.
+
+    Raises:
+        ValueError: an unknown ``group_reduce``.
+        RuntimeError: an argument that is not supported, as the module says.
     """
     out, lse, pages = _ops.decode_step(
         q,

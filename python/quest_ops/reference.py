@@ -1,7 +1,7 @@
 """The specification: Quest (Tang et al., ICML 2024) in float64 and plain PyTorch, written to be read with the paper.
 
-Every operator is judged against these functions. They take the operators' tensors (shapes in :mod:`quest_ops.ops`),
-return new tensors instead of writing into their arguments, loop where a loop is clearer, and share no code with the
+Every operator is judged against these functions. They take the operators' tensors, with shapes as in
+:mod:`quest_ops.ops`. They return new tensors instead of writing into their arguments, and share no code with the
 kernels. ``T`` new tokens are the last ``T`` of the sequence; a ``q`` of three dimensions is one new token.
 """
 
@@ -88,13 +88,13 @@ def update_bounds_int8(
 def quantize(bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds [..., 2, D] as int8 [..., 2, D] times a float32 scale [...], rounded outward.
 
-    The scale is the smallest float32 that is at least ``largest magnitude / 127``. The lower bounds are the largest
-    whole multiples of it that are not above the exact ones, the upper the smallest that are not below, so that none
-    exceeds 127 and ``lower * scale <= minimum`` and ``upper * scale >= maximum`` hold exactly. Where keys are not
-    finite, or all zero, the numbers are 0 and the scale is NaN, infinite or 0.
+    The scale is the smallest float32 that is at least ``largest magnitude / 127``. Lower bounds are rounded down to
+    whole multiples of the scale, upper bounds up. So no number exceeds 127, and ``lower * scale <= minimum`` and
+    ``upper * scale >= maximum`` hold exactly. Where keys are not finite, or all zero, the numbers are 0 and the scale
+    is NaN, infinite or 0.
 
-    Float64 holds the product of a whole number up to 128 and a float32 exactly, so a comparison of products decides
-    each rounding; the quotients are rounded to nearest, which leads at most one place too far.
+    A rounded quotient may be one too far. So each rounding is checked by comparing products, which is exact: float64
+    holds the product of a whole number up to 128 and a float32.
     """
     exact = bounds.double()
     largest = exact.abs().amax((-2, -1))
@@ -137,8 +137,8 @@ def estimate(
 ) -> Tensor:
     """The paper's criticality: ``sum_d max(q_d * lower_d, q_d * upper_d)``, an upper bound of q.k over the page.
 
-    A positive q_d is largest against the upper bound and a negative one against the lower, so this is
-    ``q+ . upper + q- . lower`` with ``q+ = max(q, 0)`` and ``q- = min(q, 0)``. -inf past the last page.
+    A positive q_d takes the upper bound and a negative one the lower. So the sum is ``q+ . upper + q- . lower``, with
+    ``q+ = max(q, 0)`` and ``q- = min(q, 0)``. Scores past the last page are -inf.
     """
     if k_scales is not None:
         k_bounds = dequantize(k_bounds, k_scales)

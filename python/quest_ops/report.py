@@ -1,8 +1,8 @@
-"""What ran sparse and what ran dense, layer by layer: counted on the device, read only when it is printed.
+"""Counters of the attention of each layer: steps, pages and bytes, sparse against dense.
 
-A cache counts from ``start_report()`` on. Each attention call then adds to four integers of its layer by device
-operations, so counting works under torch.compile and in CUDA graphs (start it before compiling or capturing) and never
-waits for the device; without it nothing is computed at all.
+A cache counts from ``start_report()`` on; before it nothing is computed. Each attention call adds to the
+:class:`Counters` of its layer by device operations. So counting works under torch.compile and in CUDA graphs, if it is
+started before compiling or capturing, and it never waits for the device. Reading the counters does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .page_bounds import BoundsKind, bytes_of_bounds
+from .bounds import BoundsKind, bytes_of_bounds
+
+
+class Counters(NamedTuple):
+    """The counters of a layer. Pages are counted once a sequence, new token and head.
+
+    Attributes:
+        prefills: prefill calls.
+        steps: decoding calls.
+        pages_read: over the heads with a page list of their own, Hs.
+        pages_held: over the same heads.
+        kv_head_pages_held: over the KV heads, the pages that dense attention reads.
+        bounds_read: over the KV heads, pages whose bounds were read.
+    """
+
+    prefills: int
+    steps: int
+    pages_read: int
+    pages_held: int
+    kv_head_pages_held: int
+    bounds_read: int
+
+
+# The place of each counter in a layer's row on the device.
+_PLACE = Counters(*range(len(Counters._fields)))
 
 
 class LayerPlan(NamedTuple):
@@ -27,19 +51,28 @@ class LayerPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """One layer since ``start_report()``. Pages are counted a sequence, new token and list head."""
+    """One layer since ``start_report()``. Pages are counted once a sequence, new token and head with a page list.
+
+    Attributes:
+        plan: how the layer decodes, and why.
+        prefills: calls with more new tokens than a decode step takes; always dense.
+        steps: decoding calls.
+        pages_read, pages_held: pages of the decoding calls.
+        bytes_read: of the keys and values of the pages read, and in sparse layers of the bounds of all pages held.
+        bytes_dense: of the keys and values of the pages held.
+    """
 
     plan: LayerPlan
-    prefills: int  # calls with more new tokens than decoding takes: always dense
-    steps: int  # decoding calls
+    prefills: int
+    steps: int
     pages_read: int
     pages_held: int
-    bytes_read: int  # keys and values of the pages read; in sparse layers the bounds of all pages held, too
-    bytes_dense: int  # keys and values of the pages held
+    bytes_read: int
+    bytes_dense: int
 
     @property
     def share(self) -> float:
-        """Bytes read of what dense attention reads; 1 where nothing was decoded."""
+        """Bytes read over those of dense attention; 1 where nothing was decoded."""
         return self.bytes_read / self.bytes_dense if self.bytes_dense else 1.0
 
 
@@ -54,7 +87,7 @@ class Report(list[LayerCounts]):
             counts = (str(x.prefills), str(x.steps), f"{x.pages_read:,}", held, f"{x.bytes_read / 1e6:,.2f}", share)
             rows.append((str(x.plan.layer), x.plan.path, *counts, x.plan.reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        words = (1, len(widths) - 1)  # to the left; numbers to the right
+        words = (1, len(widths) - 1)  # these columns are aligned left, numbers right
         return "\n".join(
             "  ".join(f"{cell:{'<' if i in words else '>'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
             for row in rows
@@ -62,10 +95,10 @@ class Report(list[LayerCounts]):
 
 
 class AttentionCounts:
-    """The device's counters of the attention calls of each layer.
+    """The counters of all layers, on the device.
 
     Args:
-        num_layers, num_kv_heads, head_dim, page_size, dtype, device, bounds: those of the cache.
+        num_layers, num_kv_heads, head_dim, page_size, dtype, device, bounds: the cache's.
     """
 
     def __init__(
@@ -81,27 +114,25 @@ class AttentionCounts:
         self.num_kv_heads, self.page_size = num_kv_heads, page_size
         self._page_bytes = 2 * page_size * head_dim * dtype.itemsize
         self._bounds_bytes = bytes_of_bounds(head_dim, bounds, dtype)
-        # Of each layer: prefills; decoding steps; pages read and held, over the lists; pages held, over the KV heads;
-        # pages whose bounds were read.
-        self._counts = torch.zeros((num_layers, 6), dtype=torch.int64, device=device)
-        if self._counts.is_cuda:  # compiled CUDA graphs write it in place
+        self._counts = torch.zeros((num_layers, len(Counters._fields)), dtype=torch.int64, device=device)
+        if self._counts.is_cuda:  # compiled CUDA graphs then write it in place
             from torch._dynamo import mark_static_address  # slow to import
 
             mark_static_address(self._counts, guard=False)
 
     def record_prefill(self, layer: int) -> None:
-        self._counts[layer, 0].add_(1)
+        self._counts[layer, _PLACE.prefills].add_(1)
 
     def record_step(self, layer: int) -> None:
         """Count a decoding call of a layer that keeps no pages."""
-        self._counts[layer, 1].add_(1)
+        self._counts[layer, _PLACE.steps].add_(1)
 
     def record(self, layer: int, pages: Tensor | None, seq_lens: Tensor, num_new: int) -> None:
         """Count one decoding call.
 
         Args:
             layer: index of the layer.
-            pages: what it read, int32 [B, Hs, K] or [B, T, Hs, K], or None where it read everything.
+            pages: the pages read, int32 [B, Hs, K] or [B, T, Hs, K]; None: all.
             seq_lens: [B] int32, tokens in the cache.
             num_new: T.
         """
@@ -109,24 +140,23 @@ class AttentionCounts:
         visible = (seq_lens[:, None] - behind).clamp(min=0)
         held = torch.div(visible + (self.page_size - 1), self.page_size, rounding_mode="floor").sum()
         counts, all_heads = self._counts[layer], held * self.num_kv_heads
-        counts[1].add_(1)
-        counts[2].add_(all_heads if pages is None else (pages >= 0).sum())
-        counts[3].add_(all_heads if pages is None else held * pages.shape[-2])
-        counts[4].add_(all_heads)
+        counts[_PLACE.steps].add_(1)
+        counts[_PLACE.pages_read].add_(all_heads if pages is None else (pages >= 0).sum())
+        counts[_PLACE.pages_held].add_(all_heads if pages is None else held * pages.shape[-2])
+        counts[_PLACE.kv_head_pages_held].add_(all_heads)
         if pages is not None:
-            counts[5].add_(all_heads)
+            counts[_PLACE.bounds_read].add_(all_heads)
 
     def reset(self) -> None:
-        """Count from nothing again."""
+        """Set all counters to 0."""
         self._counts.zero_()
 
     def read(self, plans: Sequence[LayerPlan]) -> Report:
-        """The counts, with how each layer decodes. Waits for the device."""
+        """The counts of the layers of ``plans``. Synchronises."""
         report = Report()
         for plan in plans:
-            prefills, steps, read, held, held_by_kv_heads, bounds = self._counts[plan.layer].tolist()
-            bytes_read = read * self._page_bytes + bounds * self._bounds_bytes
-            report.append(
-                LayerCounts(plan, prefills, steps, read, held, bytes_read, held_by_kv_heads * self._page_bytes)
-            )
+            counts = Counters(*self._counts[plan.layer].tolist())
+            bytes_read = counts.pages_read * self._page_bytes + counts.bounds_read * self._bounds_bytes
+            bytes_dense = counts.kv_head_pages_held * self._page_bytes
+            report.append(LayerCounts(plan, *counts[:4], bytes_read, bytes_dense))
         return report

@@ -1,7 +1,7 @@
-"""Contiguous KV caches seen as pages: for engines that keep their own cache. Nothing is copied.
+"""Contiguous KV caches as pages, without a copy: for engines that keep their own cache.
 
-A page is S successive tokens of a sequence, so a contiguous cache already is a paged one with a regular page table. Use
-the view's tensors with the operators: ``append_kv`` or, where the engine writes its cache itself, ``update_bounds``.
+A page is S successive tokens of a sequence, so a contiguous cache is a paged one with a regular page table. The view's
+tensors go to the operators: to ``append_kv``, or to ``update_bounds`` where the engine writes its cache itself.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cache import PAGE_SIZES
-from .page_bounds import BoundsKind
+from .bounds import BoundsKind, bounds_dtype
+from .ops import PAGE_SIZES, check_choice
 
 
 class PageView(NamedTuple):
-    """A cache as the operators take it: k_cache and v_cache [N, Hkv, S, D] views, page_table [B, P] int32."""
+    """The operators' arguments for a cache: k_cache and v_cache [N, Hkv, S, D] views, page_table [B, P] int32."""
 
     k_cache: Tensor
     v_cache: Tensor
@@ -27,10 +27,10 @@ class PageView(NamedTuple):
 def page_view_bhld(k: Tensor, v: Tensor, page_size: int = 16) -> PageView:
     """View a cache laid out [B, Hkv, L, D] as pages.
 
-    Page p of sequence b is at ``page_table[b, p]``: a multiple of the largest step that reaches every page, so any
-    strides will do. Where a head's pages lie between those of the others, as in a contiguous [B, Hkv, L, D], physical
-    pages overlap in memory, though not those that the table names: operators are exact, but PyTorch refuses to clone or
-    fill such a view as a whole. Take the bounds from :func:`empty_bounds`, which are laid out likewise.
+    Page p of sequence b is at ``page_table[b, p]``, counted in the largest step that reaches every page. So any strides
+    work. In a contiguous [B, Hkv, L, D] a head's pages lie between those of other heads. Physical pages then overlap in
+    memory, but the pages that the table names do not. The operators are exact on such a view, while PyTorch refuses to
+    clone or fill it as a whole. :func:`empty_bounds` gives bounds of the same layout.
 
     Args:
         k, v: [B, Hkv, L, D] with the same strides and stride(-1) = 1; L a multiple of page_size.
@@ -39,8 +39,7 @@ def page_view_bhld(k: Tensor, v: Tensor, page_size: int = 16) -> PageView:
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not allow it.
     """
-    if page_size not in PAGE_SIZES:
-        raise ValueError(f"page_size must be one of {', '.join(map(str, PAGE_SIZES))}, got {page_size}")
+    check_choice("page_size", page_size, PAGE_SIZES)
     if k.dim() != 4:
         raise ValueError(f"k must have 4 dimensions, got {list(k.shape)}")
     if (v.shape, v.stride(), v.dtype, v.device) != (k.shape, k.stride(), k.dtype, k.device):
@@ -74,21 +73,21 @@ def page_view_blhd(k: Tensor, v: Tensor, page_size: int = 16) -> PageView:
 
 
 def empty_bounds(view: PageView, bounds: BoundsKind = "cache") -> Tensor:
-    """Uninitialised bounds [N, Hkv, 2, D] for a view, in as little memory as the layout lets them have.
+    """Uninitialised bounds [N, Hkv, 2, D] for a view, in the least memory that its layout allows.
 
-    Where heads lie whole pages apart, a head's bounds are as many pages apart: a contiguous [B, Hkv, L, D] has its
-    bounds as [B, Hkv, P, 2, D]. A cache whose sequences do not lie whole pages apart takes up to S times that.
+    Where heads lie whole pages apart, their bounds lie the same number of pages apart: a contiguous [B, Hkv, L, D] has
+    its bounds as [B, Hkv, P, 2, D]. A cache whose sequences do not lie whole pages apart takes up to S times that.
 
     Args:
         view: of the cache.
-        bounds: "cache" for its dtype, or "int8", which goes with :func:`empty_scales`.
+        bounds: "cache" for its dtype, or "int8", which needs :func:`empty_scales` too.
     """
     k = view.k_cache
-    return _empty_by_page(k, (2, k.shape[3]), torch.int8 if bounds == "int8" else k.dtype)
+    return _empty_by_page(k, (2, k.shape[3]), bounds_dtype(bounds, k.dtype))
 
 
 def empty_scales(view: PageView) -> Tensor:
-    """Uninitialised scales [N, Hkv] float32 of int8 bounds, laid out as these are."""
+    """Uninitialised scales [N, Hkv] float32 for int8 bounds, in the layout of :func:`empty_bounds`."""
     return _empty_by_page(view.k_cache, (), torch.float32)
 
 

@@ -16,7 +16,9 @@ from quest_ops import (
     append_kv,
     attention,
     attention_path,
+    dense,
     estimate,
+    kv_state,
     quest_attention,
     select_pages,
     sparse_decode,
@@ -30,7 +32,7 @@ from torch import Tensor
 def test_a_budget_that_holds_everything_is_dense_attention(device: str, heads: int, dtype: torch.dtype) -> None:
     model = Model(device, heads, dtype=dtype)
     config = QuestConfig(budget=1024, page_size=S, dense_layers=0)
-    for T in (13, 1, 2, 1, 8, 7, 17, 1):  # prefill, decode over page boundaries, prefill behind it
+    for T in (13, 1, 2, 1, 8, 7, 17, 1):  # prefill, decode over page boundaries, later prefill
         model.assert_right(model.attend(T, config), config)
         model.check()
 
@@ -58,7 +60,7 @@ def test_scale_reaches_attention_and_soft_selection(device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @BOUNDS
 def test_ragged_steps(device: str, dtype: torch.dtype, bounds: str) -> None:
-    """Padding is NaN in k and v, and 0 in the output; rows of all lengths, also none, select for themselves."""
+    """Padding is NaN in k and v, and gives 0. Rows of any length, 0 included, select their own pages."""
     model = Model(device, batch=3, dtype=dtype, bounds=bounds)
     config = QuestConfig(16, S, dense_layers=1, bounds=bounds)
     steps = ((40, [40, 0, 23]), (9, [0, 9, 4]), (1, [1, 0, 1]), (6, [6, 5, 0]), (8, [3, 8, 1]), (1, [1, 1, 1]))
@@ -86,7 +88,7 @@ def test_a_sequence_within_the_budget_equals_dense_bit_for_bit(device: str, boun
 def test_a_step_is_the_four_operators_bit_for_bit(
     device: str, group_reduce: str, dtype: torch.dtype, bounds: str
 ) -> None:
-    """The output and what is left in the cache."""
+    """The output and the cache after the step."""
     model, other = (Model(device, heads=8, batch=3, dtype=dtype, bounds=bounds) for _ in range(2))
     config = QuestConfig(24, S, 1, 1, 0, group_reduce, bounds)  # type: ignore[arg-type]
     for m in (model, other):
@@ -108,8 +110,8 @@ def test_a_step_is_the_four_operators_bit_for_bit(
 def test_a_window_reads_no_bounds(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = Model(device), QuestConfig(24, S, 1, 2, 0)
     model.attend(60, config)
-    for name in ("estimate", "decode_step"):
-        monkeypatch.setattr(attention, name, None)
+    monkeypatch.setattr(attention, "estimate", None)
+    monkeypatch.setattr(kv_state, "decode_step", None)
     model.assert_right(model.attend(1, config), config)
 
 
@@ -118,7 +120,7 @@ def test_a_cache_no_larger_than_the_budget_selects_nothing(device: str, monkeypa
     config = QuestConfig(24, S, dense_layers=0)
     assert attention_path(model.cache, 1, config) == "dense"
     monkeypatch.setattr(attention, "select_pages", None)
-    monkeypatch.setattr(attention, "decode_step", None)
+    monkeypatch.setattr(kv_state, "decode_step", None)
     model.attend(12, config)
     model.assert_right(model.attend(5, config), config)
 
@@ -151,7 +153,7 @@ def test_prefill_in_chunks_equals_one_prefill(device: str, chunks: list[int]) ->
 
 
 def test_a_long_prefill_behind_others_is_cut_to_bound_its_mask(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_MASKED_QUERIES", 16)
+    monkeypatch.setattr(dense, "_BLOCK", 16)
     model, config = Model(device), QuestConfig(1024, S, dense_layers=0)
     for T, lens in ((9, [9, 0]), (50, [50, 33]), (33, [20, 33])):
         model.assert_right(model.attend(T, config, lens), config)

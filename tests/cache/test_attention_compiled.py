@@ -1,4 +1,4 @@
-"""Steps of quest_attention compiled, captured in a CUDA graph, and without a wait for the GPU."""
+"""Steps of quest_attention: compiled, captured in a CUDA graph, and without a synchronisation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch._inductor.utils import run_and_get_code
 @pytest.mark.parametrize("inside", [False, True], ids=["advance_before", "advance_inside"])
 @BOUNDS
 def test_compiled_steps(device: str, backend: str, inside: bool, bounds: str) -> None:
-    """One graph for any number of steps and whatever the lengths, with the eager result bit for bit."""
+    """One graph serves any number of steps and any lengths, with the eager result bit for bit."""
     torch._dynamo.reset()
     config = QuestConfig(24, S, dense_layers=1, bounds=bounds)
     eager, compiled = (Model(device, bounds=bounds) for _ in range(2))
@@ -67,7 +67,7 @@ def test_a_compiled_step_copies_no_cache(device: str, bounds: str) -> None:
 
 
 def test_compiled_prefill_and_ragged_steps(device: str) -> None:
-    """Steps of several tokens compile whole as well, also where the compiled code sees no host lengths."""
+    """Steps of several tokens compile into one graph too, without the host's lengths."""
     torch._dynamo.reset()
     model, config = Model(device, batch=3), QuestConfig(24, S, dense_layers=1)
     lens = torch.zeros(3, dtype=torch.int32, device=device)
@@ -91,7 +91,7 @@ def test_compiled_prefill_and_ragged_steps(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @BOUNDS
 def test_steps_in_a_cuda_graph(inside: bool, dtype: torch.dtype, bounds: str) -> None:
-    """In bfloat16 a step may be one launch."""
+    """In bfloat16 a step may be a single launch."""
     config, device = QuestConfig(24, S, dense_layers=1, bounds=bounds), "cuda"
     eager, captured = (Model(device, dtype=dtype, bounds=bounds) for _ in range(2))
     for model in (eager, captured):
@@ -107,7 +107,7 @@ def test_steps_in_a_cuda_graph(inside: bool, dtype: torch.dtype, bounds: str) ->
 
     graph = torch.cuda.CUDAGraph()
     if not inside:
-        captured.cache.advance(1)  # what is captured runs only when it is replayed
+        captured.cache.advance(1)  # captured code runs only in a replay
     with torch.cuda.graph(graph):
         out = step()
     for i in range(20):

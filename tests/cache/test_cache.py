@@ -1,4 +1,4 @@
-"""PagedKVCache against plain tensors: what it holds, its bounds, its room, and what it refuses."""
+"""PagedKVCache against plain tensors: contents, bounds, capacity and errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from helpers.cache_model import History, same_snapshot, snapshot
 from helpers.small_caches import BOUNDS, make, poison_free_pages
 from quest_ops import CacheFullError, PagedKVCache
-from quest_ops.cache import HEAD_DIMS, PAGE_SIZES
+from quest_ops.ops import HEAD_DIMS, PAGE_SIZES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -57,7 +57,7 @@ def test_ragged_steps_from_device_numbers(device: str) -> None:
     for layer in range(2):
         history.cache.append(layer, k[layer].to(device), v[layer].to(device))
     history.record(k, v, lens)
-    assert history.cache.lengths == (lens if device == "cpu" else [20, 20, 20])  # a GPU's numbers are not read
+    assert history.cache.lengths == (lens if device == "cpu" else [20, 20, 20])  # numbers on a GPU are not read
     assert history.cache.sync_lengths() == lens
     history.check()
     history.step(3)
@@ -93,7 +93,7 @@ def test_crop_of_lengths_the_host_does_not_know(device: str) -> None:
     for layer in range(2):
         history.cache.append(layer, k[layer].to(device), v[layer].to(device))
     history.record(k, v, lens)
-    history.crop(13)  # between the lengths, 8, 15 and 23
+    history.crop(13)  # among the lengths 8, 15 and 23
     history.cache.sync_lengths()
     history.check()
 
@@ -110,7 +110,7 @@ def test_crop_gives_pages_back(device: str) -> None:
 
 
 def test_a_pool_smaller_than_the_page_table(device: str) -> None:
-    history = History(make(device, num_pages=8))  # of 24 that the table could name
+    history = History(make(device, num_pages=8))  # the table has 24 entries
     history.step(50, [50, 0, 0])
     with pytest.raises(CacheFullError, match="out of pages: 2 needed, 1 of num_pages = 8 are free"):
         history.cache.advance(9, [0, 9, 0])

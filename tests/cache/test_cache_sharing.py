@@ -1,4 +1,4 @@
-"""Pages of PagedKVCache and who owns them: forks, copies on write, pages given back, and any order of calls."""
+"""Page ownership in PagedKVCache: forks, copies on write, freed pages, and calls in any order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from quest_ops import CacheFullError
-from quest_ops.pages import PageAccount
+from quest_ops.page_allocator import PageAllocator
 
 
 @BOUNDS
@@ -21,7 +21,7 @@ def test_fork_shares_pages_and_then_diverges(device: str, bounds: str) -> None:
     history.fork(0, 1)
     history.check()
     assert history.cache.free_pages == free
-    history.fork(0, 2)  # what was there is freed
+    history.fork(0, 2)  # the old pages are freed
     assert history.cache.free_pages == free + 2
     history.check()
     for T, lens in ((2, [0, 2, 0]), (3, [3, 3, 3]), (9, [9, 1, 0]), (1, None)):
@@ -70,9 +70,9 @@ def test_reserve_copies_all_of_a_shared_page(device: str, bounds: str) -> None:
 
 
 def test_an_unsure_length_copies_every_shared_page_it_may_write() -> None:
-    account = PageAccount(sequences=2, num_pages=8, page_size=S, max_tokens=64)
+    account = PageAllocator(sequences=2, num_pages=8, page_size=S, max_tokens=64)
     account.reserve([20, 0])
-    account.grow([9, 0], [20, 0])  # 9 to 20 tokens, so any of pages 1 and 2 may be the one being written
+    account.grow([9, 0], [20, 0])  # 9 to 20 tokens: page 1 or 2 is being written
     assert account.fork(0, 1) == 3
     assert [(new.logical, new.copy_of) for new in account.reserve([0, 1])] == [(1, 1), (2, 2)]
     assert account.reserve([1, 0]) == account.reserve([0, 1]) == []
@@ -108,7 +108,7 @@ def test_crop_of_a_shared_page_leaves_the_bounds_of_the_other(device: str, bound
     history.step(14, [14, 0, 0])
     history.fork(0, 1)
     history.crop(10, 1)
-    history.check()  # the source's bounds exact, the fork's not too narrow
+    history.check()  # the source's bounds are exact, the fork's may be wider
     assert history.loose == {1}
     history.step(1, [0, 1, 0])
     assert history.loose == set()
@@ -145,7 +145,7 @@ def test_a_copy_on_write_needs_a_page_too(device: str) -> None:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Any order of calls, with more to store than the pool has pages for."""
+    """Calls in any order, with more tokens than the pool holds."""
 
     device = "cpu"
     sequence = st.integers(0, 2)
@@ -156,7 +156,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = self.history.cache
 
     def expect(self, lens: list[int]) -> bool:
-        """Whether there is room for that many more tokens; checks that an impossible step changes nothing."""
+        """Whether the cache has room for these tokens; checks that an impossible step changes nothing."""
         too_long = any(n and have + n > 40 for have, n in zip(self.cache.lengths, lens, strict=True))
         reserved = (self.cache.page_table >= 0).sum(1).tolist()
         new = [
@@ -172,7 +172,7 @@ class CacheMachine(RuleBasedStateMachine):
         return False
 
     def copies(self, lens: list[int]) -> int:
-        """Partial last pages to be written by several owners: all copy it, except the last if no other is left."""
+        """Shared partial pages that several owners are about to write: all but a last owner copy them."""
         writers: dict[int, int] = {}
         for b, n in enumerate(lens):
             if n and self.cache.lengths[b] % S:

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs, made by hand and by torch.compile: 500 replays, token by token as in eager mode."""
+"""Decode steps as CUDA graphs, by hand and by torch.compile: 500 replays give the tokens of eager mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 pytestmark = pytest.mark.gpu
 
 STEPS = 500
-# A page at first and 32 at last; over the budget of 8 the second layer reads sparsely.
+# The context grows from 1 page to 32. Past the budget of 8 pages the second layer is sparse.
 CONFIG = decoder.DecoderConfig(64, 64, 2, 4, 2, 64, 96, quest=QuestConfig(128, 16, dense_layers=1))
 WIDE_BOUNDS = replace(CONFIG, quest=replace(CONFIG.quest, bounds="cache"))
 CONFIGS = pytest.mark.parametrize("config", [WIDE_BOUNDS, CONFIG], ids=["cache", "int8"])
@@ -56,7 +56,7 @@ def assert_decodes_as_eager(
 @CONFIGS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_captured_step(config: decoder.DecoderConfig, dtype: torch.dtype) -> None:
-    """In bfloat16 a layer's step may be one launch."""
+    """In bfloat16 a layer's step may be a single launch."""
     model = make("cuda", config).to(dtype)
     assert_decodes_as_eager(model, lambda cache: decoder.capture(model.step, cache))
 
@@ -77,7 +77,7 @@ def test_a_captured_step_is_replayed_for_another_prompt(config: decoder.DecoderC
 
 
 def test_a_captured_step_on_a_side_stream() -> None:
-    """Captured and replayed on a stream of one's own, while the default stream is busy."""
+    """Captured and replayed on a side stream, while the default stream is busy."""
     model, side = make("cuda", CONFIG), torch.cuda.Stream()
     busy = torch.randn(4096, 4096, device="cuda")
 
@@ -132,7 +132,7 @@ def test_reduce_overhead_is_compiled_once_and_records_once() -> None:
 
 @pytest.mark.parametrize("mode", ["eager", "captured", "compiled"])
 def test_right_after_a_matrix_product_on_a_side_stream(mode: str) -> None:
-    """An operator on another stream than the product that makes its input would read what was there before."""
+    """An operator on another stream than the product before it would read outdated input."""
     weight = torch.randn(2048, 2048, device="cuda") / 2048**0.5
     config = QuestConfig(32, 16, dense_layers=0)
 
@@ -176,6 +176,6 @@ def test_right_after_a_matrix_product_on_a_side_stream(mode: str) -> None:
                     out = run(x, cache)
                 outs.append(out.clone())
         torch.cuda.synchronize()
-    # The product may be another kernel where it is compiled or captured, so it is not compared bit for bit.
+    # Compiled or captured, the product may be another kernel, so bits may differ.
     torch.testing.assert_close(torch.stack(outs), torch.stack(expected), rtol=1e-3, atol=1e-3)
     assert cache.sync_lengths() == [60, 60]

@@ -1,4 +1,4 @@
-"""The example's decoder: against a plain one without a cache, compiled once for all lengths, without copies."""
+"""The example's decoder: equal to one without a cache, compiled once for all lengths, without copies."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 @torch.no_grad()
 def logits_without_a_cache(model: Decoder, tokens: Tensor) -> Tensor:
-    """The same weights in a decoder that keeps nothing: logits [B, T, vocab]."""
+    """A decoder with the same weights and no cache: logits [B, T, vocab]."""
     x = model.embedding(tokens)
     position = torch.arange(tokens.shape[1], device=tokens.device)
     half = torch.arange(0, model.config.head_dim, 2, device=tokens.device) / model.config.head_dim
     angle = torch.polar(torch.ones(()).to(half), position[:, None] / model.config.rope_theta**half)
 
-    def rotated(x: Tensor) -> Tensor:  # by complex numbers, [B, T, H, D]
+    def rotated(x: Tensor) -> Tensor:  # as complex numbers, [B, T, H, D]
         pairs = torch.complex(*x.chunk(2, -1)) * angle[:, None]
         return torch.cat((pairs.real, pairs.imag), -1)
 
@@ -64,7 +64,7 @@ def test_with_a_budget_for_all_it_is_a_plain_decoder(device: str, chunk: int) ->
 
 
 def test_a_prompt_in_chunks_is_read_densely_to_its_end(device: str) -> None:
-    """101 tokens in chunks of 10 would end in one token, which decoding would read sparsely; even chunks do not."""
+    """101 tokens in chunks of 10 would leave a single token, which is a sparse decode step; even chunks do not."""
     model, prompt = make(device), prompts(device, 2, 101)
     first = [prefill(model, prompt, model.new_cache(2, 128), chunk) for chunk in (1024, 20, 10)]
     dense = logits_without_a_cache(model, prompt)[:, -1].argmax(-1)
@@ -76,7 +76,7 @@ def test_generate_leaves_the_cache_as_it_says(device: str) -> None:
     cache = model.new_cache(2, 128)
     tokens = generate(model, prompts(device, 2, 50), cache, 30, model.step)
     assert tokens.shape == (2, 30)
-    assert cache.lengths == [79, 79]  # the last token was not put in
+    assert cache.lengths == [79, 79]  # the last token was not stored
     cache.reset()
     assert torch.equal(generate(model, prompts(device, 2, 50), cache, 30, model.step), tokens)
 
@@ -97,7 +97,7 @@ def test_one_compilation_serves_every_length_and_one_more_every_batch(
         assert torch.equal(*outs)
         assert_same_cache(caches[1][0], caches[0][0])
 
-    check(2, 5, 251)  # from one page to the last token of the capacity, over the budget of two pages
+    check(2, 5, 251)  # from one page to the full capacity, past the budget of two pages
     assert counter.frame_count == 1
     check(2, 100, 20)
     assert counter.frame_count == 1
@@ -110,7 +110,7 @@ def test_one_compilation_serves_every_length_and_one_more_every_batch(
 
 @CONFIGS
 def test_with_all_sizes_symbolic_each_layer_still_has_its_place(device: str, config: DecoderConfig) -> None:
-    """Were the number of pages symbolic too, Inductor would let every layer write into the first."""
+    """With a symbolic number of pages too, Inductor would let every layer write into the first."""
     torch._dynamo.reset()
     model = make(device, config)
     step = torch.compile(model.step, fullgraph=True, dynamic=True)
@@ -121,7 +121,7 @@ def test_with_all_sizes_symbolic_each_layer_still_has_its_place(device: str, con
 
 
 def test_batches_over_one_pool_share_a_compilation(device: str) -> None:
-    """Where the pool stays as large as it is, all batch sizes from the second on run the same code."""
+    """With one pool size, all batch sizes from the second on run the same code."""
     torch._dynamo.reset()
     model, counter = make(device), CompileCounterWithBackend("aot_eager")
     step = torch.compile(model.step, fullgraph=True, backend=counter)
@@ -149,7 +149,7 @@ def test_the_compiled_step_copies_no_cache(device: str, config: DecoderConfig) -
     cache.sync_lengths()
     assert_same_cache(cache, expected)
     assert [len(re.findall(rf"{name}\.default\(", code)) for name in ("append_kv", "decode_step")] == [1, 1]
-    # Whatever is allocated in the compiled code is far smaller than a layer's bounds, the smallest part of the cache.
+    # A layer's bounds are the smallest tensor of the cache; compiled code allocates far less.
     sizes = [eval(size) for size in re.findall(r"empty_strided\w*\((\([\d, ]*\))", code)]
     assert sizes
     assert max(math.prod(size) for size in sizes) < cache.k_bounds[0].numel() / 4

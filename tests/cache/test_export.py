@@ -1,4 +1,4 @@
-"""A decode step through torch.export with a dynamic batch, and as an AOTInductor package: the same as in eager mode."""
+"""A decode step by torch.export with a dynamic batch, and as an AOTInductor package, equals eager mode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 
 class DecodeStep(nn.Module):
-    """A step as a program has it: the cache is its tensors, of which all but the page table are written to."""
+    """A step whose cache is the program's input tensors; all but the page table are written to."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def tensors(cache: PagedKVCache) -> tuple[Tensor, ...]:
 
 
 def pooled(model: Any, batch: int, tokens: int = 100) -> tuple[PagedKVCache, Tensor]:
-    """A prefilled cache in a pool of one size for every batch: that is fixed in an exported program."""
+    """A prefilled cache with one pool size for every batch, since an exported program fixes it."""
     bounds = model.config.quest.bounds
     sizes = {"max_tokens": 256, "batch_size": batch, "num_pages": 64, "dtype": torch.float32, "bounds": bounds}
     make_cache = lambda *_: PagedKVCache(2, 2, 64, device=model.output.weight.device, **sizes)  # noqa: E731
@@ -64,7 +64,7 @@ def exported(model: nn.Module) -> ExportedProgram:
 def assert_same_steps(model: Any, program: Any, batch: int, prompt: int = 100, tokens: int = 20) -> None:
     (expected, token), (actual, _) = (pooled(model, batch, prompt) for _ in range(2))
     for cache in (actual, expected):
-        cache.reserve(tokens)  # in both, so that both have the same pages
+        cache.reserve(tokens)  # in both, so that their pages are the same
     other = token
     with torch.no_grad():
         for _ in range(tokens):
@@ -103,8 +103,10 @@ torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(progr
 
 @pytest.fixture
 def aotinductor(tmp_path: Path) -> None:
-    """Seen with torch 2.11: loading any package crashes in std::regex, where the system's libstdc++ is another one than
-    torch's and not preloaded (LD_PRELOAD). That would take the test process along."""
+    """Skips where this torch cannot load any package.
+
+    With torch 2.11, loading one crashes the process in std::regex unless the system's libstdc++ is preloaded.
+    """
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
         command = [sys.executable, "-c", _PACKAGE_OF_TORCH_ALONE, str(tmp_path / "relu.pt2")]
         if subprocess.run(command, capture_output=True, check=False).returncode != 0:
@@ -115,7 +117,7 @@ def aotinductor(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("aotinductor")
 @CONFIGS
 def test_an_aotinductor_package(device: str, tmp_path: Path, config: DecoderConfig) -> None:
-    """Compiled ahead, written to a file, loaded and run from Python: all it needs besides is quest_ops imported."""
+    """Compiled ahead of time, saved, loaded and run from Python, which must have imported quest_ops."""
     model = make(device, config)
     path = torch._inductor.aoti_compile_and_package(exported(model), package_path=str(tmp_path / "step.pt2"))
     step = torch._inductor.aoti_load_package(path)

@@ -1,9 +1,12 @@
-"""What ran sparse and what ran dense, against counts by hand."""
+"""The report of sparse and dense layers, against counts by hand."""
+
+import re
 
 import pytest
 import torch
 from quest_ops import PagedKVCache, QuestConfig, attention_report, quest_attention
-from quest_ops.page_bounds import BoundsKind
+from quest_ops.bounds import BoundsKind
+from quest_ops.report import Counters
 
 B, HKV, GROUP, D, S, L = 2, 2, 2, 64, 16, 3
 
@@ -23,7 +26,7 @@ def new_cache(device: str, max_tokens: int = 200, bounds: BoundsKind = "int8") -
 @pytest.mark.parametrize("group_reduce", ["max", "none"])
 @pytest.mark.parametrize(("kind", "bounds"), [("cache", 2 * D * 4), ("int8", 2 * D + 4)])
 def test_counts(device: str, group_reduce: str, kind: BoundsKind, bounds: int) -> None:
-    """bounds: bytes of a page and head."""
+    """bounds: their bytes a page and head."""
     cache = new_cache(device, bounds=kind)
     config = QuestConfig(48, S, dense_layers=1, group_reduce=group_reduce, bounds=kind)
     run(cache, config, 100, [100, 20])
@@ -44,6 +47,14 @@ def test_counts(device: str, group_reduce: str, kind: BoundsKind, bounds: int) -
         assert (layer.prefills, layer.steps, layer.pages_read, layer.pages_held) == (1, 2, read * heads, held * heads)
         assert layer.bytes_read == read * heads * page + held * HKV * bounds
         assert layer.bytes_dense == dense.bytes_dense
+
+
+def test_every_counter_has_a_name_and_a_description(device: str) -> None:
+    cache = new_cache(device)
+    cache.start_report()
+    assert cache.counts._counts.shape == (L, len(Counters._fields))
+    described = re.findall(r"^ {8}(\w+): ", Counters.__doc__, re.MULTILINE)
+    assert tuple(described) == Counters._fields
 
 
 def test_ragged_steps_and_padding(device: str) -> None:

@@ -1,4 +1,4 @@
-"""Contiguous caches seen as pages: the same storage, the same results as a paged cache."""
+"""Contiguous caches as pages: the same storage, and the results of a paged cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quest_ops import (
     topk_pages,
     update_bounds,
 )
-from quest_ops.page_bounds import BoundsKind
+from quest_ops.bounds import BoundsKind
 from quest_ops.views import empty_scales
 from torch import Tensor
 
@@ -54,7 +54,7 @@ LAYOUTS = [bhld, blhd, part_of_longer, rows_apart, batch_inside]
 def make(
     layout: Any, B: int, device: str, dtype: torch.dtype, kind: BoundsKind = "cache"
 ) -> tuple[Tensor, Tensor, PageView, Tensor]:
-    """k, v as an engine holds them, [B, Hkv, L, D] of the layout; their view and its bounds, NaN in both (or 77)."""
+    """An engine's k, v [B, Hkv, L, D] in the layout, their view and its bounds; filled with NaN, or 77 in bytes."""
     k, v = (layout(B, device=device, dtype=dtype) for _ in range(2))
     if layout in (blhd, rows_apart):
         view = page_view_blhd(k.transpose(1, 2), v.transpose(1, 2), S)
@@ -74,7 +74,7 @@ def scales_of(view: PageView, kind: BoundsKind) -> Tensor | None:
 
 
 def memory(tensor: Tensor) -> Tensor:
-    """All that lies under a tensor."""
+    """A tensor's whole storage."""
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
 
 
@@ -83,7 +83,7 @@ def memory(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @BOUNDS
 def test_a_view_is_the_cache_itself(device: str, layout: Any, B: int, dtype: torch.dtype, kind: BoundsKind) -> None:
-    """Appends through the view land in the engine's tensors; all results are a PagedKVCache's, bit for bit."""
+    """Appends through the view write the engine's tensors; all results equal a PagedKVCache's bit for bit."""
     k, v, view, bounds = make(layout, B, device, dtype, kind)
     scales = scales_of(view, kind)
     sizes = {"max_tokens": L, "batch_size": B, "page_size": S}
@@ -119,7 +119,7 @@ def test_a_view_is_the_cache_itself(device: str, layout: Any, B: int, dtype: tor
 @pytest.mark.parametrize("B", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_other_memory_is_written(device: str, layout: Any, B: int) -> None:
-    """One page of one sequence changes: nothing else does, in the caches and in the bounds."""
+    """Writing a page of a sequence changes nothing else in the caches and bounds."""
     k, v, view, bounds = make(layout, B, device, torch.float32)
     storages = [torch.empty(0, device=device).set_(t.untyped_storage()) for t in (k, v, bounds)]
     lens = torch.full((B,), 2 * S, dtype=torch.int32, device=device)
@@ -135,12 +135,12 @@ def test_no_other_memory_is_written(device: str, layout: Any, B: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_int8_bounds_write_no_other_memory(device: str, layout: Any) -> None:
-    """One page changes, of each head and sequence: as many bounds and scales do."""
+    """A page of each head and sequence changes, with one pair of bounds and one scale each."""
     _, _, view, bounds = make(layout, 2, device, torch.float32, "int8")
     scales = scales_of(view, "int8")
     new = torch.randn(2, 1, HKV, D, device=device)
     lens = torch.full((2,), 2 * S, dtype=torch.int32, device=device)
-    memory(bounds).fill_(-128)  # which no bound is
+    memory(bounds).fill_(-128)  # no bound has this value
     append_kv(new, new, *view[:2], bounds, view.page_table, lens, None, scales)
     assert int((memory(bounds) != -128).sum()) == 2 * HKV * 2 * D
     assert int((~memory(scales).isnan()).sum()) == 2 * HKV
@@ -168,12 +168,12 @@ def test_bounds_take_no_more_memory_than_pages_need(layout: Any) -> None:
     assert empty_bounds(view, "int8").untyped_storage().nbytes() == 4 * HKV * P * 2 * D
     assert empty_scales(view).untyped_storage().nbytes() == 4 * HKV * P * 4
     assert view.k_cache.shape[0] == bounds.shape[0] == (3 * HKV * P + P if layout is bhld else 4 * P)
-    assert make(part_of_longer, 1, "cpu", torch.bfloat16)[2].k_cache.shape[0] == P  # no step from row to row
+    assert make(part_of_longer, 1, "cpu", torch.bfloat16)[2].k_cache.shape[0] == P  # stride 0 from row to row
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_step_over_a_view(device: str, backend: str) -> None:
-    """Also where physical pages overlap in memory."""
+    """Physical pages may overlap in memory."""
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):

@@ -1,4 +1,4 @@
-"""A history whose steps attend, and what they should have given."""
+"""A history whose steps attend, and their expected results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from quest_ops import PagedKVCache, QuestConfig, attention_path, quest_attention, reference, update_bounds
-from quest_ops.page_bounds import new_bounds
+from quest_ops.bounds import new_bounds
 from torch import Tensor
 
 from helpers import torch_baseline
@@ -20,7 +20,7 @@ BOUNDS = pytest.mark.parametrize("bounds", ["cache", "int8"])
 
 
 class Model(History):
-    """A history whose steps attend; ``exact`` and ``plain`` say what the last step should have given."""
+    """A history whose steps attend; ``expected`` computes the last step's result."""
 
     def __init__(self, device: str, heads: int = 4, layers: int = 2, batch: int = 2, seed: int = 0, **cache: Any):
         options = {"max_tokens": 96, "page_size": S, "dtype": torch.float32} | cache
@@ -46,9 +46,9 @@ class Model(History):
         return torch.stack([quest_attention(q[i], k[i], v[i], self.cache, i, config, scale) for i in layers])
 
     def expected(self, config: QuestConfig, layer: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
-        """The last step's output of a layer [B, T, Hq, D] from the history alone; padding gives 0.
+        """The last step's output of a layer [B, T, Hq, D], from the history alone; padding gives 0.
 
-        Once in float64, and in the cache's dtype as plain PyTorch has it, in several orders of summation.
+        Returns it in float64, and by plain PyTorch in the cache's dtype, in several orders of summation.
         """
         path = attention_path(self.cache, layer, config, self.q.shape[2])
         scale = D**-0.5 if scale is None else scale
@@ -84,7 +84,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same by PyTorch's own kernels, which are what a prefill is left to."""
+    """The same by PyTorch's own kernels, which also compute a prefill."""
     mask = causal(len(q), len(k)).to(q.device)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)

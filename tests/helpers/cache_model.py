@@ -1,4 +1,4 @@
-"""What a cache's sequences were given, kept as plain tensors: the model that PagedKVCache is compared with."""
+"""A model of PagedKVCache in plain tensors, to compare it with."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class History:
-    """Drives a cache and remembers: keys and values [L, tokens, Hkv, D] of each sequence, on the CPU.
+    """Drives a cache and records each sequence's keys and values [L, tokens, Hkv, D], on the CPU.
 
-    ``loose`` holds the sequences whose last page was cut while a fork shared it: its bounds then cover more.
+    ``loose`` holds the sequences whose last page was cut while a fork shared it. Its bounds then cover more tokens.
     """
 
     def __init__(self, cache: PagedKVCache, seed: int = 0):
@@ -80,7 +80,7 @@ class History:
         return Counter(page for page in self.cache.page_table.flatten().tolist() if page >= 0)
 
     def check(self) -> None:
-        """Everything that can be seen of the cache is as it should be."""
+        """Checks the public state of the cache against the record."""
         c, S = self.cache, self.cache.page_size
         assert c.seq_lens.tolist() == c.lengths == self.lengths
         assert c.free_pages == c.num_pages - len(self.owners())
@@ -108,7 +108,7 @@ class History:
                     assert torch.equal(bounds[:, page], exact[:, page])
 
     def recomputed(self, b: int) -> Tensor:
-        """The int8 bounds that update_bounds makes of what the cache holds of a sequence, as numbers."""
+        """The numbers of the int8 bounds that update_bounds computes from a sequence's keys in the cache."""
         c = self.cache
         bounds, scales = torch.zeros_like(c.k_bounds), torch.zeros_like(c.k_scales)
         row = slice(b, b + 1)
@@ -119,17 +119,17 @@ class History:
 
 
 def numbers(k_bounds: Tensor, k_scales: Tensor | None) -> Tensor:
-    """Bounds as they count: those of 8 bits times their scales, without rounding."""
+    """The values of bounds: 8-bit ones times their scales, without rounding."""
     return k_bounds if k_scales is None else k_bounds.double() * k_scales.double()[..., None, None]
 
 
 def poison(pool: Tensor, pages: list[int] | slice = slice(None)) -> None:
-    """Fill pages of a pool with what shows where it is read; bytes have no NaN, but their scales do."""
+    """Fill pages of a pool with NaN, so that a read shows; bytes get 77, and their scales NaN."""
     pool[:, pages] = math.nan if pool.is_floating_point() else 77
 
 
 def snapshot(cache: PagedKVCache) -> tuple[object, ...]:
-    """All that a call which fails must leave as it was; NaN, which equals nothing, as bits."""
+    """The state that a failing call must not change; pools as bits, since NaN equals nothing."""
     pools = [pool.view(torch.uint8).clone() for pool in cache.pools]
     tables = [t.tolist() for t in (cache.page_table, cache.seq_lens, cache.start_lens, cache.new_lens)]
     return (*pools, tables, cache.lengths, cache.free_pages)

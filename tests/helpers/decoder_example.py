@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import decoder
 from decoder import Decoder, DecoderConfig, generate, prefill
 
-# Two pages of budget: every prompt here is past it.
+# The budget is two pages; every prompt here is longer.
 SMALL = DecoderConfig(64, 64, 2, 4, 2, 64, 96, quest=QuestConfig(32, 16, dense_layers=1))
 WIDE_BOUNDS = replace(SMALL, quest=replace(SMALL.quest, bounds="cache"))
 CONFIGS = pytest.mark.parametrize("config", [WIDE_BOUNDS, SMALL], ids=["cache", "int8"])
@@ -47,7 +47,7 @@ def prompts(device: str, batch: int, tokens: int) -> Tensor:
 
 
 def filled(model: Decoder, batch: int, tokens: int = 100, capacity: int = 256) -> tuple[PagedKVCache, Tensor]:
-    """A cache of zeros but for a prefilled prompt, and the token that follows it."""
+    """A zeroed cache with a prefilled prompt, and the token that follows it."""
     cache = model.new_cache(batch, capacity)
     for pool in cache.pools:
         pool.zero_()

@@ -1,10 +1,10 @@
-"""Small random Hugging Face models, prompts for them, and what the reference makes of their attention."""
+"""Small random Hugging Face models, prompts for them, and their attention by the reference."""
 
 import functools
 
 import torch
 from quest_ops import reference, update_bounds
-from quest_ops.page_bounds import new_bounds
+from quest_ops.bounds import new_bounds
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -31,7 +31,7 @@ COMMON = {
     "num_key_value_heads": 2,
     "head_dim": 64,
     "max_position_embeddings": 2048,
-    # Large weights: attention of a random model that is far from uniform, and a clear best token.
+    # Large weights make attention far from uniform, and the best token clear.
     "initializer_range": 0.3,
     "bos_token_id": None,
     "eos_token_id": None,
@@ -50,7 +50,7 @@ MODELS = {
     "gemma3": (Gemma3TextConfig, {**MIXED, "query_pre_attn_scalar": 64}),
     "gpt-oss": (GptOssConfig, {**MIXED, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": ROPE}),
 }
-# What these features need is dense attention that has them, which in transformers is the eager one.
+# In transformers only eager attention has the features of these models.
 DENSE = {"gemma2": "eager", "gpt-oss": "eager"}
 
 
@@ -63,13 +63,13 @@ def _model(name, device, changes):
     for layer in model.model.layers:
         if hasattr(layer.self_attn, "sinks"):
             torch.nn.init.normal_(layer.self_attn.sinks)
-    # Compiling is what a test asks for by itself.
+    # Tests that need compiling request it.
     model.generation_config.disable_compile = True
     return model
 
 
 def make_model(name="qwen3", device="cpu", **changes):
-    """A model of its kind, the same object each time, with dense attention."""
+    """A model of the kind ``name`` with dense attention, the same object each time."""
     model = _model(name, device, tuple(changes.items()))
     model.set_attn_implementation(DENSE.get(name, "sdpa"))
     return model
@@ -99,7 +99,7 @@ def step(model, ids, cache, **options):
 
 
 def use_reference(model, config):
-    """Give the model an attention function after ``quest_ops.reference``, for any cache of transformers."""
+    """Give the model the attention of ``quest_ops.reference``, for any cache of transformers."""
 
     def attention(module, query, key, value, mask, scaling=None, sliding_window=None, s_aux=None, **kwargs):
         if query.shape[2] > 8 or sliding_window is not None:

@@ -1,7 +1,7 @@
-"""What the operator tests share: cases made from drawn integers, odd memory layouts, and the rule of comparison.
+"""Shared by the operator tests: cases made from drawn integers, memory layouts, and the rule of comparison.
 
-Hypothesis draws the integers of a :class:`Shape`, never elements; the tensors follow from its seed, on the CPU. What an
-operator must not read is NaN, or a page number that leads nowhere.
+Hypothesis draws the integers of a :class:`Shape`, never elements. The tensors follow from its seed, on the CPU. Memory
+that an operator must not read holds NaN, or invalid page numbers.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 from quest_ops import reference
+from quest_ops.ops import DTYPES, HEAD_DIMS, PAGE_SIZES
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-PAGE_SIZES = (8, 16, 32, 64, 128)
 LAYOUTS = ("contiguous", "transposed", "sliced", "unaligned")
 GARBAGE = 2**31 - 1
 UNREAD_BYTE = 77
-GUARD = 64  # elements before and behind a placed tensor; keeps 16-byte alignment
+GUARD = 64  # elements before and after a placed tensor; keeps 16-byte alignment
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Shape:
     new_tokens: int = 0  # T; 0: q has no such dimension
     lengths: tuple[int, ...] = (37, 16)
     spare_pages: int = 1  # entries of the page table, and pages of the pool, that no sequence uses
-    shared_pages: int = 0  # first pages that all sequences share, where they are full
+    shared_pages: int = 0  # full first pages that all sequences share
     layouts: tuple[int, int, int, int] = (0, 0, 0, 0)  # of q, k_cache, v_cache, k_bounds with k_scales
     int8: bool = False  # bounds of 8 bits, with k_scales
     seed: int = 0
@@ -106,7 +104,7 @@ class Case:
         return self.page_table[b, position // self.shape.page_size].long(), position % self.shape.page_size
 
     def random_pages(self, k: int, per_head: bool = False, shuffled: bool = False) -> Tensor:
-        """Page lists that any source may have made: random, padded; shuffled ones are in no order, with gaps."""
+        """Random padded page lists of any source; shuffled ones have no order, and padding in between."""
         s = self.shape
         rows = (*self.q.shape[:-2], s.heads if per_head else s.kv_heads)
         lists = torch.full((*rows, k), -1, dtype=torch.int32)
@@ -132,7 +130,7 @@ class Case:
         )
 
     def on(self, device: str) -> Case:
-        """The same case as the operators get it: placed in memory as the shape says."""
+        """The operators' arguments for this case: placed in memory as the shape says."""
         names = ("q", "k_cache", "v_cache", "k_bounds")
         return self.having(
             **{
@@ -153,7 +151,7 @@ class Case:
 
 @st.composite
 def shapes(draw: st.DrawFn, max_new_tokens: int = 8, max_shared_pages: int = 2, maybe_int8: bool = False) -> Shape:
-    """Shapes over the whole domain, lengths around multiples of the page size; sizes kept to what a test can afford."""
+    """Shapes over the whole domain, with lengths around multiples of the page size and affordable sizes."""
     head_dim = draw(st.sampled_from(HEAD_DIMS))
     page_size = draw(st.sampled_from(PAGE_SIZES))
     group = draw(st.integers(1, 16) | st.sampled_from((20, 32)))
@@ -182,9 +180,9 @@ def shapes(draw: st.DrawFn, max_new_tokens: int = 8, max_shared_pages: int = 2, 
 
 
 def place(tensor: Tensor, layout: str, device: str) -> Tensor:
-    """A copy with the strides of the layout, in the middle of NaN (or page numbers that lead nowhere).
+    """A copy with the strides of the layout, in the middle of NaN or invalid page numbers.
 
-    All of that memory is the result's ``_base``: comparing it shows writes beside the tensor too.
+    All of that memory is the result's ``_base``. Comparing it shows writes beside the tensor too.
     """
     order = list(range(tensor.dim()))
     if layout == "transposed" and tensor.dim() > 2:
@@ -201,7 +199,7 @@ def place(tensor: Tensor, layout: str, device: str) -> Tensor:
 
 
 def place_far_apart(tensor: Tensor, device: str) -> Tensor:
-    """A copy whose last page lies more than 2^31 elements from the first. What lies between is never touched."""
+    """A copy whose last page lies more than 2^31 elements after the first. The memory between is never touched."""
     stride = (2**31 // (tensor.shape[0] - 1) // 64 + 1) * 64  # keeps the alignment, and with it the kernel
     memory = torch.empty(stride * (tensor.shape[0] - 1) + tensor[0].numel(), dtype=tensor.dtype, device=device)
     return memory.as_strided(tensor.shape, (stride, *tensor[0].contiguous().stride())).copy_(tensor)
@@ -223,11 +221,16 @@ def assert_exact(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_accurate(actual: Tensor, exact: Tensor, naive: Tensor, dtype: torch.dtype) -> None:
-    """At most twice the error that PyTorch makes in the same dtype, and the rounding of the result.
+    """The error is at most twice PyTorch's in the same dtype, plus the rounding of the result.
 
-    exact: the float64 reference. naive: the straightforward computation in ``dtype``, or several runs of it, stacked.
-    NaN and infinities come first, and must be the same; then the largest error; then the cosine difference of the
-    whole, whose square root is the relative error.
+    NaN and infinities must be equal. Then the largest error is compared, and then the cosine difference of the whole,
+    whose square root is the relative error.
+
+    Args:
+        actual: the operator's result.
+        exact: the float64 reference.
+        naive: the straightforward computation in ``dtype``, or several of them, stacked.
+        dtype: of the inputs.
     """
     last_place = torch.finfo(actual.dtype).eps
     actual = actual.cpu().double()
@@ -241,7 +244,7 @@ def assert_accurate(actual: Tensor, exact: Tensor, naive: Tensor, dtype: torch.d
     assert naive.isfinite().all()
     rounded = exact.to(dtype)
     rounding = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max().item()
-    # Adding 0.3 and taking it off again often costs nothing where all results are of one size, as those of lse are.
+    # Adding and subtracting 0.3 often rounds nothing where all results have one magnitude, as lse has.
     rounding = max(rounding, last_place * exact.abs().max().item())
     error, allowed = (actual - exact).abs().max().item(), 2 * (naive - exact).abs().max().item() + rounding
     assert error <= allowed, f"largest error {error:.3g}, allowed {allowed:.3g}"

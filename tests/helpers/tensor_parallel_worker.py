@@ -1,4 +1,4 @@
-"""One process of the tensor-parallel test: ``tensor_parallel.py FOLDER RANK`` fails where its tokens differ."""
+"""A process of the tensor-parallel test: ``tensor_parallel_worker.py FOLDER RANK`` fails if its tokens differ."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What a user would write in plain PyTorch, in the dtype of the cache: its error measures that of the kernels."""
+"""The operators in plain PyTorch, in the cache's dtype: the measure of the kernels' errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RUNS = 4
 def in_several_orders(compute: Callable[..., Any], q: Tensor, k: Tensor, *arguments: Any) -> list[Tensor]:
     """Each result of ``compute`` with the head dimension summed in several orders, stacked.
 
-    In float32 the largest error is a matter of luck, for the kernel and for PyTorch: one run is too short a measure.
+    In float32 the largest error varies with the order of summation, so a single order is too small a sample.
     """
     random = torch.Generator().manual_seed(0)
     orders = [torch.randperm(q.shape[-1], generator=random) for _ in range(RUNS)]

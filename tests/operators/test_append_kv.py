@@ -1,4 +1,4 @@
-"""append_kv and update_bounds: copies, minima and maxima, so equal to the reference; and nothing else changes."""
+"""append_kv and update_bounds: copies, minima and maxima equal the reference exactly; nothing else changes."""
 
 import math
 from dataclasses import replace
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class Cache:
-    """A cache in which everything is garbage but the keys of the tokens held, on the device and on the CPU."""
+    """A cache that holds garbage beside the keys of its tokens, on the device and on the CPU."""
 
     def __init__(self, shape: Shape, device: str):
         case = Case(shape)
@@ -33,7 +33,7 @@ class Cache:
         self.page_table = place(case.page_table, "sliced", device)
 
     def assert_became(self, *expected: Tensor) -> None:
-        """k_cache, v_cache and k_bounds are these, and not a bit beside them has changed."""
+        """k_cache, v_cache and k_bounds equal these, and no bit beside them has changed."""
         for actual, layout, value in zip(self.device, self.layouts, expected, strict=True):
             assert_same_bits(actual._base, place(value, layout, "cpu")._base)
 
@@ -46,7 +46,7 @@ def lengths_on(device: str, lengths: Tensor | None) -> Tensor | None:
 def test_append_meets_the_reference(
     device: str, shape: Shape, new: int, ragged: bool, layout: int, data: st.DataObject
 ) -> None:
-    """The page table is that of the sequences with the new tokens; what they hold before is drawn."""
+    """The page table holds the sequences with their new tokens; the lengths before are drawn."""
     new = min(new, 3 * shape.page_size + 1)
     counts = [data.draw(st.integers(0, min(new, n))) if ragged else min(new, *shape.lengths) for n in shape.lengths]
     T = max(counts) + (data.draw(st.integers(0, 2)) if ragged else 0)
@@ -88,7 +88,7 @@ def test_update_bounds_meets_the_reference(device: str, shape: Shape, first: lis
 @given(shapes(max_shared_pages=0), st.lists(st.integers(0, 70), min_size=1, max_size=12))
 @example(Shape(lengths=(64, 64)), [1] * 40)
 def test_appends_add_up(device: str, shape: Shape, steps: list[int]) -> None:
-    """Many appends, across page boundaries, leave what one look at all tokens gives."""
+    """Many appends across page boundaries equal a single pass over all tokens."""
     total = sum(steps)
     shape = replace(shape, lengths=tuple(total for _ in shape.lengths[:2]))
     case = Case(shape)
@@ -137,7 +137,7 @@ def test_pool_past_2_31_elements(device: str) -> None:
 
 
 def test_nothing_to_do(device: str) -> None:
-    """No new tokens, no sequences, no capacity: nothing is written, nothing is wrong."""
+    """No new tokens, no sequences, no capacity: no write and no error."""
     cache = Cache(Shape(lengths=(0, 16, 17)), device)
     before = [x._base.clone() for x in cache.device]
     none = torch.empty(3, 0, 2, 64, device=device)

@@ -1,4 +1,4 @@
-"""Wrong arguments: an error that names the argument and what came, and nothing written; on the GPU, nothing outside."""
+"""Wrong arguments: errors name the argument and its value, and nothing is written, on a GPU nothing outside."""
 
 import re
 from collections.abc import Callable
@@ -20,9 +20,9 @@ WRITTEN = ("k_cache", "v_cache", "k_bounds", "k_scales")
 
 
 def arguments(name: str, device: str, int8: bool = False) -> Arguments:
-    """B = 2, Hq = 4, Hkv = 2, D = 64, S = 16, P = 4, N = 9: right arguments of an operator, each of them given.
+    """Valid arguments of an operator, all of them given: B = 2, Hq = 4, Hkv = 2, D = 64, S = 16, P = 4, N = 9.
 
-    k_scales is given with 8-bit bounds alone. decode_step gets float16, which one launch can do.
+    k_scales is given with 8-bit bounds only. decode_step gets float16, which a single launch supports.
     """
     if int8:
         good = arguments(name, device)
@@ -54,7 +54,7 @@ def arguments(name: str, device: str, int8: bool = False) -> Arguments:
 
 
 def assert_refused(name: str, good: Arguments, bad: Arguments, *parts: str) -> None:
-    """The message has these parts, in this order, and the tensors that the operator writes to are as before."""
+    """The message has these pieces, in this order, and the operator's output tensors are as before."""
     before = {key: good[key]._base.clone() for key in WRITTEN if key in good}
     with pytest.raises(RuntimeError, match="(?s)" + ".*".join(re.escape(part) for part in parts)):
         OPERATORS[name](**{**good, **bad})
@@ -431,7 +431,7 @@ VALUES: list[Any] = [
 def test_values(
     device: str, monkeypatch: pytest.MonkeyPatch, name: str, key: str, place: tuple[int, ...], value: int, message: str
 ) -> None:
-    """Always on the CPU, on the GPU where QUEST_OPS_CHECK=1 asks for it."""
+    """Checked always on the CPU, and on the GPU with QUEST_OPS_CHECK=1."""
     if device == "cuda":
         monkeypatch.setenv("QUEST_OPS_CHECK", "1")
     good = arguments(name, device)
@@ -448,7 +448,7 @@ def test_append_past_the_capacity_without_new_lens() -> None:
 
 @pytest.mark.gpu
 class TestUncheckedOnTheGPU:
-    """Without QUEST_OPS_CHECK values are not looked at: whatever they are, no kernel leaves its tensors."""
+    """Without QUEST_OPS_CHECK values are not checked; with any of them no kernel leaves its tensors."""
 
     @pytest.fixture(autouse=True)
     def unchecked(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,7 +473,7 @@ class TestUncheckedOnTheGPU:
         torch.cuda.synchronize()
         for key, x in memory.items():
             if key in WRITTEN and name in ("append_kv", "update_bounds", "decode_step"):
-                for base in (x, before[key]):  # within the tensor anything may have been written
+                for base in (x, before[key]):  # inside the tensor any value may have been written
                     base.as_strided(good[key].shape, good[key].stride(), good[key].storage_offset()).zero_()
             assert_same_bits(x, before[key])
 

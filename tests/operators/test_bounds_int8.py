@@ -1,4 +1,4 @@
-"""8-bit page bounds: the specified bytes and scales on every device, still bounds, and nearly the same selection."""
+"""8-bit page bounds: the specified bytes and scales on every device, valid bounds, nearly the same selection."""
 
 import math
 from dataclasses import replace
@@ -32,7 +32,7 @@ def int8(shape: Shape) -> Shape:
 
 
 def empty_like(case: Case, device: str) -> tuple[Tensor, Tensor]:
-    """Bounds and scales of which nothing is written yet, placed as the shape says."""
+    """Unwritten bounds and scales, placed as the shape says."""
     layout = LAYOUTS[case.shape.layouts[3]]
     return (
         place(torch.full_like(case.k_bounds, UNREAD_BYTE), layout, device),
@@ -41,14 +41,14 @@ def empty_like(case: Case, device: str) -> tuple[Tensor, Tensor]:
 
 
 def assert_bounds(actual: tuple[Tensor, Tensor], case: Case) -> None:
-    """The specified numbers, and not a bit beside them has changed."""
+    """Bounds and scales are as specified, and no bit beside them has changed."""
     layout = LAYOUTS[case.shape.layouts[3]]
     for memory, expected in zip(actual, (case.k_bounds, case.k_scales), strict=True):
         assert_same_bits(memory._base, place(expected, layout, "cpu")._base)
 
 
 def with_keys(shape: Shape, value: float | str) -> Case:
-    """The case with a number of the keys' dtype in all keys of some pages and a few of the others."""
+    """The case with a given number in all keys of some pages and in a few keys of others."""
     case = Case(shape)
     info = torch.finfo(shape.dtype)
     value = {"smallest": info.smallest_normal * info.eps, "largest": info.max}.get(value, value)
@@ -84,7 +84,7 @@ def test_pages_before_the_first_token_are_left_alone(device: str, shape: Shape, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", SPECIAL)
 def test_extreme_keys(device: str, dtype: torch.dtype, value: float | str) -> None:
-    """Bits as specified, and what they mean: NaN or infinite keys show, zeros are zeros, the rest are bounds."""
+    """Bits as specified: NaN and infinite keys show, zeros stay zeros, and all else are bounds."""
     case = with_keys(Shape(dtype, lengths=(70, 33), page_size=8, int8=True, seed=3), value)
     x, bounds = case.on(device), empty_like(case, device)
     ops.update_bounds(x.k_cache, bounds[0], x.page_table, x.seq_lens, k_scales=bounds[1])
@@ -116,7 +116,7 @@ def test_rounding_is_outward_exactly(device: str, shape: Shape) -> None:
 
 @given(shapes(max_shared_pages=0), st.lists(st.integers(0, 70), min_size=1, max_size=8))
 def test_appends_add_up(device: str, shape: Shape, steps: list[int]) -> None:
-    """Many appends into pages of garbage leave what one look at all tokens gives."""
+    """Many appends into pages of garbage equal a single pass over all tokens."""
     total = sum(steps)
     case = Case(replace(shape, int8=True, lengths=tuple(total for _ in shape.lengths[:2])))
     x, bounds = case.on(device), empty_like(case, device)
@@ -133,7 +133,7 @@ def test_appends_add_up(device: str, shape: Shape, steps: list[int]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_page_written_anew_forgets_what_it_held(device: str, dtype: torch.dtype) -> None:
-    """The scale shrinks again as large keys are overwritten after a roll-back."""
+    """The scale shrinks when large keys are overwritten after a roll-back."""
     x = Case(Shape(dtype, lengths=(40,), int8=True)).on(device)
     before = torch.tensor([20], dtype=torch.int32, device=device)
     k = torch.randn(1, 20, 2, 64, device=device).to(dtype)
@@ -160,7 +160,7 @@ def test_scores_meet_the_reference(device: str, shape: Shape) -> None:
 
 @given(shapes(max_new_tokens=0))
 def test_scores_bound_every_key(device: str, shape: Shape) -> None:
-    """At least q.k for each key of the page, up to the rounding of a dot product in the dtype."""
+    """A score is at least q.k for each key of the page, up to the rounding of a dot product."""
     case = Case(int8(shape))
     x = case.on(device)
     scores = ops.estimate(*x.scoring, shape.page_size, x.k_scales).cpu().double()
@@ -187,7 +187,7 @@ def test_the_selection_is_nearly_that_of_16_bits(device: str, head_dim: int, pag
 
 
 def test_scales_may_have_any_strides(device: str) -> None:
-    """Laid out by heads, and far apart in memory: a scale is read and written alone."""
+    """With scales laid out by heads, and far apart in memory."""
     x = Case(Shape(lengths=(100, 64, 7), int8=True)).on(device)
     memory = torch.full((2, len(x.k_scales), 3), math.nan, device=device)
     scales = memory[..., 1].T

@@ -32,7 +32,7 @@ Results = tuple[Tensor, Tensor, Tensor]
 
 
 def before_step(shape: Shape) -> Case:
-    """The case whose last T tokens are not in the cache yet: the lengths of the shape are those after the step."""
+    """The case without its last T tokens in the cache; the shape's lengths are those after the step."""
     T = max(1, shape.new_tokens)
     case = Case(shape)
     k, v = (torch.stack([x[len(x) - T :] for x in tokens]) for tokens in (case.keys, case.values))
@@ -85,7 +85,7 @@ def four_steps(
 ) -> Results:
     S, D, Hkv = x.k_cache.shape[2], x.shape.head_dim, x.shape.kv_heads
     if scale is None:
-        scale = (1 / torch.tensor(float(D)).sqrt()).item()  # in float32, as the operators have it
+        scale = (1 / torch.tensor(float(D)).sqrt()).item()  # in float32, as in the operators
     ops.append_kv(x.k, x.v, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.start_lens, None, x.k_scales)
     scores = ops.estimate(*x.scoring, S, x.k_scales)
     forced = (sink_pages, recent_pages)
@@ -107,7 +107,7 @@ def assert_same_step(case: Case, device: str, num_pages: int, **options: Any) ->
 
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[Shape, dict[str, Any]]:
-    """Any step, half of them such that one launch does them on a GPU."""
+    """Any step; a single GPU launch supports half of them."""
     shape = draw(shapes(max_shared_pages=0, maybe_int8=True))
     if draw(st.booleans()):
         aligned = st.integers(0, LAYOUTS.index("sliced"))
@@ -175,7 +175,7 @@ def test_new_tokens(device: str, dtype: torch.dtype, new_tokens: int, int8: bool
 @pytest.mark.parametrize("sink_pages", [0, 1, 2])
 @pytest.mark.parametrize("recent_pages", [0, 1, 2])
 def test_forced_pages(device: str, sink_pages: int, recent_pages: int, int8: bool) -> None:
-    """With lists from the shortest to longer than there are pages."""
+    """With K from 1 to more than the number of pages."""
     lengths = tuple(16 * pages + off for pages, off in itertools.product((2, 11, 12), (-1, 0, 1)))
     case = before_step(Shape(torch.float16, 64, 16, 2, 2, lengths=lengths, int8=int8, seed=4))
     for num_pages in (max(1, sink_pages + recent_pages), 4, 11, 12, 13, 40):
@@ -235,7 +235,7 @@ def test_equal_keys_tie_to_the_first_pages(device: str, int8: bool) -> None:
 @BOTH_BOUNDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unread_pages_stay_unseen(device: str, dtype: torch.dtype, int8: bool) -> None:
-    """NaN in the keys and values of the pages left out: the results of the clean cache."""
+    """NaN in the keys and values of unselected pages changes no result."""
     case = before_step(Shape(dtype, 128, 16, 2, 4, lengths=(700, 333, 20), int8=int8, seed=9))
     clean = one_step(on(case, device), 7)
     poisoned = one_step(on(case.poisoned(clean[2].cpu()), device), 7)
@@ -249,7 +249,7 @@ def test_unread_pages_stay_unseen(device: str, dtype: torch.dtype, int8: bool) -
 @pytest.mark.parametrize("name", ["k_cache", "k", "v", "q"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_faults_show_as_in_the_four(device: str, dtype: torch.dtype, name: str, value: float, int8: bool) -> None:
-    """NaN and infinities in an old key, a new key or value, or the query: in their own sequence alone."""
+    """NaN and infinities in a key, value or query affect their own sequence only."""
     case = before_step(Shape(dtype, 64, 16, 2, 4, lengths=(700, 333), int8=int8, seed=10))
     old_page = int(case.page_table[0, 5])
     where = {"k_cache": (old_page, 1, 3, 9), "k": (0, 0, 1, 5), "v": (0, 0, 1, 5), "q": (0, 4, 5)}[name]
@@ -294,7 +294,7 @@ class TestOnTheGPU:
     @BOTH_BOUNDS
     @pytest.mark.parametrize("head_dim", HEAD_DIMS)
     def test_several_tiles_a_block(self, head_dim: int, int8: bool) -> None:
-        """More pages and chunks than the GPU holds blocks for: each has several in flight."""
+        """More pages and chunks than resident blocks, so that each block takes several."""
         lengths = (9000 if head_dim <= 128 else 4500, 3001)
         shape = Shape(torch.bfloat16, head_dim, 8, 32, 1, lengths=lengths, int8=int8, seed=16)
         case = before_step(shape)
@@ -304,7 +304,7 @@ class TestOnTheGPU:
     @BOTH_BOUNDS
     @pytest.mark.parametrize("equal", [False, True])
     def test_more_pages_than_shared_memory_holds(self, equal: bool, int8: bool) -> None:
-        """Than it holds keys of, or keys and a table of, or a thread has bits in a word for; ties among them all."""
+        """More pages than shared memory holds keys or a table for, or a thread's word has bits for; with ties."""
         lengths = (8 * 13_000 - 3, 8 * 9_000, 8 * 6_145 - 7, 8 * 300)
         case = before_step(Shape(torch.bfloat16, 64, 8, 1, 2, lengths=lengths, int8=int8, seed=17))
         if equal:
@@ -317,7 +317,7 @@ class TestOnTheGPU:
     @BOTH_BOUNDS
     @pytest.mark.parametrize("keys", ["random", "equal", "broken"])
     def test_long_rows_are_selected_by_groups_of_pages(self, monkeypatch: Any, keys: str, int8: bool) -> None:
-        """Rows of more than 8,192 pages and of 32 for each that is read; forced pages that begin and end in groups."""
+        """More than 8,192 pages, 32 for each one read; forced pages begin and end inside groups of pages."""
         monkeypatch.delenv("QUEST_OPS_CHECK", raising=False)
         lengths = (8 * 25_000 - 5, 8 * 22_400 + 1, 8 * 8_209, 8 * 8_193 - 7, 8 * 8_192)
         case = before_step(Shape(torch.bfloat16, 64, 8, 1, 2, lengths=lengths, int8=int8, seed=18))
@@ -331,7 +331,7 @@ class TestOnTheGPU:
             assert_same_step(case, "cuda", num_pages, sink_pages=sink_pages, recent_pages=recent_pages)
 
     def test_steps_on_two_streams_do_not_wait_for_each_other(self) -> None:
-        """Each has more blocks than there is room for beside the other's."""
+        """Each launch has more blocks than fit beside those of the other."""
         case = before_step(Shape(torch.bfloat16, 128, 16, 8, 4, lengths=(6000,) * 8, int8=True, seed=17))
         alone, streams = one_step(on(case, "cuda"), 128), [torch.cuda.Stream() for _ in range(2)]
         inputs = [[on(case, "cuda") for _ in range(10)] for _ in streams]
@@ -349,7 +349,7 @@ class TestOnTheGPU:
     @BOTH_BOUNDS
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     def test_one_launch(self, dtype: torch.dtype, int8: bool) -> None:
-        """What the documentation promises; without it the comparisons above compare nothing."""
+        """The documented conditions; without a single launch the tests above would compare nothing."""
         x = on(before_step(Shape(dtype, 128, 16, 8, 4, lengths=(3000, 700), int8=int8)), "cuda")
         one_step(x, 64)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -367,7 +367,7 @@ class TestOnTheGPU:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("page", [-1, -(2**31), 2**31 - 1, "N"])
     def test_broken_page_tables(self, monkeypatch: Any, dtype: torch.dtype, page: int | str, int8: bool) -> None:
-        """A page that does not exist, in the middle, at the start, or where the new token goes."""
+        """A page that does not exist: in the middle, at the start, or under the new token."""
         monkeypatch.delenv("QUEST_OPS_CHECK", raising=False)
         case = before_step(Shape(dtype, 128, 16, 2, 4, lengths=(330, 200, 200, 90, 1), int8=int8, seed=12))
         page = len(case.k_cache) if page == "N" else page
@@ -380,7 +380,7 @@ class TestOnTheGPU:
     @BOTH_BOUNDS
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_graph_replays_follow_the_lengths(self, dtype: torch.dtype, int8: bool) -> None:
-        """Captured once, replayed across page boundaries, from fewer pages than are read to more: as eager."""
+        """Captured once and replayed across page boundaries and past the budget, equal to eager mode."""
         case = Case(Shape(dtype, 64, 8, 2, 4, lengths=(150, 140), int8=int8, seed=13))
         buffers = {
             "q": torch.zeros_like(case.q, device="cuda"),
@@ -399,7 +399,7 @@ class TestOnTheGPU:
                 buffers["v"][b, 0].copy_(case.values[b][start])
 
         load((0, 10))
-        one_step(replayed, 6)  # warm up, by the first step itself
+        one_step(replayed, 6)  # warm up with the first step
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = one_step(replayed, 6)
@@ -416,7 +416,7 @@ class TestOnTheGPU:
     @BOTH_BOUNDS
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_stream(self, dtype: torch.dtype, int8: bool) -> None:
-        """On another stream than the default one it waits for what that stream does before it."""
+        """On a side stream the step runs after the work queued there before it."""
         case = before_step(Shape(dtype, 128, 16, 2, 4, lengths=(3000, 100), int8=int8, seed=14))
         x, late = on(case, "cuda"), on(case, "cuda")
         written = ("q", "k", "v", "k_cache", "k_bounds", "start_lens", "seq_lens")

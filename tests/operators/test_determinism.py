@@ -1,4 +1,4 @@
-"""Same bits: in every rerun, in any batch, with any capacity, threads or stream, in a replayed CUDA graph."""
+"""The same bits in every rerun, batch, capacity, number of threads, stream and CUDA-graph replay."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def run(x: Case, k: int = 6, reduce: str = "max") -> dict[str, Tensor]:
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rows: slice = slice(None)) -> None:
     for name, value in expected.items():
-        got = actual[name][..., : value.shape[-1]]  # a larger capacity has more scores, for pages that nobody has
+        got = actual[name][..., : value.shape[-1]]  # a larger capacity adds scores of pages that no sequence has
         assert_same_bits(got, value[rows])
 
 
@@ -58,7 +58,7 @@ def test_capacity(device: str, shape: Shape, more: int, reduce: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_rows(device: str, dtype: torch.dtype) -> None:
-    """Rows of very different lengths, so that work is shared out differently alone and together."""
+    """Rows of very different lengths, so that work is split differently alone and together."""
     shape = Shape(dtype, 128, 16, 2, 4, lengths=(12_000, 1, 800, 5000), seed=4)
     x = Case(shape).on(device)
     together = run(x, k=128)
@@ -70,7 +70,7 @@ def test_long_rows(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("int8", [False, True], ids=["16-bit", "8-bit"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads(dtype: torch.dtype, int8: bool) -> None:
-    """However many threads share the work on the CPU."""
+    """With any number of CPU threads."""
     x = Case(Shape(dtype, 64, 16, 2, 4, new_tokens=2, lengths=(5000, 70, 900), int8=int8, seed=5)).on("cpu")
     before, expected = torch.get_num_threads(), run(x, k=64)
     try:
@@ -90,7 +90,7 @@ def test_threads(dtype: torch.dtype, int8: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stream(dtype: torch.dtype) -> None:
-    """On another stream than the default one the operators wait for what that stream does before them."""
+    """On a side stream the operators run after the work queued there before them."""
     shape = Shape(dtype, 128, 16, 2, 4, lengths=(3000, 100))
     x = Case(shape).on("cuda")
     expected = run(x)
@@ -108,7 +108,7 @@ def test_stream(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 def test_graph_replays_follow_the_lengths() -> None:
-    """Captured once, replayed as the sequences grow in place: what eager gives at each length."""
+    """Captured once and replayed as the sequences grow in place, equal to eager mode at each length."""
     shape = Shape(torch.bfloat16, 64, 16, 2, 2, lengths=(200, 90))
     case = Case(shape)
     x = case.on("cuda")

@@ -1,4 +1,4 @@
-"""What PyTorch asks of an operator: opcheck, fake tensors, torch.compile with symbolic shapes, no backward."""
+"""PyTorch's requirements of an operator: opcheck, fake tensors, torch.compile with symbolic shapes, no backward."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def arguments(name: str, dtype: torch.dtype, layout: str, full: bool, device: str) -> tuple[tuple, dict]:
-    """Arguments of an operator: with every optional one, 8-bit bounds and new tokens, or without."""
+    """Arguments of an operator: with all optional ones, 8-bit bounds and new tokens, or without."""
     layouts = (LAYOUTS.index(layout),) * 4
     x = Case(Shape(dtype, new_tokens=2 if full else 0, lengths=(37, 18), layouts=layouts, int8=full)).on(device)
     paging = (x.page_table, x.seq_lens)
@@ -54,7 +54,7 @@ def test_opcheck(device: str, name: str, dtype: torch.dtype, layout: str, full: 
 def pipeline(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_bounds: Tensor, table: Tensor, before: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A decode step as a model makes it, between operations that the compiler sees through."""
+    """A model's decode step, between operations that the compiler can fuse."""
     ops.append_kv(k * 1.5, v, k_cache, v_cache, k_bounds, table, before)
     lengths = before + k.shape[1]
     scores = ops.estimate(q * 2, k_bounds, table, lengths, k_cache.shape[2])
@@ -95,7 +95,7 @@ def test_compiled_whole_and_once_for_all_sizes(
             assert_same_bits(actual, expected)
 
     torch.compiler.reset()
-    # No size equals another one by chance: the compiler would take that for a rule.
+    # All sizes differ, since the compiler would assume that equal ones stay equal.
     check(37, 90, 5)
     with torch.compiler.set_stance("fail_on_recompile"):
         check(5, 130, 64, 2, 8)

@@ -69,7 +69,7 @@ def test_every_kind_of_page(device: str, dtype: torch.dtype, head_dim: int, page
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group", [1, 4, 7, 16, 20, 32])
 def test_long_sequences(device: str, dtype: torch.dtype, group: int) -> None:
-    """Many chunks of work to merge."""
+    """Many splits to combine."""
     case = Case(Shape(dtype, 64, 16, 1, group, lengths=(6001, 2500, 3), seed=3))
     check(case, device)
     check(case, device, case.random_pages(200, shuffled=True))
@@ -79,7 +79,7 @@ def test_long_sequences(device: str, dtype: torch.dtype, group: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_large_logits(device: str, dtype: torch.dtype, sign: int) -> None:
-    """Logits of hundreds, all of one sign: exponentials over- or underflow unless the largest is taken off first."""
+    """Logits in the hundreds: exponentials over- or underflow unless the largest is subtracted first."""
     case = Case(Shape(dtype, lengths=(700, 40, 2), new_tokens=2))
     case.k_cache += 3
     case.q = (case.q + 6) * sign
@@ -93,7 +93,7 @@ def test_large_logits(device: str, dtype: torch.dtype, sign: int) -> None:
 @pytest.mark.parametrize("new_tokens", [0, 1, 4, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_page_selected_is_dense(device: str, dtype: torch.dtype, new_tokens: int, per_head: bool) -> None:
-    """Bit for bit, in however many entries the list has beside."""
+    """Bit for bit, with any number of padding entries in the list."""
     case = Case(Shape(dtype, 128, 16, 2, 4, new_tokens, lengths=(1500, 16, 5, 0), spare_pages=3))
     P = case.shape.capacity
     rows = (*case.q.shape[:-2], case.shape.heads if per_head else case.shape.kv_heads)
@@ -109,7 +109,7 @@ def test_every_page_selected_is_dense(device: str, dtype: torch.dtype, new_token
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_shows_only_where_it_is_read(device: str, dtype: torch.dtype, per_head: bool) -> None:
-    """A row that reads a NaN key or value is NaN; the others are what they were, bit for bit."""
+    """A row that reads a NaN key or value is NaN; the others keep their bits."""
     case = Case(Shape(dtype, lengths=(70, 50), new_tokens=3, page_size=8))
     lists = torch.tensor([[0, 2, 8], [0, 1, 2], [1, 2, 8], [0, 1, -1]], dtype=torch.int32)
     pages = lists[: 4 if per_head else 2].repeat(2, 3, 1, 1)

@@ -1,4 +1,4 @@
-"""topk_pages: equal to the reference where scores are exact, as good as the best within rounding where they are not."""
+"""topk_pages: equal to the reference for exact scores, and as good within rounding for inexact ones."""
 
 import math
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class Selection:
     seed: int = 0
 
     def scores(self) -> Tensor:
-        """NaN, which ranks above everything, past the pages that a token may see."""
+        """NaN, which ranks above everything, in scores past the visible pages."""
         random = torch.Generator().manual_seed(self.seed)
         P = max(reference.num_pages(n, self.page_size) for n in self.lengths) + self.spare_pages
         T = max(1, self.new_tokens)
@@ -95,16 +95,16 @@ def selections(draw: st.DrawFn) -> Selection:
 
 
 def slack(scores: Tensor, reduced: Tensor, s: Selection) -> Tensor:
-    """What float32 may be off by in the reduced scores [Hs, n]."""
+    """The error that float32 allows in the reduced scores [Hs, n]."""
     if s.reduce == "sum":
         return scores.unflatten(0, (s.kv_heads, s.group)).abs().sum(1) * s.group * EPS
-    # soft: each exponent is off by its own size in EPS, the exponential by a few, the sum over n pages by n.
+    # soft: an exponent's error is its size in EPS, the exponential adds a few EPS, the sum over n pages n.
     exponent = (scores * s.scale).abs().nan_to_num(posinf=0).amax()
     return reduced * (4 * exponent + 8 + scores.shape[-1] + s.group) * EPS + s.group * torch.finfo(torch.float32).tiny
 
 
 def assert_as_good(chosen: list[int], h: int, scores: Tensor, s: Selection) -> None:
-    """No page left out is better than a page taken by more than rounding; of pages with the same scores, the first."""
+    """No unselected page beats a selected one by more than rounding; equal scores give the lower page."""
     n = scores.shape[-1]
     free = list(range(s.sink, n - s.recent))
     taken, left = ([page for page in free if (page in chosen) == wanted] for wanted in (True, False))
@@ -164,7 +164,7 @@ def test_every_kind_of_score(device: str, kind: str, reduce: str) -> None:
 @pytest.mark.parametrize("kind", ["normal", "equal", "lowest bits", "special"])
 @pytest.mark.parametrize("k", [1, 128, 4096, 70_000])
 def test_a_million_tokens(device: str, kind: str, k: int) -> None:
-    """65,536 pages: nothing is dropped however the scores cluster."""
+    """65,536 pages: no page is dropped where scores cluster."""
     check(Selection(kind, (16 * 65_536 - 5,), k, kv_heads=1, group=2, spare_pages=0), device)
 
 
@@ -172,7 +172,7 @@ def test_a_million_tokens(device: str, kind: str, k: int) -> None:
 @pytest.mark.parametrize("reduce", ["none", "max"])
 @pytest.mark.parametrize(("k", "sink", "recent"), [(40, 0, 1), (300, 100, 199), (500, 0, 0)])
 def test_ragged_lengths_up_to_many_pages(device: str, kind: str, reduce: str, k: int, sink: int, recent: int) -> None:
-    """Around 8,192 pages, where a row may be cut into segments, with forced pages in two of them."""
+    """Around 8,192 pages a row may be split; forced pages lie in two splits."""
     pages = (20_000, 16_385 + 50, 8_193, 8_192, 8_191, 2_049, 500, 1, 0)
     lengths = tuple(16 * n for n in pages)
     check(Selection(kind, lengths, k, reduce, sink=sink, recent=recent, kv_heads=1, group=2), device)
@@ -180,7 +180,7 @@ def test_ragged_lengths_up_to_many_pages(device: str, kind: str, reduce: str, k:
 
 @pytest.mark.parametrize("reduce", ["sum", "soft"])
 def test_a_million_tokens_reduced(device: str, reduce: str) -> None:
-    """By the values of what is taken and left only: the sums of a softmax over so many pages are no longer exact."""
+    """Compares the scores of selected and unselected pages, since sums over thousands of pages are inexact."""
     s = Selection("normal", (16 * 65_536,), 2048, reduce, kv_heads=1, group=4, spare_pages=0)
     scores = s.scores()
     pages = (

@@ -1,4 +1,4 @@
-"""What is not supported says so in one sentence: derivatives, torch.func, vmap over a cache, autocast's dtypes."""
+"""Unsupported transforms raise a one-sentence error: derivatives, torch.func, vmap over a cache, autocast."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_compiled_derivative_is_refused(
 
 
 def attend(device: str, prior: int, new: int, wanting: str, compiled: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    """An attention step of ``new`` tokens behind ``prior`` ones, some of whose q, k, v want a gradient."""
+    """An attention step of ``new`` tokens after ``prior`` ones; the inputs named in ``wanting`` require a gradient."""
     cache = PagedKVCache(1, 2, 64, max_tokens=128, dtype=torch.float32, device=device)
     sizes = {"q": 4, "k": 2, "v": 2}
     if prior:
@@ -101,7 +101,7 @@ def test_a_first_prefill_is_torchs_attention_and_has_its_gradients(device: str) 
     q, k, v = (x.transpose(1, 2) for x in inputs.values())
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     expected = torch.autograd.grad(plain.square().sum(), list(inputs.values()))
-    # On a GPU grouped heads go to another of torch's kernels than here: the same function, rounded otherwise.
+    # On a GPU, grouped heads run another of torch's kernels than here, with other rounding.
     tolerance = {} if device == "cpu" else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(gradients, expected, **tolerance)
 
@@ -139,7 +139,7 @@ def test_vmap_refuses_what_writes(device: str) -> None:
 
 
 def test_functional_call(device: str) -> None:
-    """torch.func.functional_call swaps parameters alone, so a step may be run with others."""
+    """torch.func.functional_call swaps parameters only, so a step can run with others."""
 
     class Attention(torch.nn.Module):
         def __init__(self) -> None:

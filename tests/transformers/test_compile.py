@@ -1,4 +1,4 @@
-"""Compiled decoding by generate(): one graph without breaks, none for a second cache, and the tokens of eager mode."""
+"""Compiled decoding by generate(): one graph, no break, no new graph for a second cache, eager mode's tokens."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def test_compiled_decoding_is_one_graph_and_equals_eager(name, backend, bounds, 
         torch.testing.assert_close(compiled_logits, logits, rtol=1e-3, atol=1e-3)
         assert counters["stats"].get("unique_graphs", 0) == graphs
         assert not counters["graph_break"]
-    # The host has not seen the lengths move; what follows must find out.
+    # The host did not see the lengths move; the next calls must read them.
     assert cache.layers[0].columns == 90 + 11
     turn = {"input_ids": torch.cat([inputs["input_ids"], got, got], 1)}
     turn["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(got), torch.ones_like(got)], 1)

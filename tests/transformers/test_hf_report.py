@@ -1,4 +1,4 @@
-"""What a model's layers read while it generates, against counts by hand."""
+"""The report of a model's layers after generation, against counts by hand."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ pytest.importorskip("transformers", minversion="5.0")
 from helpers import hf_models
 from helpers.hf_models import compiled
 from quest_ops import QuestConfig
-from quest_ops.page_bounds import BoundsKind
+from quest_ops.bounds import BoundsKind
 from quest_ops.transformers import enable_quest
 
 S, PROMPT, NEW = 16, 50, 12

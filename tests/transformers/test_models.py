@@ -1,4 +1,4 @@
-"""The Hugging Face hook-up: a full budget equals dense generate, less equals the reference, in all ways to generate."""
+"""Hugging Face models in all ways to generate: a full budget equals dense, a smaller one equals the reference."""
 
 import copy
 import logging
@@ -26,7 +26,7 @@ def close(actual, expected):
 
 @pytest.fixture
 def said(caplog):
-    """What quest_ops logged, as if nothing had been said before."""
+    """The messages that quest_ops logged, none of them suppressed as a repetition."""
     _say._said.clear()
     caplog.set_level(logging.INFO, "quest_ops")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "quest_ops"]
@@ -46,7 +46,7 @@ def test_a_budget_that_holds_everything_equals_dense_generate(name, device):
 @pytest.mark.parametrize("name", [*PLAIN, "gemma3", "gpt-oss"])
 @pytest.mark.parametrize("bounds", ["cache", "int8"])
 def test_a_sparse_layer_within_the_budget_equals_dense_generate(name, bounds, device):
-    """The cache outgrows the budget, so that the layers are sparse, but what is in it does not."""
+    """The cache is larger than the budget, so layers are sparse, but its contents are not."""
     model, inputs = make_model(name, device), prompt(90, device, padding=(0, 37))
     expected, logits = generate(model, inputs)
     config = QuestConfig(budget=112, dense_layers=0, bounds=bounds)
@@ -123,7 +123,7 @@ def test_a_step_may_leave_rows_as_they_are(device):
     ones[1, 40] = 0  # the second row has ended
     step(model, ids, cache, attention_mask=ones)
     assert [layer.seq_lens.tolist() for layer in cache.layers] == [[41, 40]] * 3
-    # What a row goes on with is as if that step had not been.
+    # The row continues as if that step had not happened.
     ones = torch.cat([ones, torch.ones_like(ones[:, :1])], 1)
     got = step(model, ids, cache, attention_mask=ones, position_ids=torch.tensor([[41], [40]], device=device))
     other = enable_quest(model, SPARSE, max_tokens=64)
@@ -233,7 +233,7 @@ def test_continuous_batching_is_dense_or_refused_and_says_so(device, said):
     expected = [generate(model, {"input_ids": ids})[0][0].tolist() for ids in prompts]
     enable_quest(model, SPARSE, max_tokens=64)
     options = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    if "paged|sdpa" not in ALL_ATTENTION_FUNCTIONS.valid_keys():  # transformers has given up such names
+    if "paged|sdpa" not in ALL_ATTENTION_FUNCTIONS.valid_keys():  # this transformers has no such names
         with pytest.raises(ValueError, match="quest is not supported for continuous batching"):
             model.generate_batch([ids[0].tolist() for ids in prompts], generation_config=options)
         return
@@ -242,7 +242,7 @@ def test_continuous_batching_is_dense_or_refused_and_says_so(device, said):
     assert len([message for message in said() if "continuous batching" in message]) == 1
 
 
-# What is said
+# Messages
 
 
 def test_the_plan_says_how_each_layer_decodes_and_why(device, said):

@@ -1,4 +1,4 @@
-"""QuestCache by itself: cropping, copies, memory and what it refuses, each refusal before anything is written."""
+"""QuestCache by itself: cropping, copies, memory, and errors before anything is written."""
 
 import copy
 import gc
@@ -26,8 +26,8 @@ BOUNDS = pytest.mark.parametrize("bounds", ["cache", "int8"])
 
 
 def bounds_of(cache):
-    """Bounds of each paged layer, on the CPU; one row."""
-    return [layer.bounds.cpu() for layer in cache.layers if hasattr(layer, "bounds")]
+    """The bounds of each paged layer, on the CPU."""
+    return [layer.state.k_bounds[0].cpu() for layer in cache.layers if hasattr(layer, "state")]
 
 
 @pytest.mark.parametrize("back", [1, 8, 20, 23])
@@ -62,12 +62,13 @@ def test_crop_renews_int8_bounds(device):
     cache.crop(-13)
     step(model, ids[:, :87], short)
     for layer, other in zip(cache.layers, short.layers, strict=True):
-        fresh = torch.zeros_like(layer.bounds), torch.zeros_like(layer.scales)
-        update_bounds(layer.keys, fresh[0], layer.page_table, layer.seq_lens, k_scales=fresh[1])
-        assert torch.equal(layer.bounds[:6], fresh[0][:6])
-        assert torch.equal(layer.scales[:6], fresh[1][:6])
-        assert layer.scales[:6].gt(0).all()
-        torch.testing.assert_close(layer.scales[:6], other.scales[:6], rtol=1e-3, atol=1e-4)
+        (keys, _, bounds, scales), others = layer.state.layer(0), other.state.layer(0).k_scales
+        fresh = torch.zeros_like(bounds), torch.zeros_like(scales)
+        update_bounds(keys, fresh[0], layer.state.page_table, layer.seq_lens, k_scales=fresh[1])
+        assert torch.equal(bounds[:6], fresh[0][:6])
+        assert torch.equal(scales[:6], fresh[1][:6])
+        assert scales[:6].gt(0).all()
+        torch.testing.assert_close(scales[:6], others[:6], rtol=1e-3, atol=1e-4)
 
 
 @BOUNDS
@@ -89,7 +90,10 @@ def test_a_copy_of_the_cache_is_a_cache_of_its_own(bounds, device):
 
 
 def tensors_of(layer):
-    return [tensor for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
+    """The tensors of a layer and of its KVState, one for each storage."""
+    held = [*vars(layer).values(), *(vars(layer.state).values() if hasattr(layer, "state") else ())]
+    tensors = [x for x in held if isinstance(x, torch.Tensor)]
+    return list({x.untyped_storage().data_ptr(): x for x in tensors}.values())
 
 
 @BOUNDS
@@ -101,8 +105,8 @@ def test_a_cache_costs_its_keys_values_and_bounds(bounds, device):
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(layer))
 
     token = 2 * COMMON["num_key_value_heads"] * COMMON["head_dim"] * 2 * 4  # of both rows, keys and values
-    table = 2 * 4  # an int32 a page and row
-    # In float32 a page's lower and upper bound are as large as a token's key and value; a head has a scale.
+    table = 2 * 4  # an int32 for each page of both rows
+    # In float32 a page's two bounds take the bytes of a token's key and value. int8 adds a scale a head.
     of_a_page = token if bounds == "cache" else token // 4 + 2 * COMMON["num_key_value_heads"] * 4
     sliding, *paged = zip(small.layers, large.layers, strict=True)
     assert bytes_of(sliding[0]) == bytes_of(sliding[1]) <= token * (WINDOW + SLACK + 1) + 64
@@ -145,7 +149,7 @@ def test_memory_goes_with_the_cache(name, device):
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most elements that a tensor made by PyTorch had."""
+    """Records the number of elements of the largest tensor that PyTorch makes."""
 
     elements = 0
 
@@ -153,7 +157,7 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                # What is expanded takes no memory.
+                # Expanded dimensions take no memory.
                 spread = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
                 self.elements = max(self.elements, torch.Size(spread).numel())
         return out
@@ -291,7 +295,7 @@ def test_other_bounds_for_a_cache_are_an_error():
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "gemma2", "gpt-oss"])
 @pytest.mark.parametrize("tokens", [1, 4, 20])
 def test_a_step_over_the_cache_has_no_backward(name, tokens, device):
-    """Gradients would stop where the cache begins, in silence."""
+    """Otherwise gradients would stop at the cache silently."""
     model = make_model(name, device)
     cache = enable_quest(model, SPARSE, max_tokens=200)
     step(model, prompt(100, device)["input_ids"], cache)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..cache import HEAD_DIMS
+from ..ops import HEAD_DIMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

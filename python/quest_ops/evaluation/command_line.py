@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cache import PAGE_SIZES
+from ..ops import PAGE_SIZES
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..attention import QuestConfig
-from ..page_bounds import bytes_of_bounds
+from ..bounds import bytes_of_bounds
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..cache import PAGE_SIZES
+from ..ops import PAGE_SIZES
 from . import attention_path
 from .policies import KVShape, LayerKV, Length, Policy
 from .policies.dense import DenseReader

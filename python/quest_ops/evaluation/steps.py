@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..transformers.dense import Features, Past, prefill
+from ..dense import Features, Past, prefill
 from .policies.column_sums import add_column_sums
 from .policies.recall import attention_mass
 

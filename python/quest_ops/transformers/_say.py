@@ -1,4 +1,4 @@
-"""What the user is told: through the logger ``quest_ops``, each sentence once a process."""
+"""Messages to the user through the logger ``quest_ops``, each once a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attention function "quest": hands a layer's query, keys and values to the layer of the cache they belong to."""
+"""The attention function "quest": hands a layer's queries, keys and values to its layer of the QuestCache."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .._library import refuse_backward
-from ..attention import MAX_DECODE_TOKENS
+from .._autograd import refuse_backward
+from ..dense import Features, attend, prefill
 from ._say import say_once
-from .dense import Features, attend, prefill
 from .layer import QuestCacheLayer
 from .masks import is_quest_mask, real_tokens
 
@@ -31,26 +30,25 @@ def quest_attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention of one layer, as transformers calls it.
 
-    Steps of more than 8 tokens are a prefill and dense, and so is what comes from no QuestCache. A QuestCache holds
-    values: only what does not read it, a first prefill, has gradients; the backward of other steps raises.
+    Steps of more than 8 tokens are a prefill and dense. Keys that come from no QuestCache are attended to densely too.
+    A QuestCache stores values only. So a first prefill, which does not read it, has gradients, and the backward of any
+    other step raises.
 
     Args:
         module: the layer's attention module.
         query: [B, Hq, T, D].
-        key, value: [B, Hkv, T, D] from a QuestCache, or what another cache returned.
+        key, value: [B, Hkv, T, D] from a QuestCache, or [B, Hkv, L, D] from another cache.
         attention_mask: from :func:`quest_ops.transformers.masks.quest_mask`.
         dropout: 0 with a QuestCache.
-        scaling: of the scores before the softmax, 1 / sqrt(D) by default.
-        sliding_window: tokens a token sees, None: all.
-        softcap: scores s become ``softcap * tanh(s / softcap)``.
-        s_aux: attention sinks, [Hq].
+        scaling, sliding_window, softcap, s_aux: scale, window, softcap and sinks of
+            :class:`quest_ops.dense.Features`.
         kwargs: further arguments of transformers.
 
     Returns:
         [B, T, Hq, D], and None for the weights.
 
     Raises:
-        ValueError: a mask or a feature that cannot be honoured, before anything is written.
+        ValueError: a mask or a feature that is not supported, before anything is written.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     features = Features(scale, sliding_window, softcap, s_aux, dropout)
@@ -63,7 +61,7 @@ def quest_attention_forward(
     if dropout:
         raise ValueError(f"attention 'quest' is for inference: call model.eval() first, got dropout {dropout}")
     real = real_tokens(attention_mask, query)
-    reads_cache = query.shape[2] <= MAX_DECODE_TOKENS or not layer.known_empty
+    reads_cache = layer.decide(query.shape[2]).path != "prefill" or not layer.known_empty
     out = layer.attend(query, key, value, real, features)
     if reads_cache:
         out = refuse_backward("attention 'quest' over a QuestCache", out, query, key, value)
@@ -73,7 +71,7 @@ def quest_attention_forward(
 def _other_cache(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, features: Features, kwargs: dict[str, Any]
 ) -> Tensor:
-    """Dense attention where there is no QuestCache: training, scoring, the wrong cache."""
+    """Dense attention without a QuestCache: training, scoring, another cache."""
     tokens = q.shape[2]
     if k.shape[2] > tokens and not torch.compiler.is_compiling() and getattr(module, "is_causal", True):
         say_once(
@@ -90,6 +88,6 @@ def _other_cache(
         return out
     if mask is None and k.shape[2] == tokens:
         return prefill(q, k, v, None, features)
-    if mask is None:  # transformers leaves out the mask of one token, which sees everything
+    if mask is None:  # transformers leaves out the mask of a single token, which sees everything
         mask = torch.ones(1, 1, tokens, k.shape[2], dtype=torch.bool, device=q.device)
     return attend(q, k, v, mask if mask.dtype == torch.bool else mask >= 0, features)

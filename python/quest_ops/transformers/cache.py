@@ -1,4 +1,4 @@
-"""QuestCache, the cache that the attention "quest" reads sparsely, and ``enable_quest``, which sets both up."""
+"""QuestCache, the cache of the attention "quest", and ``enable_quest``, which sets up both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import Cache
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..attention import QuestConfig
-from ..cache import HEAD_DIMS
+from ..ops import HEAD_DIMS, check_choice
 from ..report import LayerPlan, Report
 from ._say import say_once
 from .layer import QuestCacheLayer, Settings
@@ -21,25 +21,25 @@ IMPLEMENTATION = "quest"
 
 
 class QuestCache(Cache):  # type: ignore[misc]
-    """A static cache whose pages know the bounds of their keys; pass it as ``past_key_values``.
+    """A static cache with page bounds; pass it as ``past_key_values``.
 
-    Only the attention "quest" can read it (``model.set_attn_implementation("quest")``, or :func:`enable_quest`). Rows
-    of a batch may be padded on the left: padding is not stored, so that it never shifts pages, but counts in
+    Only the attention "quest" can read it: call ``model.set_attn_implementation("quest")``, or :func:`enable_quest`.
+    Rows of a batch may be padded on the left. Padding is not stored, so it never shifts pages, but it counts in
     ``max_tokens`` like any other column of the input.
 
-    A full-attention layer costs its keys and values of ``max_tokens`` tokens, and for bounds ``1 / page_size`` of that
-    with ``QuestConfig(bounds="cache")``, about half as much beside 16-bit keys with "int8". A sliding layer costs
-    those of its window and 129 tokens more.
+    A full-attention layer holds keys and values of ``max_tokens`` tokens. Its bounds take ``1 / page_size`` of that
+    with ``QuestConfig(bounds="cache")``, and about half of it with "int8" and 16-bit keys. A sliding layer holds its
+    window and 129 tokens more.
 
     Args:
         model_config: the model's ``config``.
         quest_config: budget, page size and the rest of the selection.
-        max_tokens: prompt and answer together; rounded up to whole pages.
-        batch_size, dtype, device: allocate now, for as many sequences (1) of that kind; else at the first step, from
-            what comes. Compiled prefill needs it.
+        max_tokens: tokens of prompt and answer together; rounded up to whole pages.
+        batch_size, dtype, device: with any of them, allocate now: for ``batch_size`` sequences (1). Otherwise the first
+            step allocates, after its keys. Compiled prefill needs a cache that is allocated.
 
     Raises:
-        ValueError: for a model or a number that is not supported, naming it.
+        ValueError: a model or a number that is not supported; the error names it.
     """
 
     def __init__(
@@ -76,11 +76,14 @@ class QuestCache(Cache):  # type: ignore[misc]
             )
 
     def plan(self) -> list[LayerPlan]:
-        """How each layer decodes, sparse or dense, and why: as configured, and once a step has run, as the model is."""
-        return [LayerPlan(i, *layer.decision()) for i, layer in enumerate(self.layers)]
+        """How each layer decodes, sparse or dense, and why.
+
+        Features that only the model's attention calls show, such as logit soft-capping, are known after a first step.
+        """
+        return [layer.plan() for layer in self.layers]
 
     def start_report(self) -> None:
-        """Count from now on what each layer reads, on the device; before compiling. See :mod:`quest_ops.report`."""
+        """Count from now on the pages that each layer reads. Call it before compiling. See :mod:`quest_ops.report`."""
         self._settings.counting, self._settings.counts = True, None
         for layer in self.layers:
             if layer.is_initialized:
@@ -91,9 +94,9 @@ class QuestCache(Cache):  # type: ignore[misc]
         self._settings.counting, self._settings.counts = False, None
 
     def report(self) -> Report:
-        """What each layer read since ``start_report()``. Waits for the device; prints as a table.
+        """The pages and bytes that each layer read since ``start_report()``. Synchronises; prints as a table.
 
-        Layers without pages (sliding windows) have steps alone. Padding columns of decoding steps are not read.
+        Sliding layers have no pages, so only their steps are counted. Padding columns of decoding steps are not read.
 
         Raises:
             RuntimeError: nothing was counted.
@@ -104,7 +107,7 @@ class QuestCache(Cache):  # type: ignore[misc]
 
     @property
     def quest_config(self) -> QuestConfig:
-        """The configuration in use; may be replaced between steps by one of the same page size and bounds."""
+        """The configuration in use. Another of the same page size and bounds may replace it between steps."""
         return self._settings.config
 
     @quest_config.setter
@@ -117,7 +120,7 @@ class QuestCache(Cache):  # type: ignore[misc]
 
     @property
     def observer(self) -> Observer | None:
-        """A function that is told of each layer's reading in each decoding step of eager mode; None costs nothing."""
+        """A function that is called in eager mode in each decoding step of each paged layer; or None."""
         return self._settings.observer
 
     @observer.setter
@@ -139,19 +142,19 @@ class QuestCache(Cache):  # type: ignore[misc]
 def enable_quest(
     model: Any, quest_config: QuestConfig | None = None, *, max_tokens: int, batch_size: int | None = None
 ) -> QuestCache:
-    """Switch ``model`` to the attention "quest" and make a cache for it, in one call.
+    """Switch ``model`` to the attention "quest" and make a cache for it.
 
     Args:
         model: a transformers model.
         quest_config: budget, page size and the rest of the selection.
-        max_tokens: prompt and answer together.
-        batch_size: allocate the cache now, for as many sequences; else at the first step.
+        max_tokens: tokens of prompt and answer together.
+        batch_size: allocate the cache now, for this number of sequences; None: at the first step.
 
     Returns:
-        An empty cache, to be passed as ``past_key_values``; ``reset()`` makes it ready for another prompt.
+        An empty cache, to be passed as ``past_key_values``. ``reset()`` empties it for another prompt.
 
     Raises:
-        ValueError: for a model or a number that is not supported, naming it.
+        ValueError: a model or a number that is not supported; the error names it.
     """
     kind = {} if batch_size is None else {"dtype": model.dtype, "device": model.device}
     cache = QuestCache(model.config, quest_config, max_tokens=max_tokens, batch_size=batch_size, **kind)
@@ -168,13 +171,13 @@ def _make_layers(text_config: Any, head_dim: int, max_tokens: int, settings: Set
         if kind == "full_attention":
             layers.append(PagedLayer(index, max_tokens, settings))
         elif kind == "sliding_attention":
-            # One for all layers, or, in later versions of transformers, one for each.
+            # Arguments for all layers, or in later versions of transformers a list with those of each.
             window = (arguments if isinstance(arguments, dict) else arguments[index])["sliding_window"]
             layers.append(SlidingLayer(index, max_tokens, settings, window))
         else:
             raise ValueError(
                 f"QuestCache supports layers of full_attention and sliding_attention, got {kind} in layer {index}"
             )
-    if head_dim not in HEAD_DIMS and any(isinstance(layer, PagedLayer) for layer in layers):
-        raise ValueError(f"the model's head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}")
+    if any(isinstance(layer, PagedLayer) for layer in layers):
+        check_choice("the model's head_dim", head_dim, HEAD_DIMS)
     return layers

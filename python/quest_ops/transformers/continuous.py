@@ -1,7 +1,7 @@
 """Continuous batching (``generate_batch``): dense, since its cache has no page bounds.
 
-Versions of transformers that ask for the attention "paged|quest" there get it; later ones (5.23 does) refuse every name
-but their own before anything runs, and say so.
+Some versions of transformers look up the attention "paged|quest" for it. Later ones, 5.23 among them, refuse any name
+but their own before anything runs.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dense import Features, Past, prefill
 from ._say import say_once
-from .dense import Features, Past, prefill
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -28,12 +28,13 @@ def paged_quest_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention "paged|quest": sequences packed in one row, told apart by ``cu_seq_lens_q`` and ``cu_seq_lens_k``.
+    """The attention "paged|quest": sequences packed in one row, with ends in ``cu_seq_lens_q`` and ``cu_seq_lens_k``.
 
     Args:
         query, key, value: [1, heads, total new tokens, D].
         attention_mask: not used.
-        Others: as in :func:`quest_ops.transformers.attention.quest_attention_forward`.
+        scaling, sliding_window, softcap, s_aux: as in
+            :func:`quest_ops.transformers.attention.quest_attention_forward`.
         kwargs: transformers' paged cache and its indices.
 
     Returns:

@@ -1,12 +1,12 @@
-"""What the layers of a QuestCache have in common: lengths, checks, and the way from ``update()`` to the attention.
+"""The base of a QuestCache's layers: lengths, checks, and the way from ``update()`` to the attention.
 
-transformers calls a cache's ``update()`` with a layer's new keys and values, and hands what it returns, and nothing
-else of the cache, to the attention function. So ``update()`` returns the new keys and values alone, with the layer tied
-to the keys, and the attention function gives both back to the layer, which then writes and reads at once. The mask,
-which only the attention function sees, says which of them are padding: that is never written.
+transformers calls a cache's ``update()`` with a layer's new keys and values. The attention function gets nothing of the
+cache but the result of that call. So ``update()`` returns the new keys and values alone, with the layer attached to the
+keys. The attention function hands them back to the layer, which writes and reads in one go. It also has the mask, which
+tells the layer the padding, so padding is never stored.
 
-Nothing but a layer's own attention ever reads its storage, so it is laid out as suits that. On the device each row has
-a length of its own; the host counts columns, padding included, as transformers does.
+Only a layer's own attention reads its storage, so each kind of layer has its own layout. On the device each row has its
+own length. The host counts columns, padding included, as transformers does.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from ..attention import QuestConfig
-from ..report import AttentionCounts
-from .dense import Features
+from ..attention import Decision, QuestConfig
+from ..dense import Features
+from ..ops import DTYPES
+from ..report import AttentionCounts, LayerPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 @dataclass
 class Settings:
-    """What the layers of one cache share and its owner may change between steps."""
+    """Settings that the layers of a cache share and that its owner may change between steps."""
 
     config: QuestConfig
     observer: Callable[[int, Tensor | None, int], None] | None = None
     num_layers: int = 0
-    counting: bool = False  # asked for; begins where heads and device are known
+    counting: bool = False  # requested; counting begins once heads and device are known
     counts: AttentionCounts | None = None
 
     def begin_counting(self, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -60,32 +59,43 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
     def __init__(self, index: int, max_tokens: int, settings: Settings) -> None:
         super().__init__(max_cache_len=max_tokens)
         self.index, self.settings = index, settings
-        self._columns = 0  # as the host knows them
-        self._unseen = 0  # asked for since, at least as many as compiled steps have added
-        self._stale = False  # a compiled step moved the lengths without the host
-        self._expected = False  # keys are on their way to the attention
+        self._columns = 0  # by the host's count
+        self._unseen = 0  # columns announced since that count; compiled steps add no more than these
+        self._stale = False  # a compiled step moved the lengths unseen by the host
+        self._expected = False  # update() returned keys that have not reached the attention yet
 
-    # What subclasses do
+    # Implemented by subclasses
 
     def allocate(self, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        """Make the storage; returns the buffers whose addresses stay."""
+        """Make the storage. Returns the buffers whose addresses stay."""
         raise NotImplementedError
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
-        """Store the step's keys and values and attend: q [B, Hq, T, D], k, v [B, Hkv, T, D] -> [B, T, Hq, D].
+        """Store the step's keys and values, and attend.
 
-        real: int32 [B], how many of a row's tokens are not padding, its last ones; None: all.
+        Args:
+            q: [B, Hq, T, D].
+            k, v: [B, Hkv, T, D].
+            real: int32 [B], the number of each row's real tokens, its last ones; None: all.
+            features: of the layer.
+
+        Returns:
+            [B, T, Hq, D].
         """
         raise NotImplementedError
 
-    def decision(self) -> tuple[str, str]:
-        """How decoding steps run, "sparse" or "dense", and why."""
+    def decide(self, num_new: int = 1) -> Decision:
+        """How a step of ``num_new`` tokens runs: :func:`quest_ops.attention.decide`."""
+        raise NotImplementedError
+
+    def plan(self) -> LayerPlan:
+        """How this layer decodes, and why."""
         raise NotImplementedError
 
     def _forget_cropped(self) -> None:
-        """Undo what storing tokens changed besides lengths, which are already what they shall be."""
+        """Repair the storage after a crop, which has already changed the lengths."""
 
-    # What transformers calls
+    # Called by transformers
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator]
         reason="allocate the QuestCache first: QuestCache(..., batch_size=, dtype=, device=)"
@@ -98,12 +108,12 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
             raise ValueError(f"keys and values must share a head_dim, got {head_dim} and {value_states.shape[-1]}")
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads, self.k_head_dim, self.v_head_dim = batch, heads, head_dim, head_dim
-        # Normal tensors even where the first step runs under inference_mode: a later step may not.
+        # Normal tensors even if the first step runs under inference_mode, since a later step may not.
         with torch.inference_mode(False):
             self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
             self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=self.device)
             buffers = self.allocate(batch, heads, head_dim, self.dtype, self.device)
-        # The mask function compares a mask with the lengths, and sees nothing of the cache but this number.
+        # The mask function checks a mask against the lengths, and gets nothing of the cache but this number.
         self.cumulative_length._quest_lengths = self.seq_lens  # type: ignore[attr-defined]
         for buffer in (*buffers, self.cumulative_length, self.seq_lens):
             torch._dynamo.mark_static_address(buffer)
@@ -111,7 +121,7 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values [B, Hkv, T, D], on their way to this layer's ``attend``."""
+        """Returns the new keys and values [B, Hkv, T, D], with this layer attached to the keys."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._expected:
@@ -126,11 +136,11 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         return keys, value_states
 
     def arrived(self) -> None:
-        """The keys of the last ``update`` are in the attention function."""
+        """Note that the keys of the last ``update`` have reached the attention function."""
         self._expected = False
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        # As many as update() returns. It is also the one call that comes before each step, compiled or not.
+        # The number of keys that update() returns. No other call comes before each step, compiled or not.
         if self.is_initialized and not torch.compiler.is_compiling():
             self._reserve(query_length)
             self._unseen += query_length
@@ -140,7 +150,7 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         return self.max_cache_len
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens of each row (negative, as everywhere in transformers)."""
+        """Forget the last ``-tokens_to_remove`` tokens of each row. The number is negative, as in transformers."""
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must be negative or 0, got {tokens_to_remove}")
         if not self.is_initialized or tokens_to_remove == 0:
@@ -165,17 +175,22 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
 
     @property
     def columns(self) -> int:
-        """Columns in the cache, padding included. Reads the device if compiled steps have run since."""
+        """Columns in the cache, padding included. Synchronises if compiled steps have run since the last call."""
         if self._stale:
             self._columns, self._unseen, self._stale = int(self.cumulative_length), 0, False
         return self._columns
 
     @property
     def known_empty(self) -> bool:
-        """Whether the host knows that nothing is in the cache; compiled code never does."""
+        """Whether the host knows that the cache is empty; in compiled code it never knows."""
         return not torch.compiler.is_compiling() and self.columns == 0
 
+    def last_positions(self, tokens: int) -> Tensor:
+        """[B, T]: the positions of each row's last ``tokens`` tokens."""
+        return self.seq_lens[:, None] - torch.arange(tokens, 0, -1, device=self.seq_lens.device)
+
     def advance(self, tokens: int, real: Tensor | None) -> None:
+        """Move the lengths past a step of ``tokens`` columns, of which ``real`` [B] are no padding; None: all."""
         if torch.compiler.is_compiling():
             self._stale = True
         else:

@@ -1,9 +1,9 @@
-"""Masks as the attention "quest" takes them: how many of a step's tokens are real in each row, and nothing more.
+"""Masks of the attention "quest": the number of a step's real tokens in each row.
 
-A left-padded row is stored without its padding, so past steps need no mask: the cache knows how long each row is. Of
-the step's own tokens the first are padding and the rest real. Causality, and a layer's sliding window, are the
-attention's own business. So [B, 1, 1, 1] numbers say what transformers says in [B, 1, T, L] booleans. Four dimensions,
-because transformers hands masks of four dimensions on as they are.
+Rows are stored without their left padding, and the cache knows each row's length, so past steps need no mask. Of the
+step's own tokens the first ones are padding. The attention itself adds causality and a layer's sliding window. So
+[B, 1, 1, 1] numbers replace the [B, 1, T, L] booleans of transformers. They have four dimensions because transformers
+passes masks of four dimensions on unchanged.
 """
 
 from __future__ import annotations
@@ -34,23 +34,26 @@ def quest_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask function "quest": int32 [B, 1, 1, 1], a row's number of real new tokens; None where all are.
+    """The mask function "quest".
 
-    Masks that it cannot express (packed sequences, blocks of images, bidirectional ones) and those of other caches are
-    transformers' own.
+    Packed sequences, blocks of images, bidirectional masks and other caches get transformers' own mask.
 
     Args:
         attention_mask: bool [B, tokens], or None.
-        Others: as transformers calls mask functions.
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, local_size, allow_is_causal_skip, use_vmap,
+            kwargs: as transformers calls mask functions.
+
+    Returns:
+        int32 [B, 1, 1, 1], the number of each row's real new tokens; None where all are real.
 
     Raises:
-        ValueError: padding that is not on the left, or a mask that contradicts what the cache holds. On a GPU a step of
-            one token is checked only where the environment has ``QUEST_OPS_CHECK=1``.
+        ValueError: padding that is not on the left, or a mask that contradicts the cache. On a GPU a step of one token
+            is checked only with ``QUEST_OPS_CHECK=1`` in the environment.
     """
-    # transformers forbids the skip for masks with additions, and for a static cache's steps of one token.
+    # transformers forbids the skip for masks with additions, and for a static cache's steps of a single token.
     plain = not use_vmap and (allow_is_causal_skip or q_length == 1) and "allow_is_bidirectional_skip" not in kwargs
     plain = plain and local_size in (None, getattr(kwargs.get("config"), "sliding_window", None))
-    # Only QuestCache returns nothing but the new keys when there are others. A first step looks the same in any cache.
+    # QuestCache always returns the new keys alone. Other caches do so in a first step only, which looks the same.
     alone = kv_length == q_length and kv_offset == 0 and (isinstance(q_offset, Tensor) or q_offset == 0)
     if not (plain and alone):
         return sdpa_mask(
@@ -78,10 +81,10 @@ def quest_mask(
 
 
 def real_tokens(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """How many of a row's new tokens are real, int32 [B], from what :func:`quest_mask` returned; None: all.
+    """The number of each row's real new tokens, int32 [B], from the mask of :func:`quest_mask`; None: all are real.
 
     Raises:
-        ValueError: a mask of another origin.
+        ValueError: a mask that :func:`quest_mask` did not make.
     """
     if mask is None:
         return None

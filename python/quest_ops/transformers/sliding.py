@@ -1,23 +1,25 @@
-"""A layer of sliding-window attention: it keeps the window, and is read densely."""
+"""A layer of sliding-window attention: it stores the window only and reads it densely."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..attention import MAX_DECODE_TOKENS
-from .dense import Features, Past, attend, prefill
+from ..attention import Decision, decide
+from ..dense import Features, Past, attend_by_position, prefill
+from ..ops import MAX_NEW_TOKENS
+from ..report import LayerPlan
 from .layer import QuestCacheLayer, Settings
 
-#: Tokens kept besides the window, so that as many can be cropped.
+#: Tokens stored besides the window, which bounds the tokens that can be cropped.
 SLACK = 128
 
 
 class SlidingLayer(QuestCacheLayer):
-    """Keys and values [B, Hkv, C + 1, D]: a ring of the last C tokens of each row, and a place for padding.
+    """Keys and values [B, Hkv, C + 1, D]: a ring of the last C tokens of each row, and a slot for padding.
 
-    Token p of a row lies at p modulo C. With C larger than the window, what a few new tokens overwrite is out of sight,
-    and so is what they leave behind when they are cropped.
+    Token p of a row lies at p modulo C. C is larger than the window. So the tokens that a few new ones overwrite are
+    outside the window, even after the new ones are cropped.
     """
 
     is_sliding = True
@@ -32,24 +34,28 @@ class SlidingLayer(QuestCacheLayer):
         self.values = torch.zeros_like(self.keys)
         return [self.keys, self.values]
 
-    def decision(self) -> tuple[str, str]:
-        return "dense", f"sliding window of {self.window} tokens"
+    def decide(self, num_new: int = 1) -> Decision:
+        return decide(self.settings.config, self.index, 0, num_new, lacks_feature=True)
+
+    def plan(self) -> LayerPlan:
+        return LayerPlan(self.index, self.decide().path, f"sliding window of {self.window} tokens")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
         features, counts = features._replace(window=self.window), self.settings.counts
+        is_prefill = self.decide(q.shape[2]).path == "prefill"
         if counts is not None:
-            count = counts.record_prefill if q.shape[2] > MAX_DECODE_TOKENS else counts.record_step
+            count = counts.record_prefill if is_prefill else counts.record_step
             count(self.index)
-        if q.shape[2] > MAX_DECODE_TOKENS:
+        if is_prefill:
             past = None if self.known_empty else self._past()
             out = prefill(q, k, v, real, features, past)
             self._append(k, v, real)
             return out
         self._append(k, v, real)
-        return self._decode(q, features)
+        return attend_by_position(q, self._past(), self.last_positions(q.shape[2]), features)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row b be what row ``beam_idx[b]`` was, in place."""
+        """Let row b be row ``beam_idx[b]`` of before, in place."""
         if not self.is_initialized:
             return
         rows = beam_idx.to(self.device)
@@ -58,8 +64,8 @@ class SlidingLayer(QuestCacheLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         columns = self.columns if self.is_initialized else 0
-        # The ring has lost what the removed tokens, and the next few, take the place of.
-        most = self.ring - self.window - MAX_DECODE_TOKENS
+        # The removed tokens, and the next few, have overwritten older ones in the ring.
+        most = self.ring - self.window - MAX_NEW_TOKENS
         if columns > self.ring and -tokens_to_remove > most:
             raise ValueError(
                 f"a QuestCache with sliding layers can crop {most} tokens at most, got {-tokens_to_remove}"
@@ -67,14 +73,14 @@ class SlidingLayer(QuestCacheLayer):
         super().crop(tokens_to_remove)
 
     def _position(self) -> Tensor:
-        """[B, C]: which token of its row lies where, -1 where none does."""
+        """[B, C]: the position of the token in each slot of the ring, -1 where there is none."""
         last = self.seq_lens[:, None].long() - 1
         place = torch.arange(self.ring, device=self.seq_lens.device)
         return (last - torch.remainder(last - place, self.ring)).clamp(min=-1)
 
     def _past(self) -> Past:
         ring = slice(0, self.ring)
-        return Past(self.keys[:, :, ring], self.values[:, :, ring], self._position(), self.seq_lens.clone())
+        return Past(self.keys[:, :, ring], self.values[:, :, ring], self._position(), self.seq_lens)
 
     def _append(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
         tokens = k.shape[2]
@@ -89,10 +95,3 @@ class SlidingLayer(QuestCacheLayer):
         for store, new in ((self.keys, k), (self.values, v)):
             store.transpose(1, 2).index_put_((row, slot), new[:, :, tokens - kept :].transpose(1, 2).detach())
         self.advance(tokens, real)
-
-    def _decode(self, q: Tensor, features: Features) -> Tensor:
-        past, tokens = self._past(), q.shape[2]
-        now = self.seq_lens[:, None] - torch.arange(tokens, 0, -1, device=q.device)  # [B, T], each query's position
-        position, now = past.position[:, None], now[..., None].clamp(min=0)
-        visible = (position >= 0) & (position <= now) & (position > now - self.window)
-        return attend(q, past.k, past.v, visible[:, None], features)

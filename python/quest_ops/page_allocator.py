@@ -1,7 +1,7 @@
-"""The host's account of a paged cache: which sequence owns which page, and how long each sequence is.
+"""The host's account of a paged cache: the pages that each sequence owns, and its length.
 
-Plain Python, one entry a sequence and a page; it never sees the device. Lengths are kept as a lower and an upper bound:
-they are equal unless a step's lengths were given on the device, where the host does not read them.
+Plain Python that never touches the device. A length is kept as a lower and an upper bound. They differ only after a
+step whose lengths were given on the device, since the host does not read them there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class CacheFullError(RuntimeError):
 
 
 class NewPage(NamedTuple):
-    """A page that a sequence was given; ``copy_of`` is the shared page it replaces, or None."""
+    """A page given to a sequence; ``copy_of`` is the shared page that it replaces, or None."""
 
     sequence: int
     logical: int
@@ -23,8 +23,10 @@ class NewPage(NamedTuple):
     copy_of: int | None
 
 
-class PageAccount:
-    """Owners of pages and bounds of lengths. A page with several owners is shared by forks and must not be written.
+class PageAllocator:
+    """Owners of pages, and bounds on lengths.
+
+    Forks share pages. A page with several owners must not be written.
 
     Args:
         sequences: B.
@@ -39,7 +41,7 @@ class PageAccount:
         self.owners = [0] * num_pages
         self.tables: list[list[int]] = [[] for _ in range(sequences)]
         self.low, self.high = [0] * sequences, [0] * sequences
-        self._owned_from = [0] * sequences  # logical pages from here on are known to have one owner
+        self._owned_from = [0] * sequences  # logical pages from this one on have a single owner
 
     def page_count(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -51,7 +53,7 @@ class PageAccount:
         return self.owners[self.tables[sequence][logical]] > 1
 
     def reserve(self, counts: list[int]) -> list[NewPage]:
-        """Give each sequence the pages for its count of new tokens, and copies of the shared pages these would write.
+        """Give each sequence pages for its count of new tokens, and copies of the shared pages they would write.
 
         Raises:
             CacheFullError: before anything has changed.
@@ -69,7 +71,7 @@ class PageAccount:
 
     def _missing_pages(self, counts: list[int]) -> list[tuple[int, int, int | None]]:
         missing: list[tuple[int, int, int | None]] = []
-        given_up: Counter[int] = Counter()  # the last owner of a shared page keeps it
+        given_up: Counter[int] = Counter()  # owners that get a copy; the last owner keeps the page
         for b, count in enumerate(counts):
             if count == 0:
                 continue
@@ -99,12 +101,12 @@ class PageAccount:
         return page
 
     def grow(self, low: list[int], high: list[int]) -> None:
-        """Count new tokens that have their pages: at least ``low`` and at most ``high`` of them."""
+        """Count new tokens, at least ``low`` and at most ``high``, whose pages are reserved."""
         self.low = [have + n for have, n in zip(self.low, low, strict=True)]
         self.high = [have + n for have, n in zip(self.high, high, strict=True)]
 
     def crop(self, sequence: int, tokens: int) -> bool:
-        """Keep at most ``tokens`` tokens and their pages; False if the sequence was no longer than that."""
+        """Keep at most ``tokens`` tokens and their pages. False if the sequence was no longer than that."""
         if self.high[sequence] <= tokens:
             return False
         keep, table = self.page_count(tokens), self.tables[sequence]
@@ -114,7 +116,7 @@ class PageAccount:
         return True
 
     def fork(self, source: int, target: int) -> int:
-        """Let ``target`` share the pages that hold tokens of ``source``; returns how many."""
+        """Let ``target`` share the pages that hold tokens of ``source``. Returns the number of shared pages."""
         count = self.page_count(self.high[source])
         pages = self.tables[source][:count]
         for page in pages:
@@ -132,7 +134,7 @@ class PageAccount:
         self.low[sequence] = self.high[sequence] = self._owned_from[sequence] = 0
 
     def _disown(self, pages: list[int]) -> None:
-        for page in reversed(pages):  # the next to be taken is the first of them
+        for page in reversed(pages):  # the free list is a stack: the first page is taken next
             self.owners[page] -= 1
             if self.owners[page] == 0:
                 self.free.append(page)

@@ -1,0 +1,290 @@
+"""The device's tensors of a paged KV cache, and the step that its layers share.
+
+All tensors are written in place and never replaced, so their addresses stay: a CUDA graph or a compiled function may be
+replayed while the cache grows. Nothing here reads a length on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bounds import BoundsKind, new_bounds
+from .ops import GroupReduce, append_kv, decode_step, update_bounds
+from .report import AttentionCounts
+
+
+class LayerCache(NamedTuple):
+    """A layer of a cache: k_cache, v_cache [N, Hkv, S, D], k_bounds [N, Hkv, 2, D], k_scales [N, Hkv] or None."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+    k_bounds: Tensor
+    k_scales: Tensor | None
+
+
+class KVState:
+    """Keys, values and page bounds of all layers, with one page table and one length a sequence.
+
+    Args:
+        k_cache, v_cache: [L, N, Hkv, S, D].
+        k_bounds: [L, N, Hkv, 2, D].
+        page_table: [B, P] int32, logical to physical page; B may be symbolic.
+        seq_lens: [B] int32, tokens of each sequence.
+        k_scales: [L, N, Hkv] float32, for int8 k_bounds.
+
+    Raises:
+        ValueError: N is symbolic. Inductor would compile a wrong program, in which every layer writes into the first.
+    """
+
+    def __init__(
+        self,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        k_bounds: Tensor,
+        page_table: Tensor,
+        seq_lens: Tensor,
+        k_scales: Tensor | None = None,
+    ) -> None:
+        if isinstance(k_cache.shape[1], torch.SymInt):
+            raise ValueError(f"k_cache must have a static number of pages in dimension 1, got {k_cache.shape[1]}")
+        self.k_cache, self.v_cache, self.k_bounds, self.k_scales = k_cache, v_cache, k_bounds, k_scales
+        self.page_table, self.seq_lens = page_table, seq_lens
+
+    @classmethod
+    def allocate(
+        cls,
+        pool: tuple[int, int, int, int, int],
+        page_table: Tensor,
+        seq_lens: Tensor,
+        *,
+        dtype: torch.dtype,
+        bounds: BoundsKind,
+        zeroed: bool = False,
+    ) -> KVState:
+        """New pools on the device of ``page_table``.
+
+        Args:
+            pool: (L, N, Hkv, S, D).
+            page_table, seq_lens: as in the constructor.
+            dtype: of keys and values.
+            bounds: kind of the page bounds.
+            zeroed: fill keys and values with zeros, for a holder that reads tokens before they are written.
+        """
+        device, (*leading, _, head_dim) = page_table.device, pool
+        k_cache = (torch.zeros if zeroed else torch.empty)(pool, dtype=dtype, device=device)
+        v_cache = (torch.zeros_like if zeroed else torch.empty_like)(k_cache)
+        k_bounds, k_scales = new_bounds(tuple(leading), head_dim, bounds, dtype, device)
+        return cls(k_cache, v_cache, k_bounds, page_table, seq_lens, k_scales)
+
+    @property
+    def pools(self) -> list[Tensor]:
+        """The tensors [L, N, ...] that hold something of each page."""
+        return [x for x in (self.k_cache, self.v_cache, self.k_bounds, self.k_scales) if x is not None]
+
+    def layer(self, index: int) -> LayerCache:
+        """The tensors of one layer: views of the pools, [N, ...]."""
+        k_scales = None if self.k_scales is None else self.k_scales[index]
+        return LayerCache(self.k_cache[index], self.v_cache[index], self.k_bounds[index], k_scales)
+
+    def append(self, layer: int, k: Tensor, v: Tensor, start_lens: Tensor, new_lens: Tensor | None = None) -> None:
+        """Write new tokens of one layer after ``start_lens`` tokens: :func:`quest_ops.append_kv`."""
+        k_cache, v_cache, k_bounds, k_scales = self.layer(layer)
+        append_kv(k, v, k_cache, v_cache, k_bounds, self.page_table, start_lens, new_lens, k_scales)
+
+    def decode_step(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start_lens: Tensor,
+        seq_lens: Tensor,
+        selection: tuple[int, GroupReduce, int, int],
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The step of one layer: :func:`quest_ops.decode_step`.
+
+        Args:
+            layer: its index.
+            q, k, v, start_lens, seq_lens, scale: as in the operator.
+            selection: num_pages, group_reduce, sink_pages and recent_pages.
+        """
+        k_cache, v_cache, k_bounds, k_scales = self.layer(layer)
+        num_pages, group_reduce, sink_pages, recent_pages = selection
+        return decode_step(
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            k_bounds,
+            self.page_table,
+            start_lens,
+            seq_lens,
+            num_pages,
+            group_reduce,
+            sink_pages,
+            recent_pages,
+            scale,
+            k_scales,
+        )
+
+    def update_bounds(self, layer: int, first_token: Tensor) -> None:
+        """Recompute one layer's bounds from the page of ``first_token`` [B] on: :func:`quest_ops.update_bounds`."""
+        k_cache, _, k_bounds, k_scales = self.layer(layer)
+        update_bounds(k_cache, k_bounds, self.page_table, self.seq_lens, first_token, k_scales)
+
+    # Pages, as the host assigns them
+
+    def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy physical pages, given as (source, destination), in all layers."""
+        source, destination = self._to_device(pairs).T
+        for pool in self.pools:
+            pool.index_copy_(1, destination, pool.index_select(1, source))
+
+    def set_pages(self, entries: list[tuple[int, int, int]]) -> None:
+        """Write entries of the page table, given as (sequence, logical page, physical page)."""
+        columns = self.page_table.shape[1]
+        places = [(sequence * columns + logical, physical) for sequence, logical, physical in entries]
+        place, value = self._to_device(places).T
+        self.page_table.view(-1).index_copy_(0, place, value.int())
+
+    def update_bounds_of_page(self, logical: int, owners: list[tuple[int, int]]) -> None:
+        """Recompute the bounds of one logical page of some sequences, in all layers.
+
+        Args:
+            logical: number of the page.
+            owners: (sequence, physical page) for each.
+        """
+        L, N, start = *self.k_cache.shape[:2], logical * self.k_cache.shape[3]
+        entries = [(layer * N + physical, sequence) for layer in range(L) for sequence, physical in owners]
+        page, sequence = self._to_device(entries).T
+        tokens = (self.seq_lens[sequence] - start).clamp_(min=0)
+        k_cache, k_bounds = self.k_cache.flatten(0, 1), self.k_bounds.flatten(0, 1)
+        k_scales = None if self.k_scales is None else self.k_scales.flatten(0, 1)
+        # A single launch: each page of each layer goes in as a sequence of its own.
+        update_bounds(k_cache, k_bounds, page[:, None].int(), tokens, k_scales=k_scales)
+
+    def _to_device(self, numbers: Sequence[tuple[int, ...]]) -> Tensor:
+        # Made on the host and sent without waiting: torch.tensor(device="cuda") would synchronise.
+        return torch.tensor(numbers, dtype=torch.int64).to(self.page_table.device, non_blocking=True)
+
+
+class StepCache:
+    """A KVState with the current step of its sequences; all layers take the same steps.
+
+    Base of :class:`quest_ops.PagedKVCache`, whose host knows pages and lengths, and of :class:`quest_ops.CacheView`,
+    whose host knows neither.
+
+    Args:
+        state: the tensors.
+        max_tokens: the longest that a sequence may become.
+
+    Attributes:
+        state: the tensors.
+        start_lens: [B] int32, tokens before the current step.
+        new_lens: [B] int32, the current step's tokens.
+        ragged: whether the current step was given a length for each sequence.
+        starts_empty: whether the host knows that every sequence was empty before the current step.
+        counts: counters of the attention calls, from ``start_report`` on; else None.
+    """
+
+    counts: AttentionCounts | None = None
+
+    def __init__(self, state: KVState, max_tokens: int) -> None:
+        self.state, self.max_tokens = state, max_tokens
+        self.num_layers, self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = state.k_cache.shape
+        self.batch_size, self.pages_per_sequence = state.page_table.shape
+        self.bounds: BoundsKind = "cache" if state.k_scales is None else "int8"
+        self.device = state.k_cache.device
+        self.start_lens, self.new_lens = state.seq_lens.clone(), torch.zeros_like(state.seq_lens)
+        self.ragged = self.starts_empty = False
+
+    @property
+    def k_cache(self) -> Tensor:
+        return self.state.k_cache
+
+    @property
+    def v_cache(self) -> Tensor:
+        return self.state.v_cache
+
+    @property
+    def k_bounds(self) -> Tensor:
+        return self.state.k_bounds
+
+    @property
+    def k_scales(self) -> Tensor | None:
+        return self.state.k_scales
+
+    @property
+    def page_table(self) -> Tensor:
+        return self.state.page_table
+
+    @property
+    def seq_lens(self) -> Tensor:
+        return self.state.seq_lens
+
+    @property
+    def pools(self) -> list[Tensor]:
+        """The tensors [L, N, ...] that hold something of each page."""
+        return self.state.pools
+
+    @property
+    def pages_in_use(self) -> int:
+        """Logical pages that hold all tokens of the longest sequence; without a host's account, all there may be."""
+        return self.pages_per_sequence
+
+    def layer(self, index: int) -> LayerCache:
+        """The tensors of one layer: views of the pools, [N, ...]."""
+        self._check_layer(index)
+        return self.state.layer(index)
+
+    def advance(self, num_new: int, new_lens: Tensor | Sequence[int] | None = None) -> None:
+        """Begin a step of ``num_new`` tokens in each sequence, or of ``new_lens`` [B] int32, clamped to 0..num_new."""
+        if new_lens is not None and not isinstance(new_lens, Tensor):
+            raise TypeError(f"new_lens must be an int32 tensor in a compiled step, got {type(new_lens).__name__}")
+        self.ragged = new_lens is not None
+        self.start_lens.copy_(self.seq_lens)
+        if new_lens is None:
+            self.new_lens.fill_(num_new)
+        else:
+            self.new_lens.copy_(new_lens.clamp(0, num_new), non_blocking=True)
+        self.seq_lens.add_(self.new_lens)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write the step's keys and values of one layer, [B, T, Hkv, D], and renew the bounds of the pages touched.
+
+        Raises:
+            RuntimeError: as :meth:`claim_step` and :func:`quest_ops.append_kv`.
+            ValueError: no such layer.
+        """
+        self.claim_step(layer, k)
+        self.state.append(layer, k, v, self.start_lens, self.new_lens if self.ragged else None)
+
+    def claim_step(self, layer: int, k: Tensor) -> None:  # noqa: ARG002 - the host's account checks its T
+        """Note that a layer is about to write its keys ``k`` of the step, by ``append`` or otherwise.
+
+        Raises:
+            ValueError: no such layer.
+        """
+        self._check_layer(layer)
+
+    def start_report(self) -> None:
+        """Count from now on the pages that each layer reads. Call it before compiling or capturing.
+
+        See :mod:`quest_ops.report`.
+        """
+        heads = (self.num_layers, self.num_kv_heads, self.head_dim, self.page_size)
+        self.counts = AttentionCounts(*heads, self.k_cache.dtype, self.device, self.bounds)
+
+    def stop_report(self) -> None:
+        """Count no more."""
+        self.counts = None
+
+    def _check_layer(self, index: int) -> None:
+        if not 0 <= index < self.num_layers:
+            raise ValueError(f"layer must be 0 to {self.num_layers - 1}, got {index}")
