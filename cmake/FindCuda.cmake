@@ -1,6 +1,6 @@
-# QUEST_WITH_CUDA, the CUDA language, its architectures, and CUTLASS's headers (cutlass_include).
+# Sets QUEST_WITH_CUDA and cutlass_include, CUTLASS's headers; enables the CUDA language for some architectures.
 #
-# The compiler alone decides: asking for a GPU would leave CUDA out on every builder that has none.
+# Only the compiler decides. A test for a GPU would leave CUDA out on builders without one.
 set(QUEST_WITH_CUDA OFF)
 if(NOT QUEST_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "QUEST_CUDA must be AUTO, ON or OFF, got ${QUEST_CUDA}")
@@ -20,8 +20,8 @@ if(NOT CMAKE_CUDA_COMPILER)
   return()
 endif()
 
-# -D CMAKE_CUDA_ARCHITECTURES and CMake's own environment variable CUDAARCHS choose; a release has them all. Machine
-# code for each, and code that newer processors can still compile for the last.
+# -D CMAKE_CUDA_ARCHITECTURES or CMake's environment variable CUDAARCHS chooses. A release has machine code for all, and
+# PTX of the last for newer GPUs.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 100-real 120)
 endif()

@@ -1,15 +1,15 @@
-# torch::cpu and torch::all: headers and libraries of the torch that the building Python sees.
+# Targets torch::cpu and torch::all: headers and libraries of the torch that the building Python sees.
 #
-# find_package(Torch) is not used: on a CUDA torch it runs a CUDA discovery of its own and ignores
-# CMAKE_CUDA_ARCHITECTURES. Nothing is cached: an isolated build has its torch in another folder each time.
+# find_package(Torch) would run a CUDA discovery of its own on a CUDA torch and ignore CMAKE_CUDA_ARCHITECTURES. Nothing
+# is cached, as an isolated build has its torch in another folder each time.
 
-# The oldest torch that the libraries load with. The headers may be newer; they hide whatever came after the target.
+# The oldest torch that the libraries load with. Newer headers hide everything that came after it.
 set(QUEST_TORCH_TARGET 2.10)
 set(QUEST_TORCH_TARGET_HEX 0x020a000000000000)
 
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter)
 
-# Where a Python package lies, found without importing it.
+# The folder of a Python package, found without importing it.
 function(quest_find_package name result)
   execute_process(
     COMMAND

@@ -8,7 +8,7 @@
 #define QUEST_COMPILER "gcc " __VERSION__
 #endif
 
-// Python reads it from the file before it loads the library.
+// Python reads this from the file, before the library is loaded.
 QUEST_EXPORT const char quest_ops_namespace[] = "quest_ops_namespace=" QUEST_STRING(QUEST_NAMESPACE);
 
 QUEST_EXPORT const char* quest_ops_build_info() {

@@ -1,4 +1,4 @@
-// What a library says of its build: a JSON object that python/quest_ops/_library.py reads.
+// A library's description of its build: a JSON object that python/quest_ops/_library.py reads.
 #pragma once
 
 #include <torch/headeronly/version.h>
@@ -15,7 +15,7 @@ namespace quest {
 
 using BuildInfo = std::initializer_list<std::pair<const char*, std::string>>;
 
-// The members that both libraries have, and those of one of them.
+// The members of both libraries, then those of one.
 inline std::string build_info(BuildInfo own) {
   const BuildInfo common = {
       {"namespace", QUEST_STRING(QUEST_NAMESPACE)}, {"version", QUEST_VERSION},       {"schemas", QUEST_SCHEMAS},

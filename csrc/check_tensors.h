@@ -1,5 +1,5 @@
-// One tensor -> the params that kernels take of it, or an error: the tensor's name, the requirement, the value found.
-// checks.h has what an operator requires of its tensors together.
+// One tensor -> its params, or an error with the tensor's name, the requirement and the value found. Requirements of
+// several tensors together are in checks.h.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -64,7 +64,7 @@ inline void check_same_device(const Tensor& t, const char* name, const Tensor& l
       name, " must be on ", device_string(like), " like ", like_name, ", got ", device_string(t));
 }
 
-// Passes a tensor of no dimensions on to check_dim.
+// A tensor without dimensions passes, for check_dim to refuse.
 inline void check_last_stride(const Tensor& t, const char* name) {
   const int64_t last = t.dim() - 1;
   STD_TORCH_CHECK(
@@ -113,17 +113,16 @@ inline int32_t check_page_size(int64_t page_size, const char* name) {
 }
 
 inline int32_t check_int32_range(int64_t value, const char* what) {
-  STD_TORCH_CHECK(
-      value >= 0 && value <= std::numeric_limits<int32_t>::max(), what, " must fit in 32 bits, got ", value);
+  STD_TORCH_CHECK(value >= 0 && value <= kMaxCount, what, " must fit in 32 bits, got ", value);
   return static_cast<int32_t>(value);
 }
 
-// The pages of a sequence or list, whose tokens are counted in int32; `tokens` names them. The product is clamped, so
-// that it cannot overflow.
+// The pages of a sequence or list, whose tokens must be countable; `tokens` names these. The product of the message is
+// clamped, so that it cannot overflow.
 inline int32_t check_pages(int64_t pages, int32_t page_shift, const char* tokens) {
   constexpr int64_t most = std::numeric_limits<int64_t>::max();
   STD_TORCH_CHECK(
-      pages >= 0 && pages <= kMaxTokens >> page_shift, tokens, " must fit in 32 bits, got ",
+      pages >= 0 && pages <= kMaxCount >> page_shift, tokens, " must fit in 32 bits, got ",
       pages > most >> page_shift ? most : pages << page_shift);
   return static_cast<int32_t>(pages);
 }
@@ -154,7 +153,6 @@ inline Paging check_paging(
   check_dim(seq_lens, lens_name, 1, "[B]");
   check_size(page_table, "page_table", 0, B, "[B, P]", "one row a sequence");
   check_size(seq_lens, lens_name, 0, B, "[B]", "one length a sequence");
-  static_assert(kMaxPoolPages == std::numeric_limits<int32_t>::max());
   return {
       .page_table = static_cast<const int32_t*>(page_table.const_data_ptr()),
       .page_table_stride = page_table.stride(0),

@@ -1,5 +1,5 @@
-// An operator's tensors -> its params. These checks and those of check_tensors.h are all there are on shapes, dtypes,
-// devices and strides, for the CPU and the CUDA kernels alike: a kernel trusts its params.
+// An operator's tensors -> its params. Shapes, dtypes, devices and strides are checked here and in check_tensors.h, for
+// CPU and CUDA alike, and nowhere else: a kernel trusts its params.
 #pragma once
 
 #include <cmath>

@@ -1,8 +1,10 @@
-// Plain structs that kernels read: pointers, strides in elements, sizes. Then the limits of the operators. No torch, so
-// that a kernel reads and builds alone.
+// The limits of the operators, and the plain structs that kernels read: pointers, strides in elements, sizes. No torch,
+// so that a kernel builds alone.
 //
-// B sequences, T new tokens each, Hq query heads, Hkv KV heads, G = Hq / Hkv, D head_dim, S page_size, N physical
-// pages, P logical pages a sequence may have, K selected pages, Hs selection heads (Hkv or Hq).
+//   B  sequences           Hkv  KV heads              S  page_size
+//   T  new tokens each     G    Hq / Hkv, a group     N  physical pages
+//   D  head_dim            Hs   selection heads:      P  logical pages a sequence may have
+//   Hq query heads              Hkv or Hq             K  selected pages
 #pragma once
 
 #include <cstdint>
@@ -21,9 +23,9 @@ namespace quest {
 inline constexpr int32_t kHeadDims[] = {64, 80, 96, 128, 192, 256};  // ascending
 inline constexpr int32_t kPageSizes[] = {8, 16, 32, 64, 128};        // ascending powers of two
 inline constexpr int32_t kMaxHeadDim = kHeadDims[std::size(kHeadDims) - 1];
-inline constexpr int32_t kMaxNewTokens = 8;                                    // T of q
-inline constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();     // P * S, and K * S of a list
-inline constexpr int64_t kMaxPoolPages = std::numeric_limits<int32_t>::max();  // N
+inline constexpr int32_t kMaxNewTokens = 8;  // T of q
+// Counts are int32. So N is limited, as are the tokens of a sequence, P * S, and of a list, K * S.
+inline constexpr int64_t kMaxCount = std::numeric_limits<int32_t>::max();
 
 enum class DType : int32_t { f32, f16, bf16 };
 
@@ -45,6 +47,7 @@ struct Paging {
 
   QUEST_HOST_DEVICE int32_t page_size() const { return 1 << page_shift; }
   QUEST_HOST_DEVICE int32_t capacity() const { return P << page_shift; }
+  // No overflow: `tokens` is at most the capacity, which is a multiple of S.
   QUEST_HOST_DEVICE int32_t pages_of(int32_t tokens) const { return (tokens + page_size() - 1) >> page_shift; }
 
   QUEST_HOST_DEVICE int32_t length(int32_t b) const {

@@ -1,8 +1,8 @@
-// Attention over lists of pages, as in split-KV: a task attends to one split of a list, kSplitTokens tokens, with all
-// queries that share the list, and leaves a partial result. Then the partials of each query are combined in order. The
-// splits do not depend on the batch or the capacity, so neither does a result.
+// Attention over lists of pages, by split-KV. A task attends to one split of a list with all queries that share the
+// list, and leaves a partial result. Then the partials of each query are combined in order. A split is kSplitTokens
+// tokens in any batch and at any capacity, so a result depends on neither.
 //
-// Without pages every page is listed, and the T new tokens of a sequence share the list: each sees its own prefix.
+// Without pages every page is listed. The T new tokens of a sequence then share the list, and each sees its own prefix.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -39,11 +39,11 @@ struct List {
 struct DecodeKernelParams {
   DecodeParams op;
   const Loops& loops;
-  // Lists are [outer, Hs]: outer is each new token of each sequence, or each sequence where the tokens share a list.
+  // Lists are [outer, Hs]. outer counts the new tokens of all sequences, or the sequences where tokens share a list.
   int64_t outer;
   int queries;  // of a list
-  // Scratch: the partials of task i's query j are at i * queries + j. The tasks of one outer go split by split, and
-  // head by head in a split, as the heads of a page are adjacent in memory.
+  // Scratch. The partial of task i and query j is at i * queries + j. The tasks of one outer index go split by split,
+  // and head by head in a split, as the heads of a page are adjacent in memory.
   std::vector<int64_t> first_task;  // [outer + 1]
   std::unique_ptr<float[]> partial_max, partial_sum, partial_out;
 

@@ -1,8 +1,10 @@
 """The specification: Quest (Tang et al., ICML 2024) in float64 and plain PyTorch, written to be read with the paper.
 
-Every operator is judged against these functions. They take the operators' tensors, with shapes as in
-:mod:`quest_ops.ops`. They return new tensors instead of writing into their arguments, and share no code with the
-kernels. ``T`` new tokens are the last ``T`` of the sequence; a ``q`` of three dimensions is one new token.
+Every operator is judged against these functions. They take the operators' tensors, whose shapes are in
+:mod:`quest_ops.ops`, and return new tensors instead of writing into their arguments. They loop where a loop is clearer
+and share no code with the kernels.
+
+The ``T`` new tokens are the last ``T`` of the sequence; a ``q`` of three dimensions is one new token.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from torch import Tensor
 
 
 def visible_tokens(length: int, t: int, num_new: int) -> int:
-    """How many tokens new token ``t`` of ``num_new`` may attend to: those before it, and itself."""
+    """The number of tokens that new token ``t`` of ``num_new`` may attend to: those before it, and itself."""
     return max(0, length - (num_new - 1 - t))
 
 
 def num_pages(tokens: int, page_size: int) -> int:
+    """The pages that hold ``tokens`` tokens."""
     return math.ceil(tokens / page_size)
 
 
@@ -34,9 +37,10 @@ def append_kv(
     new_lens: Tensor | None = None,
     k_scales: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Write the new tokens behind ``seq_lens`` and renew the bounds of each page touched.
+    """Write k, v [B, T, Hkv, D] behind ``seq_lens`` and recompute the bounds of each page touched.
 
-    Returns k_cache, v_cache and k_bounds, and k_scales where it is given.
+    Returns:
+        k_cache, v_cache and k_bounds, and k_scales where it is given.
     """
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     page_size = k_cache.shape[2]
@@ -47,7 +51,7 @@ def append_kv(
             physical = int(page_table[b, page])
             k_cache[physical, :, slot] = k[b, t]
             v_cache[physical, :, slot] = v[b, t]
-    # A row without new tokens touches no page: its first token to update lies past its last page.
+    # A sequence without new tokens touches no page: its first token to update is past its last page.
     first_token = torch.where(counts > 0, seq_lens, torch.iinfo(torch.int32).max)
     paging = (page_table, seq_lens + counts, first_token)
     if k_scales is None:
@@ -62,7 +66,7 @@ def update_bounds(
     seq_lens: Tensor,
     first_token: Tensor | None = None,
 ) -> Tensor:
-    """Elementwise minimum and maximum of the keys of each page, from the page of ``first_token`` to the last."""
+    """Elementwise minimum and maximum of the keys of each page, from that of ``first_token`` to the last: k_bounds."""
     k_bounds = k_bounds.clone()
     for physical, keys in _pages_of_keys(k_cache, page_table, seq_lens, first_token):
         k_bounds[physical, :, 0] = keys.amin(1)
@@ -78,7 +82,7 @@ def update_bounds_int8(
     seq_lens: Tensor,
     first_token: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`update_bounds` in 8 bits: k_bounds int8 and its k_scales, float32 [N, Hkv]."""
+    """:func:`update_bounds` in 8 bits: int8 k_bounds, and their float32 k_scales [N, Hkv]."""
     k_bounds, k_scales = k_bounds.clone(), k_scales.clone()
     for physical, keys in _pages_of_keys(k_cache, page_table, seq_lens, first_token):
         k_bounds[physical], k_scales[physical] = quantize(torch.stack([keys.amin(1), keys.amax(1)], 1))
@@ -88,13 +92,13 @@ def update_bounds_int8(
 def quantize(bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds [..., 2, D] as int8 [..., 2, D] times a float32 scale [...], rounded outward.
 
-    The scale is the smallest float32 that is at least ``largest magnitude / 127``. Lower bounds are rounded down to
-    whole multiples of the scale, upper bounds up. So no number exceeds 127, and ``lower * scale <= minimum`` and
-    ``upper * scale >= maximum`` hold exactly. Where keys are not finite, or all zero, the numbers are 0 and the scale
-    is NaN, infinite or 0.
+    The scale is the smallest float32 that is at least ``largest magnitude / 127``. A lower bound is the largest
+    multiple of it that is not above the exact one, an upper bound the smallest that is not below. So no number exceeds
+    127, and ``lower * scale <= minimum`` and ``upper * scale >= maximum`` hold exactly. Where keys are not finite, or
+    all zero, the numbers are 0 and the scale is NaN, infinite or 0.
 
-    A rounded quotient may be one too far. So each rounding is checked by comparing products, which is exact: float64
-    holds the product of a whole number up to 128 and a float32.
+    Float64 holds the product of a whole number up to 128 and a float32 exactly, so comparing products decides each
+    rounding. A quotient is rounded to nearest, so its floor or ceiling is at most one off.
     """
     exact = bounds.double()
     largest = exact.abs().amax((-2, -1))
@@ -111,14 +115,14 @@ def quantize(bounds: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(k_bounds: Tensor, k_scales: Tensor) -> Tensor:
-    """The bounds that int8 ``k_bounds`` stand for, exact in float64; NaN where the scale is not finite."""
+    """int8 ``k_bounds`` times their scales, exact in float64; NaN where the scale is not finite."""
     return k_bounds.double() * k_scales.double()[..., None, None]
 
 
 def _pages_of_keys(
     k_cache: Tensor, page_table: Tensor, seq_lens: Tensor, first_token: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Each page from that of ``first_token`` to the last: its physical number and the keys in it, [Hkv, n, D]."""
+    """Each page from that of ``first_token`` to the last: its physical number and its keys [Hkv, n, D]."""
     page_size = k_cache.shape[2]
     for b, length in enumerate(seq_lens.tolist()):
         first_page = 0 if first_token is None else int(first_token[b]) // page_size
@@ -137,8 +141,11 @@ def estimate(
 ) -> Tensor:
     """The paper's criticality: ``sum_d max(q_d * lower_d, q_d * upper_d)``, an upper bound of q.k over the page.
 
-    A positive q_d takes the upper bound and a negative one the lower. So the sum is ``q+ . upper + q- . lower``, with
-    ``q+ = max(q, 0)`` and ``q- = min(q, 0)``. Scores past the last page are -inf.
+    The larger product is that with the upper bound where q_d is positive, and with the lower where it is negative. So
+    the sum is ``q+ . upper + q- . lower``, where ``q+ = max(q, 0)`` and ``q- = min(q, 0)``.
+
+    Returns:
+        scores [B, Hq, P] or [B, T, Hq, P], -inf past the last page.
     """
     if k_scales is not None:
         k_bounds = dequantize(k_bounds, k_scales)
@@ -158,7 +165,11 @@ def estimate(
 
 
 def reduce_group(scores: Tensor, num_kv_heads: int, how: str, scale: float = 1.0) -> Tensor:
-    """One score a page for the heads that share a list: scores [Hq, n] -> [Hs, n]."""
+    """One score a page for the heads that share a list: scores [Hq, n] -> [Hs, n].
+
+    Raises:
+        ValueError: ``how`` is not none, max, sum or soft.
+    """
     if how == "none":
         return scores
     grouped = scores.unflatten(0, (num_kv_heads, -1))
@@ -182,10 +193,10 @@ def topk_pages(
     recent_pages: int = 1,
     scale: float = 1.0,
 ) -> Tensor:
-    """The k best pages of each row, ascending and padded with -1.
+    """The k best pages for each token and selection head: int32 [B, Hs, k] or [B, T, Hs, k], ascending, -1 at the end.
 
-    The first ``sink_pages`` and the last ``recent_pages`` pages are always among them. Ties go to the lower page; NaN
-    ranks above everything.
+    The first ``sink_pages`` and the last ``recent_pages`` pages are always among them. Ties go to the lower page, and
+    NaN ranks above everything.
     """
     if scores.dim() == 3:
         args = (seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale)
@@ -220,7 +231,13 @@ def sparse_decode(
     pages: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the tokens of the selected pages (all pages where ``pages`` is None), with its lse."""
+    """Softmax attention over the tokens of the selected pages, or of all pages where ``pages`` is None.
+
+    A row whose scores are all -inf is an empty row, like one without tokens: out 0 and lse -inf.
+
+    Returns:
+        out like q and lse [B, Hq] or [B, T, Hq], the log-sum-exp of the scaled scores; both float64.
+    """
     if q.dim() == 3:
         pages = None if pages is None else pages[:, None]
         out, lse = sparse_decode(q[:, None], k_cache, v_cache, page_table, seq_lens, pages, scale)
@@ -243,13 +260,13 @@ def sparse_decode(
                 position = (chosen[:, None] * page_size + torch.arange(page_size, device=q.device)).flatten()
                 seen = position < visible
                 if not bool(seen.any()):
-                    continue  # an empty row: 0 and -inf
+                    continue  # no token
                 physical = page_table[b, chosen].long()
                 keys = k_cache[physical, h // kv_group].flatten(0, 1)[seen].double()
                 values = v_cache[physical, h // kv_group].flatten(0, 1)[seen].double()
                 score = keys @ q[b, t, h].double() * scale
                 if bool((score == -math.inf).all()):
-                    continue  # no token has a weight: an empty row too
+                    continue  # no token has a weight
                 lse[b, t, h] = score.logsumexp(0)
                 out[b, t, h] = score.softmax(0) @ values
     return out, lse

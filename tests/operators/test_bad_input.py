@@ -1,4 +1,7 @@
-"""Wrong arguments: errors name the argument and its value, and nothing is written, on a GPU nothing outside."""
+"""Wrong arguments raise an error that names the argument and its value, before anything is written.
+
+Wrong values that a GPU does not check never lead a kernel outside its tensors.
+"""
 
 import re
 from collections.abc import Callable
@@ -20,7 +23,7 @@ WRITTEN = ("k_cache", "v_cache", "k_bounds", "k_scales")
 
 
 def arguments(name: str, device: str, int8: bool = False) -> Arguments:
-    """Valid arguments of an operator, all of them given: B = 2, Hq = 4, Hkv = 2, D = 64, S = 16, P = 4, N = 9.
+    """Right arguments of an operator, all given: B = 2, Hq = 4, Hkv = 2, D = 64, S = 16, P = 4, N = 9.
 
     k_scales is given with 8-bit bounds only. decode_step gets float16, which a single launch supports.
     """
@@ -267,7 +270,7 @@ MOST_TOKENS = 2**31 - 1  # of a sequence, and of a list of pages
 
 
 def without_sequences(name: str, device: str, page_size: int, N: int = 9) -> Arguments:
-    """Arguments with B = 0, and N pages that are all one: their sizes cost no memory."""
+    """Arguments with B = 0, and N pages that share memory: large sizes cost nothing."""
     good = arguments(name, device)
     for key, value in good.items():
         if key in WRITTEN:
@@ -277,13 +280,13 @@ def without_sequences(name: str, device: str, page_size: int, N: int = 9) -> Arg
             good[key] = value[:0]
     if "page_size" in good:
         good["page_size"] = page_size
-    if name == "topk_pages":  # of one head: a stride past 2^63 is an error of torch's
+    if name == "topk_pages":  # one head, as torch refuses strides past 2^63
         good["scores"], good["num_kv_heads"] = good["scores"][:, :1], 1
     return good
 
 
 def columns(tensor: Tensor, count: int) -> Tensor:
-    """A tensor with no elements like one that has none, with another last dimension."""
+    """An empty tensor like this one, with another last dimension."""
     return tensor.new_empty((*tensor.shape[:-1], count))
 
 
@@ -344,7 +347,7 @@ def test_most_of_other_sizes(device: str) -> None:
 
 
 def test_a_step_at_the_most_pages(device: str) -> None:
-    """16,777,215 pages of 128, which are all physical page 0 but for the last: the last token is 2^31 - 129."""
+    """16,777,215 pages of 128 tokens. All are physical page 0 but the last, which the step writes to."""
     S, D, P = 128, 64, MOST_TOKENS // 128
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(size, generator=random).half() for size in ((1, 2, D), (1, 1, 1, D), (1, 1, 1, D)))
@@ -355,7 +358,7 @@ def test_a_step_at_the_most_pages(device: str) -> None:
     seq_lens = torch.tensor([P * S], dtype=torch.int32, device=device)
     x = [y.to(device) for y in (q, k, v, k_cache, v_cache, k_bounds)]
     out, lse, pages = ops.decode_step(*x, page_table, seq_lens - 1, seq_lens, 4)
-    assert pages.tolist() == [[[0, 1, 2, P - 1]]]  # of equal scores the first
+    assert pages.tolist() == [[[0, 1, 2, P - 1]]]  # the first of equal scores
     k_cache[1, :, -1], v_cache[1, :, -1] = k[0, 0], v[0, 0]
     assert_same_bits(x[3].cpu(), k_cache)
     few = torch.tensor([[0, 0, 0, 1]], dtype=torch.int32)
@@ -431,7 +434,7 @@ VALUES: list[Any] = [
 def test_values(
     device: str, monkeypatch: pytest.MonkeyPatch, name: str, key: str, place: tuple[int, ...], value: int, message: str
 ) -> None:
-    """Checked always on the CPU, and on the GPU with QUEST_OPS_CHECK=1."""
+    """Values are checked on the CPU always, and on the GPU where QUEST_OPS_CHECK=1 asks for it."""
     if device == "cuda":
         monkeypatch.setenv("QUEST_OPS_CHECK", "1")
     good = arguments(name, device)
@@ -448,7 +451,7 @@ def test_append_past_the_capacity_without_new_lens() -> None:
 
 @pytest.mark.gpu
 class TestUncheckedOnTheGPU:
-    """Without QUEST_OPS_CHECK values are not checked; with any of them no kernel leaves its tensors."""
+    """Without QUEST_OPS_CHECK values are unchecked. No kernel leaves its tensors for any of them."""
 
     @pytest.fixture(autouse=True)
     def unchecked(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,7 +476,7 @@ class TestUncheckedOnTheGPU:
         torch.cuda.synchronize()
         for key, x in memory.items():
             if key in WRITTEN and name in ("append_kv", "update_bounds", "decode_step"):
-                for base in (x, before[key]):  # inside the tensor any value may have been written
+                for base in (x, before[key]):  # any write within the tensor is allowed
                     base.as_strided(good[key].shape, good[key].stride(), good[key].storage_offset()).zero_()
             assert_same_bits(x, before[key])
 

@@ -1,4 +1,4 @@
-"""The specification itself, against independent formulas: it judges the kernels, so it is not judged by them."""
+"""The specification against independent formulas. It judges the kernels, so they do not judge it."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ def test_bounds_are_the_extremes_of_each_page_of_tokens(shape: Shape) -> None:
 
 
 def of_all_sizes(*size: int, seed: int) -> torch.Tensor:
-    """Float32 numbers of every exponent, zero and the subnormals included."""
+    """Numbers of every float32 exponent, zero and the subnormals included."""
     random = torch.Generator().manual_seed(seed)
     numbers = torch.randn(size, generator=random) * 2.0 ** torch.randint(-3, 4, size, generator=random)
     return numbers * 2.0 ** torch.randint(-150, 120, (*size[:-2], 1, 1), generator=random).double()
@@ -31,7 +31,7 @@ def of_all_sizes(*size: int, seed: int) -> torch.Tensor:
 
 @given(st.integers(0, 2**31 - 1))
 def test_bytes_are_the_tightest_outside_the_bounds(seed: int) -> None:
-    """In exact fractions: the smallest scale, and of its multiples the next ones outward."""
+    """In exact fractions: the scale is the smallest, and the bounds are its next multiples outward."""
     bounds = of_all_sizes(4, 2, 8, seed=seed).float().sort(-2).values
     k_bounds, scales = reference.quantize(bounds)
     for exact, numbers, scale in zip(bounds.tolist(), k_bounds.tolist(), scales, strict=True):
@@ -95,6 +95,22 @@ def test_decode_is_masked_dense_attention(shape: Shape, per_head: bool, scale: f
             torch.testing.assert_close(lse[b], logits.exp().sum(-1).log().T, rtol=1e-9, atol=1e-12)
 
 
+def test_scores_of_minus_infinity() -> None:
+    """They weigh nothing beside others, and make an empty row where there are no others."""
+    case = Case(Shape(lengths=(40, 40, 40)))
+    case.q[..., 0] = 1
+    for b, tokens in ((0, range(40)), (1, range(20, 40))):
+        page, slot = case.slots(b, tokens)
+        case.k_cache[page, :, slot, 0] = -math.inf
+    out, lse = reference.sparse_decode(*case.attention)
+    assert (out[0] == 0).all()
+    assert (lse[0] == -math.inf).all()
+    shorter = reference.sparse_decode(*case.attention[:4], case.seq_lens - 20)
+    assert_exact(out[1], shorter[0][1])
+    assert_exact(lse[1], shorter[1][1])
+    assert lse[1:].isfinite().all()
+
+
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 4), st.integers(0, 4), st.integers(0, 2**31 - 1))
 def test_selection_is_a_stable_sort(n: int, k: int, sink: int, recent: int, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
@@ -128,7 +144,7 @@ def test_heads_of_a_group_are_reduced_as_named(n: int, kv_heads: int, group: int
 
 @given(shapes(max_new_tokens=0), st.integers(0, 40))
 def test_appending_equals_having_had_the_tokens(shape: Shape, new: int) -> None:
-    """A cache that loses its last tokens and gets them again is the cache that was."""
+    """A cache that loses its last tokens and gets them again is as before."""
     case = Case(shape)
     counts = torch.tensor([min(new, n) for n in shape.lengths]).int()
     before = case.seq_lens - counts

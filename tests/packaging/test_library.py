@@ -1,6 +1,6 @@
-"""Importing quest_ops where something is wrong: one sentence that says what, and the remedy.
+"""Importing quest_ops where something is wrong: one sentence names the fault and the remedy.
 
-Each case runs in a process of its own, with the libraries of a folder made for it.
+Each case runs in a process of its own, on the libraries of its own folder.
 """
 
 import json
@@ -18,13 +18,13 @@ CUDA = _library._find("_C_cuda")
 REMEDY = "pip install --no-build-isolation"
 ON_CUDA_TORCH = "torch.version.cuda = '13.0'"
 
-# Every process is forked from one that has imported torch and nothing of quest_ops.
+# Processes are forked from one that has imported torch alone.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["torch"])
 
 
 def run(folder: Path, before: str = "", after: str = "'imported'") -> str:
-    """Imports quest_ops with the libraries in `folder`: the error's message, or the value of `after` as a string."""
+    """Imports quest_ops with the libraries in `folder`. Returns the error's message, or `after` as a string."""
     program = f"""
 import importlib.resources, pathlib, torch
 folder = pathlib.Path({str(folder)!r})
@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def fake_cuda_library(folder: Path, tmp_path: Path, **changes: str) -> None:
-    """A _C_cuda that loads anywhere and says of its build what _C says, but for `changes`."""
+    """A _C_cuda that loads anywhere and describes its build as _C does, but for `changes`."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
@@ -129,7 +129,7 @@ def test_cpu_torch_leaves_the_cuda_library_alone(folder: Path) -> None:
 
 
 def test_no_cuda_library_on_a_cuda_torch(folder: Path) -> None:
-    # It imports, for use on the CPU; CUDA tensors then meet the sentence.
+    # The import succeeds, for use on the CPU. CUDA tensors then raise.
     before = f"""{ON_CUDA_TORCH}
 def refusal(library):
     x = torch.zeros(1)
@@ -189,6 +189,7 @@ def test_build_info() -> None:
 
 
 def test_an_unknown_instruction_set(folder: Path) -> None:
+    """Every operator raises before it starts threads, which would lose the message."""
     before = """
 import os
 os.environ["QUEST_OPS_CPU_ISA"] = "avx9"

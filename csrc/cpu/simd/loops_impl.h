@@ -325,7 +325,7 @@ float max(const float* x, int n) {
   return result;
 }
 
-// ---- exp(x) for x <= 0 to about 1 ulp, as 2^k * p(r): k = round(x / ln 2), r = x - k ln 2, |r| <= ln(2) / 2.
+// ---- exp(x) for x <= 0 to about 1 ulp, as 2^k * p(r). Here k = round(x / ln 2), r = x - k ln 2, |r| <= ln(2) / 2.
 
 QUEST_INLINE Vec exp_nonpositive(Vec x) {
   const Vec least = splat(-87.33654f);  // below it exp is denormal, and 0 here
