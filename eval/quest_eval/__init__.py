@@ -1,1 +1,1 @@
-"""What sparse attention keeps and loses: tasks, policies, runs and pictures. Needs ``quest_ops[demo]``."""
+"""Accuracy of sparse attention: policies, tasks, runs and plots. The command line is ``quest-eval``."""

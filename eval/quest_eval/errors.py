@@ -1,5 +1,5 @@
-"""What is wrong with what was asked for."""
+"""The one error of bad input."""
 
 
 class InputError(ValueError):
-    """Something is missing or cannot be; the message is one sentence that says what to do."""
+    """An argument, file or model that cannot be used. The message is one sentence and names the remedy."""

@@ -1,4 +1,4 @@
-"""Runs cells: task x length x policy x budget. One prefill of a batch of contexts serves all policies and budgets."""
+"""Runs the grid of task x length x policy x budget. One prefill of a batch of contexts serves all policies and budgets."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import attention_path
-from .session import Session
+from .decoding import attention_function
+from .decoding.policy_decoder import PolicyDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
-    from .journal import Journal
     from .models import Tokenizer
     from .policies import Policy
+    from .results.journal import Journal
     from .tasks import Sample, Task
 
 # Points of the curve of a scored text.
@@ -28,7 +28,7 @@ _CURVE_POINTS = 64
 _MOST, _CPU_BYTES = {"cuda": 32, "cpu": 4}, 2 << 30
 
 
-def run(
+def run_grid(
     model: Any,
     tokenizer: Tokenizer,
     cells: Sequence[tuple[Task, int, list[Sample]]],
@@ -37,7 +37,7 @@ def run(
     batch: int | None = None,
     progress: Callable[[int, str], None] = lambda *_: None,
 ) -> None:
-    """Run what ``journal`` does not have yet and write it there, batch by batch.
+    """Run the samples that ``journal`` does not have yet, and write them there batch by batch.
 
     Args:
         model: a transformers causal language model.
@@ -45,8 +45,8 @@ def run(
         cells: tasks, lengths and their samples.
         policies: each on all of them.
         journal: of this run.
-        batch: contexts at a time; by default as many as a part of the memory holds.
-        progress: told how many samples have been finished under a policy, and what comes next.
+        batch: contexts at a time; by default as many as a share of the memory holds.
+        progress: told the number of samples just finished under a policy, and the name of the next work.
     """
     for task, length, samples in cells:
         missing = {policy: {s.index for s in samples} - journal.done(task.name, length, policy) for policy in policies}
@@ -55,17 +55,17 @@ def run(
         if not left:
             continue
         size = batch or _batch_size(model, length)
-        session = Session(model, max_tokens=length + 1, batch_size=min(size, len(samples)))
+        decoder = PolicyDecoder(model, max_tokens=length + 1, batch_size=min(size, len(samples)))
         for group, tail in _batches(samples, size):
             wanted = [policy for policy in policies if missing[policy] & {sample.index for sample in group}]
             if not wanted:
                 continue
             ids = torch.tensor([sample.ids for sample in group])
-            session.read(ids[:, :-tail], policies=wanted)
+            decoder.prefill(ids[:, :-tail], policies=wanted)
             for policy in wanted:
                 progress(0, f"{task.name} {length:,}: {policy.label()} {policy.budget or ''}")
                 start = time.perf_counter()
-                outcome = _outcome(session, policy, task, tokenizer, group, ids[:, -tail:])
+                outcome = _outcome(decoder, policy, task, tokenizer, group, ids[:, -tail:])
                 seconds = time.perf_counter() - start
                 journal.add(
                     {
@@ -76,7 +76,7 @@ def run(
                         "label": policy.label(),
                         "budget": policy.budget,
                         "samples": outcome,
-                        "usage": asdict(session.usage(policy)),
+                        "usage": asdict(decoder.usage(policy)),
                         "seconds": seconds,
                     }
                 )
@@ -84,15 +84,15 @@ def run(
 
 
 def _outcome(
-    session: Session, policy: Policy, task: Task, tokenizer: Tokenizer, group: list[Sample], tail: Tensor
+    decoder: PolicyDecoder, policy: Policy, task: Task, tokenizer: Tokenizer, group: list[Sample], tail: Tensor
 ) -> list[dict[str, Any]]:
     if task.answer_tokens == 0:
-        losses = -session.score(policy, tail).cpu()
+        losses = -decoder.score(policy, tail).cpu()
         return [
             {"index": sample.index, "score": float(row.mean()), "curve": _curve(row, len(sample.ids) - len(row))}
             for sample, row in zip(group, losses, strict=True)
         ]
-    answers = session.generate(policy, tail, task.answer_tokens, tokenizer.eos).tolist()
+    answers = decoder.generate(policy, tail, task.answer_tokens, tokenizer.eos).tolist()
     texts = [tokenizer.decode(answer) for answer in answers]
     return [
         {
@@ -107,16 +107,16 @@ def _outcome(
 
 
 def _curve(losses: Tensor, first: int) -> list[tuple[int, float]]:
-    """Mean losses of equal pieces of a text, each with the position of its middle."""
+    """Mean losses of equal sections of a text, each with the position of its middle."""
     size = max(1, len(losses) // _CURVE_POINTS)
-    pieces = losses[: len(losses) // size * size].view(-1, size).mean(1).tolist()
-    return [(first + i * size + size // 2, loss) for i, loss in enumerate(pieces)]
+    sections = losses[: len(losses) // size * size].view(-1, size).mean(1).tolist()
+    return [(first + i * size + size // 2, loss) for i, loss in enumerate(sections)]
 
 
 def _batches(samples: list[Sample], size: int) -> Iterator[tuple[list[Sample], int]]:
-    """Batches of equally long prompts, and how many tokens at their end are decoded: the longest question's.
+    """Batches of equally long prompts, and the number of tokens at their end that are decoded: the longest question's.
 
-    A shorter question takes some of the text before it along. That number is one for all prompts of a length, so that
+    A shorter question takes some tokens of the text before it along. All prompts of a length share that number, so that
     a sample's result does not depend on the batch size.
     """
     groups: dict[int, list[Sample]] = defaultdict(list)
@@ -130,8 +130,8 @@ def _batches(samples: list[Sample], size: int) -> Iterator[tuple[list[Sample], i
 
 def _batch_size(model: Any, length: int) -> int:
     config = model.config.get_text_config(decoder=True)
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * attention_path.head_dim(config)
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * attention_function.head_dim(config)
     device = model.device.type
-    # The rest is for the prefill and for what the policies keep.
+    # The rest is for the prefill and for the policies' own tensors.
     memory = torch.cuda.mem_get_info()[0] // 4 if device == "cuda" else _CPU_BYTES
     return max(1, min(_MOST[device], memory // (token * model.dtype.itemsize * length)))

@@ -1,4 +1,4 @@
-"""The model that is evaluated, and what turns text into its tokens: the bundled one, or any of transformers."""
+"""The model that is evaluated and its tokenizer: the bundled one, or any of transformers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .. import _library
-from . import attention_path, retrieval_model
+from . import bundled_model, library
+from .decoding import attention_function
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 #: The name of the model that comes with the package.
 BUNDLED = "bundled"
-# Stands for the prompt in a chat template, which is then cut there.
+#: The fastest dtype of each device.
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+# Stands for the prompt in a chat template, which is then split there.
 _PROMPT = "<the prompt goes here>"
 
 
@@ -25,11 +27,11 @@ class Tokenizer(Protocol):
 
     #: Ends an answer; None: nothing does.
     eos: int | None
-    #: Whether a token is a byte, so that pieces of text may be cut anywhere.
+    #: Whether a token is a byte, so that text may be cut anywhere.
     bytewise: bool
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a piece of text, without special ones."""
+        """The tokens of a text, without special ones."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
@@ -91,11 +93,11 @@ class TextTokenizer:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that was looked at but not loaded."""
+    """A model by its configuration and tokenizer, without its weights."""
 
     name: str
     tokenizer: Tokenizer
-    #: The longest sequence that it is made for; None: it does not say.
+    #: The longest sequence that it is made for; None where its configuration names none.
     max_tokens: int | None
 
 
@@ -107,10 +109,9 @@ def find(name: str) -> ModelFiles:
 
     Raises:
         InputError: there is no such model, or it is of a kind that is not supported.
-        ImportError: transformers is missing.
     """
     if name == BUNDLED:
-        return ModelFiles(name, ByteTokenizer(), retrieval_model.MAX_TOKENS)
+        return ModelFiles(name, ByteTokenizer(), bundled_model.MAX_TOKENS)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -121,7 +122,7 @@ def find(name: str) -> ModelFiles:
         raise InputError(f"--model {name} cannot be had ({reason}): give a folder or a name on the hub") from error
     try:
         with torch.device("meta"):
-            attention_path.install(AutoModelForCausalLM.from_config(config))
+            attention_function.install(AutoModelForCausalLM.from_config(config))
     except ValueError as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise InputError(f"--model {name} cannot be evaluated ({reason}): choose another model") from error
@@ -140,7 +141,7 @@ def find(name: str) -> ModelFiles:
 def load(files: ModelFiles, device: str, dtype: torch.dtype) -> Any:
     """The model itself, a transformers causal language model."""
     if files.name == BUNDLED:
-        return retrieval_model.load(device, dtype)
+        return bundled_model.load(device, dtype)
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(files.name, dtype=dtype).to(device).eval()
@@ -150,7 +151,7 @@ def check_device(device: str) -> None:
     """Raise InputError where ``device`` cannot be used."""
     if device == "cpu":
         return
-    if _library.cuda_missing:
-        raise InputError(f"--device cuda is not possible: {_library.cuda_missing}")
+    if library.cuda_missing:
+        raise InputError(f"--device cuda is not possible: {library.cuda_missing}")
     if not torch.cuda.is_available():
         raise InputError("--device cuda is not possible: torch finds no CUDA device on this machine")

@@ -1,6 +1,6 @@
 """The bundled language model: 7.8M parameters, one token a byte, trained to find facts in long texts.
 
-``examples/train_retrieval_model.py`` trains it; ``model/README.md`` says what it was measured to do.
+``examples/train_retrieval_model.py`` trains it; README.md beside this file has its training and measurements.
 """
 
 from __future__ import annotations
@@ -11,22 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-FOLDER = Path(__file__).parent / "model"
+FOLDER = Path(__file__).parent
 #: The longest text that it was trained on, in tokens.
 MAX_TOKENS = 32768
 
 
 def load(device: torch.device | str, dtype: torch.dtype) -> Any:
-    """The model as a transformers ``Qwen3ForCausalLM``, from the files that come with the package.
+    """The model as a transformers ``Qwen3ForCausalLM``, from the files that come with the package."""
+    from transformers import Qwen3ForCausalLM
+    from transformers.utils import logging
 
-    Raises:
-        ImportError: transformers or safetensors is missing, and what to install.
-    """
-    try:
-        from transformers import Qwen3ForCausalLM
-        from transformers.utils import logging
-    except ImportError as error:
-        raise ImportError(f"the model needs transformers ({error}): run `pip install 'quest_ops[demo]'`") from error
     logging.disable_progress_bar()
     model = Qwen3ForCausalLM.from_pretrained(FOLDER, dtype=dtype, local_files_only=True)
     return model.to(device).eval()

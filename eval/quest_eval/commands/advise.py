@@ -1,4 +1,4 @@
-"""``python -m quest_ops advise``: the attention mass that each budget keeps on one's own text, and a recommendation."""
+"""``quest-eval advise``: the attention mass that each budget keeps on a text, and a recommended budget."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich import box
+from rich.table import Table
 
-from . import models, tasks
-from .errors import InputError
-from .evaluate import DTYPES, check_lengths, make_policies
-from .plots import maps
-from .session import Session
-from .tasks.text import read_text
-from .watch import Recall
+from .. import models, tasks
+from ..decoding.observers import Recall
+from ..decoding.policy_decoder import PolicyDecoder
+from ..errors import InputError
+from ..plots import maps
+from ..tasks.text import read_text
+from .checks import check_lengths, make_folder, make_policies
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -40,42 +41,40 @@ class Options:
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
-    """Measure, print a table, write ``advice.json`` and ``advice.png``; returns what is in the former.
+    """Measure, print a table, write ``advice.json`` and ``advice.png``; returns the content of the former.
 
     Raises:
-        InputError: before any long work, for what cannot be run.
+        InputError: before any long work, for an argument that cannot be used.
     """
     if not 0 < options.target <= 1:
         raise InputError(f"--target must be above 0 and at most 1, got {options.target}")
     models.check_device(options.device)
     budgets = sorted(set(options.budgets))
-    ways = make_policies((options.policy,), budgets, options.page_size, options.dense_layers)
-    if ways[0].budget is None:
+    policies = make_policies((options.policy,), budgets, options.page_size, options.dense_layers)
+    if policies[0].budget is None:
         raise InputError(f"--policy {options.policy} has no budget to advise on: name another")
     files = models.find(options.model)
     check_lengths((options.length,), files)
     text = read_text(options.text, files.tokenizer)
     setup = tasks.Setup(files.tokenizer, text, tries=1, seed=options.seed, scored=options.tokens)
     sample = tasks.make("perplexity", setup).samples(options.length)[0]
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {options.out} cannot be made: {error.strerror}") from error
+    make_folder(options.out)
 
-    session = Session(models.load(files, options.device, DTYPES[options.device]), max_tokens=options.length + 1)
-    if options.dense_layers >= session.num_layers:
-        raise InputError(f"--dense-layers must be below the model's {session.num_layers}, got {options.dense_layers}")
+    model = models.load(files, options.device, models.DTYPES[options.device])
+    decoder = PolicyDecoder(model, max_tokens=options.length + 1)
+    if options.dense_layers >= decoder.num_layers:
+        raise InputError(f"--dense-layers must be below the model's {decoder.num_layers}, got {options.dense_layers}")
     ids = torch.tensor([sample.ids])
     dense = make_policies(("dense",), budgets, options.page_size, options.dense_layers)[0]
     with console.status("reading the text"):
-        session.read(ids[:, : -sample.tail], policies=[dense, *ways])
+        decoder.prefill(ids[:, : -sample.tail], policies=[dense, *policies])
     tail = ids[:, -sample.tail :]
-    dense_loss = -float(session.score(dense, tail).mean())
+    dense_loss = -float(decoder.score(dense, tail).mean())
     rows: list[dict[str, Any]] = []
-    for policy in ways:
-        session.observer = recall = Recall()
+    for policy in policies:
+        decoder.observer = recall = Recall()
         with console.status(f"decoding {sample.tail} tokens with a budget of {policy.budget}"):
-            loss = -float(session.score(policy, tail).mean())
+            loss = -float(decoder.score(policy, tail).mean())
         kept = recall.by_head()
         rows.append(
             {
@@ -112,9 +111,6 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
 
 def _table(advice: dict[str, Any]) -> Table:
-    from rich import box
-    from rich.table import Table
-
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("budget", *(f"layer {i}" for i in range(len(advice["budgets"][0]["mass_by_layer"]))), "perplexity"):
         table.add_column(name, justify="right")

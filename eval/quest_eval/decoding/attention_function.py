@@ -1,7 +1,7 @@
-"""The way from transformers into a session: an attention function that hands queries, keys and values over.
+"""The attention function that transformers calls: it hands queries, keys and values to a :class:`LayerAttention`.
 
-A session passes itself to the model as a keyword, which transformers hands on to the attention function. Position, mask
-and cache are the session's business: the model is given positions, no mask and no cache.
+The caller passes the LayerAttention to the model as a keyword, which transformers hands on to the attention function.
+The model gets positions, and neither a mask nor a cache: both are the LayerAttention's business.
 """
 
 from __future__ import annotations
@@ -11,28 +11,29 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..cache import HEAD_DIMS
+from ..library import HEAD_DIMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-IMPLEMENTATION = "quest_evaluation"
+#: The name under which transformers knows this function.
+IMPLEMENTATION = "quest_eval"
 
 
-class Attention(Protocol):
-    """What the attention function hands over to."""
+class LayerAttention(Protocol):
+    """The attention of every layer in one forward pass."""
 
     def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """A layer's new queries [B, Hq, T, D], keys and values [B, Hkv, T, D], with RoPE -> [B, T, Hq, D]."""
 
 
 def install(model: Any) -> Any:
-    """Make ``model`` attend through sessions; returns its text configuration.
+    """Make ``model`` attend by this function; returns its text configuration.
 
     Raises:
-        ValueError: a model of another kind than the policies are for.
+        ValueError: a model whose attention the policies do not cover.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -55,10 +56,10 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def forward(model: Any, session: Attention, ids: Tensor, start: int) -> Tensor:
+def forward(model: Any, attention: LayerAttention, ids: Tensor, start: int) -> Tensor:
     """The logits [B, V] behind the last of ids [B, T], whose first token is at position ``start``."""
     position_ids = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-    # transformers leaves a mask of four dimensions as it is, and so makes none.
+    # transformers takes a mask of four dimensions as it is, and so makes none of its own.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
     out = model(
         ids,
@@ -66,16 +67,16 @@ def forward(model: Any, session: Attention, ids: Tensor, start: int) -> Tensor:
         position_ids=position_ids,
         use_cache=False,
         logits_to_keep=1,
-        quest_session=session,
+        quest_eval_attention=attention,
     )
     logits: Tensor = out.logits[:, -1]
     return logits
 
 
 def rotation(model: Any) -> Callable[[Tensor, int], Tensor] | None:
-    """A function that turns keys [B, H, n, D] as if they were so many tokens later; None where there is no RoPE.
+    """A function that rotates keys [B, H, n, D] as if they were a number of tokens later; None where there is no RoPE.
 
-    Turning by a, then by b, is turning by a + b: so keys that have their rotation already can be moved.
+    A rotation by a, then by b, is one by a + b: so keys that are rotated already can be moved.
     """
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     apply = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
@@ -85,7 +86,7 @@ def rotation(model: Any) -> Callable[[Tensor, int], Tensor] | None:
     def rotate(keys: Tensor, positions: int) -> Tensor:
         where = torch.full((1, 1), positions, device=keys.device)
         # Scaled variants of RoPE multiply queries and keys by a factor, which these keys have already.
-        cos, sin = (part / getattr(rotary, "attention_scaling", 1.0) for part in rotary(keys, where))
+        cos, sin = (table / getattr(rotary, "attention_scaling", 1.0) for table in rotary(keys, where))
         turned: Tensor = apply(keys, keys, cos, sin)[1]
         return turned
 
@@ -102,16 +103,16 @@ def _forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    quest_session: Attention | None = None,
+    quest_eval_attention: LayerAttention | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    if quest_session is None:
+    if quest_eval_attention is None:
         raise ValueError(
-            f"attention '{IMPLEMENTATION}' runs in a session only, and {type(module).__name__} was called by another "
-            "or does not hand keywords on: call model.set_attn_implementation('sdpa') to use the model by itself"
+            f"attention '{IMPLEMENTATION}' runs in a PolicyDecoder only, and {type(module).__name__} was called by "
+            "another or does not hand keywords on: call model.set_attn_implementation('sdpa') to use the model by itself"
         )
     for name, feature in (("sliding_window", sliding_window), ("softcap", softcap), ("s_aux", s_aux)):
         if feature is not None:
             raise ValueError(f"the evaluation's policies are for plain attention, and this model's has {name}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return quest_session.attend(module, query, key, value, scale), None
+    return quest_eval_attention.attend(module, query, key, value, scale), None

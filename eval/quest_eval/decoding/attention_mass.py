@@ -1,4 +1,4 @@
-"""How much of dense attention a selection keeps."""
+"""The attention mass that a selection keeps of dense attention."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn.functional import pad
 
-from .tokens import scores
+from ..policies.tokens import scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def attention_mass(
     q: Tensor, k: Tensor, scale: float, pages: Tensor | None, tokens: Tensor | None, page_size: int
 ) -> Tensor:
-    """The part of each head's dense softmax that falls on what was selected, float32 [B, Hq].
+    """The share of each head's dense softmax that falls on the selection, float32 [B, Hq].
 
     Args:
         q: [B, Hq, D].

@@ -1,4 +1,4 @@
-"""A model and long contexts: read densely once, then continued under any policy as often as one likes."""
+"""Prefills long contexts once, then decodes behind them under any policy, as often as wanted."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..cache import PAGE_SIZES
-from . import attention_path
-from .policies import KVShape, LayerKV, Length, Policy
-from .policies.dense import DenseReader
-from .policies.snapkv import WINDOW
-from .steps import Decode, Observer, Prefill
-from .usage import Usage, measure
+from ..library import PAGE_SIZES
+from ..policies import KVShape, LayerKV, Length, Policy
+from ..policies.dense import DenseReader
+from ..policies.snapkv import WINDOW
+from . import attention_function
+from .kv_usage import KVUsage, kv_usage
+from .layer_attention import DecodeAttention, PrefillAttention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-# Tokens decoded between two looks at whether all answers have ended, each of which waits for the device.
+    from .observers import Observer
+
+# Tokens decoded between two checks that all answers have ended. Each check waits for the device.
 _STEPS_PER_LOOK = 16
 
 
-class Session:
-    """A model and a batch of equally long contexts, read densely once, then continued under any policy.
+class PolicyDecoder:
+    """A model and a batch of equally long contexts: prefilled once, then decoded behind under any policy.
 
     Question and answer are decoded token by token under the policy, as in the Quest paper; the first
     ``policy.dense_layers`` layers are dense. Each call starts anew behind the context. Keys and values are stored once,
-    whatever the policy: what one would have evicted it does not read any more.
+    whatever the policy: a policy that evicts a token does not read it any more.
 
-    While a session is in use the model cannot be used by itself; ``model.set_attn_implementation("sdpa")`` gives it
+    While a decoder is in use the model cannot be used by itself. ``model.set_attn_implementation("sdpa")`` gives it
     back.
 
     Args:
@@ -50,23 +52,23 @@ class Session:
             raise ValueError(f"max_tokens and batch_size must be at least 1, got {max_tokens} and {batch_size}")
         if page_size not in PAGE_SIZES:
             raise ValueError(f"page_size must be one of {', '.join(map(str, PAGE_SIZES))}, got {page_size}")
-        config = attention_path.install(model)
+        config = attention_function.install(model)
         self.model, self.max_tokens, self.batch_size, self.page_size = model, max_tokens, batch_size, page_size
         self.num_layers: int = config.num_hidden_layers
-        D = attention_path.head_dim(config)
+        D = attention_function.head_dim(config)
         self.shape = KVShape(config.num_attention_heads, config.num_key_value_heads, D, model.dtype.itemsize)
         capacity = -(-max_tokens // max(PAGE_SIZES)) * max(PAGE_SIZES)
         size = (self.num_layers, 2, batch_size, self.shape.kv_heads, capacity, D)
         self._storage = torch.empty(size, dtype=model.dtype, device=model.device)
-        self._rotate = attention_path.rotation(model)
+        self._rotate = attention_function.rotation(model)
         self._layers: list[LayerKV] = []
-        self._noted: frozenset[int] = frozenset()  # layers whose column sums were asked for
-        self._usage: dict[Policy, Usage] = {}
+        self._noted: frozenset[int] = frozenset()  # layers that note column sums
+        self._usage: dict[Policy, KVUsage] = {}
 
-    # Reading
+    # The contexts
 
     @torch.inference_mode()
-    def read(
+    def prefill(
         self,
         ids: Tensor,
         *,
@@ -74,14 +76,14 @@ class Session:
         chunk: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Prefill contexts densely, one after the other, and forget those before.
+        """Prefill contexts densely, one after the other, and forget earlier ones.
 
         Args:
             ids: int64 [B, L], B at most ``batch_size``.
-            policies: what will be run on them; decides what is noted of the attention.
+            policies: those that will decode behind the contexts; the attention is noted as they need it.
             chunk: tokens of a context at a time; all of it by default, which is fastest. In float32 on a GPU a few
-                thousand: PyTorch's attention with grouped heads holds all scores of a piece there.
-            progress: told how many tokens have been read since it was last called, B * L in all.
+                thousand: PyTorch's attention with grouped heads holds all scores of a chunk there.
+            progress: told the tokens read since its last call, B * L in all.
 
         Raises:
             ValueError: more than fits, or a policy that cannot run on this model.
@@ -108,39 +110,47 @@ class Session:
     def _new_layer(self, index: int, length: Length) -> LayerKV:
         B, L, heads = len(length.seq_lens), length.tokens, self.shape
         k, v = self._storage[index, :, :B]
-        # SnapKV chooses by this many, TOVA by one.
+        # SnapKV chooses by the last WINDOW queries, TOVA by the last one.
         last_queries = k.new_empty((B, heads.query_heads, min(L, WINDOW), heads.head_dim))
         sums = k.new_zeros((B, heads.kv_heads, L), dtype=torch.float32) if index in self._noted else None
         return LayerKV(k, v, length, L, heads.head_dim**-0.5, last_queries, sums, self._rotate)
 
     def _read_row(self, row: int, ids: Tensor, chunk: int, progress: Callable[[int], None] | None) -> Tensor:
         for start in range(0, len(ids), chunk):
-            piece = ids[None, start : start + chunk]
-            logits = attention_path.forward(self.model, Prefill(self._layers, row, start), piece, start)
+            tokens = ids[None, start : start + chunk]
+            logits = attention_function.forward(self.model, PrefillAttention(self._layers, row, start), tokens, start)
             if progress is not None:
-                progress(piece.shape[1])
+                progress(tokens.shape[1])
         return logits[0]
 
-    # Continuing
+    # Behind the contexts
 
     @torch.inference_mode()
-    def generate(self, policy: Policy, ids: Tensor, max_new_tokens: int, eos: int | None = None) -> Tensor:
+    def generate(
+        self,
+        policy: Policy,
+        ids: Tensor,
+        max_new_tokens: int,
+        eos: int | None = None,
+        on_step: Callable[[], None] | None = None,
+    ) -> Tensor:
         """Greedy answers to questions, both decoded under the policy.
 
         Args:
-            policy: one of those that the contexts were read for.
+            policy: one of those that the contexts were prefilled for.
             ids: int64 [B, T] the questions, T at least 1.
             max_new_tokens: tokens of each answer.
             eos: ends an answer, and fills it up.
+            on_step: called after each step: one for each token of the question and of the answer, but for its last.
 
         Returns:
             int64 [B, max_new_tokens].
 
         Raises:
-            ValueError: a policy that was not read for, or more tokens than there is room for.
+            ValueError: a policy that the prefill made no notes for, or more tokens than there is room for.
         """
         ids = self._check(ids, max_new_tokens - 1)
-        step = self._start(policy)
+        step = self._start(policy, on_step)
         for t in range(ids.shape[1]):
             logits = step(ids[:, t])
         answer = ids.new_full((len(ids), max_new_tokens), 0 if eos is None else eos)
@@ -158,13 +168,12 @@ class Session:
         return answer
 
     @torch.inference_mode()
-    def score(self, policy: Policy, ids: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
-        """Natural-log probabilities of a continuation, each token read under the policy.
+    def score(self, policy: Policy, ids: Tensor) -> Tensor:
+        """Natural-log probabilities of a continuation that is decoded under the policy.
 
         Args:
-            policy: one of those that the contexts were read for.
+            policy: one of those that the contexts were prefilled for.
             ids: int64 [B, T].
-            progress: told 1 after each token.
 
         Returns:
             float32 [B, T]: log p(ids[:, t] | the context, ids[:, :t]). The first follows from the context alone.
@@ -179,16 +188,14 @@ class Session:
             scores[:, t] = logits.float().log_softmax(-1).gather(1, ids[:, t : t + 1])[:, 0]
             if t < ids.shape[1] - 1:
                 logits = step(ids[:, t])
-            if progress is not None:
-                progress(1)
         self._finish(policy)
         return scores
 
-    def usage(self, policy: Policy) -> Usage:
-        """What the last :meth:`generate` or :meth:`score` under this policy read and held.
+    def usage(self, policy: Policy) -> KVUsage:
+        """The use of the KV cache by the last :meth:`generate` or :meth:`score` under this policy.
 
         Raises:
-            ValueError: there was none since the contexts were read.
+            ValueError: there was none since the contexts were prefilled.
         """
         if policy not in self._usage:
             raise ValueError(f"policy {policy.name} with budget {policy.budget} has not run on these contexts")
@@ -196,7 +203,7 @@ class Session:
 
     def _check(self, ids: Tensor, more: int) -> Tensor:
         if not self._layers:
-            raise ValueError("the session has read nothing: call read(ids, policies=...) first")
+            raise ValueError("the decoder has no context: call prefill(ids, policies=...) first")
         B, context = len(self._layers[0].k), self._layers[0].context
         if ids.dim() != 2 or ids.shape[0] != B or ids.shape[1] < 1 or more < 0:
             raise ValueError(f"ids must be [{B}, T], T and the new tokens at least 1, got {list(ids.shape)}")
@@ -207,7 +214,7 @@ class Session:
             )
         return ids.to(self.model.device)
 
-    def _start(self, policy: Policy) -> Callable[[Tensor], Tensor]:
+    def _start(self, policy: Policy, on_step: Callable[[], None] | None = None) -> Callable[[Tensor], Tensor]:
         """A function that takes the next tokens [B] and gives the logits behind them, [B, V]."""
         length = self._layers[0].length
         length.set(self._layers[0].context)
@@ -215,14 +222,17 @@ class Session:
             DenseReader(kv, self.page_size) if index < policy.dense_layers else policy.start(kv)
             for index, kv in enumerate(self._layers)
         ]
-        path = Decode(readers, policy, self.observer)
+        attention = DecodeAttention(readers, policy, self.observer)
 
         def step(tokens: Tensor) -> Tensor:
             length.set(length.tokens + 1)
-            return attention_path.forward(self.model, path, tokens[:, None], length.tokens - 1)
+            logits = attention_function.forward(self.model, attention, tokens[:, None], length.tokens - 1)
+            if on_step is not None:
+                on_step()
+            return logits
 
         return step
 
     def _finish(self, policy: Policy) -> None:
         kv = self._layers[0]
-        self._usage[policy] = measure(policy, self.shape, self.num_layers, kv.context, kv.length.tokens)
+        self._usage[policy] = kv_usage(policy, self.shape, self.num_layers, kv.context, kv.length.tokens)

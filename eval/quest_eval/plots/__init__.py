@@ -1,4 +1,4 @@
-"""Pictures of results. Colours are those of Okabe and Ito and a single-hue scale: safe for the colour-blind."""
+"""Plots of results. Colours are those of Okabe and Ito and scales of one hue: safe for the colour-blind."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from . import curves, maps
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..results import Cell
+    from ..results.cells import Cell
 
 
 def draw(cells: list[Cell], folder: Path) -> list[str]:
-    """Draw what the cells have: returns the names of the files written."""
+    """Every plot for which the cells have data; returns the names of the files written."""
     names = []
     for task in dict.fromkeys(cell["task"] for cell in cells):
         found = [cell for cell in cells if cell["task"] == task]

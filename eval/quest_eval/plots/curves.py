@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .style import is_frame, line, pyplot, save
+from .style import is_reference, line, new_figure, save
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..results import Cell
+    from ..results.cells import Cell
 
 # More lines than this in one panel cannot be told apart.
 _MOST_LINES = 9
@@ -18,21 +18,15 @@ _MOST_BUDGETS = 4
 
 
 def against_budget(cells: list[Cell], path: Path) -> None:
-    """A column for each length, a line for each policy; dense is a level. Many policies get two rows: Quest among its
-    rivals, and Quest among its variants.
+    """A column for each length, a line for each policy; dense is a level.
+
+    Many policies get two rows: Quest among its rivals, and Quest among its variants.
     """
     lengths = sorted({cell["length"] for cell in cells})
     rows = _rows(list(dict.fromkeys(cell["policy"] for cell in cells)))
     task, metric = cells[0]["task"], cells[0]["metric"]
-    figure, panels = pyplot().subplots(
-        len(rows),
-        len(lengths),
-        figsize=(2.6 + 4.4 * len(lengths), 0.5 + 3.9 * len(rows)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = new_figure(2.6 + 4.4 * len(lengths), 0.5 + 3.9 * len(rows))
+    panels = figure.subplots(len(rows), len(lengths), sharex=True, sharey=True, squeeze=False)
     budgets = sorted({cell["budget"] for cell in cells if cell["budget"] is not None})
     for names, row in zip(rows, panels, strict=True):
         for length, axes in zip(lengths, row, strict=True):
@@ -64,7 +58,7 @@ def _rows(names: list[str]) -> list[list[str]]:
     if len(names) <= _MOST_LINES or not variants:
         return [names]
     rivals = [name for name in names if name not in variants]
-    return [rivals, [name for name in names if is_frame(name) or name.startswith("quest")]]
+    return [rivals, [name for name in names if is_reference(name) or name.startswith("quest")]]
 
 
 def _draw_policy(axes: Any, cells: list[Cell]) -> None:
@@ -76,7 +70,7 @@ def _draw_policy(axes: Any, cells: list[Cell]) -> None:
         return
     cells = sorted(cells, key=lambda cell: cell["budget"])
     x, y, error = ([cell[key] for cell in cells] for key in ("budget", "value", "error"))
-    # Of a text, how hard it is varies far more than what policies make of it: bars would say nothing of these.
+    # Perplexity varies far more between texts than between policies, so bars would hide the policies' differences.
     bars = None if cells[0]["metric"] == "perplexity" else error
     axes.errorbar(x, y, bars, label=cells[0]["label"], capsize=2, elinewidth=0.8, **style)
 
@@ -86,15 +80,8 @@ def against_position(cells: list[Cell], path: Path) -> None:
     lengths = sorted({cell["length"] for cell in cells})
     budgets = sorted({cell["budget"] for cell in cells if cell["budget"] is not None})[:_MOST_BUDGETS] or [None]
     names = _rows(list(dict.fromkeys(cell["policy"] for cell in cells)))[0]
-    figure, panels = pyplot().subplots(
-        len(budgets),
-        len(lengths),
-        figsize=(2.6 + 5 * len(lengths), 0.5 + 2.4 * len(budgets)),
-        sharex="col",
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = new_figure(2.6 + 5 * len(lengths), 0.5 + 2.4 * len(budgets))
+    panels = figure.subplots(len(budgets), len(lengths), sharex="col", sharey=True, squeeze=False)
     for budget, row in zip(budgets, panels, strict=True):
         for length, axes in zip(lengths, row, strict=True):
             for cell in cells:
@@ -104,7 +91,7 @@ def against_position(cells: list[Cell], path: Path) -> None:
             axes.set_title(f"{length:,} tokens, budget {budget or 'all'}", loc="left", fontsize=10)
             axes.grid(alpha=0.3)
         row[0].set_ylabel("perplexity")
-    panels[0][0].set_yscale("log")  # a single surprising token would flatten everything else
+    panels[0][0].set_yscale("log")  # a single surprising token would flatten all others
     for axis in (panels[0][0].yaxis.set_major_formatter, panels[0][0].yaxis.set_minor_formatter):
         axis(lambda y, _: f"{y:g}")
     figure.supxlabel("position in tokens", fontsize=10)

@@ -1,42 +1,30 @@
-"""Heat maps: accuracy by depth and length; attention mass by layer and head or budget; pages over time."""
+"""Heat maps: accuracy by depth and length, attention mass by layer and head or budget."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch.nn.functional import pad
-
-from .style import pyplot, save
+from .style import new_figure, save
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from ..results import Cell
-
-# What a page needs to be seen in a picture of all pages.
-_MOST_COLUMNS = 300
+    from ..results.cells import Cell
 
 
 def depth_by_length(cells: list[Cell], path: Path) -> None:
-    """Where in the text the fact stood against the text's length: a column for each policy, a row for each budget."""
+    """The depth of the fact against the length of the text: a column for each policy, a row for each budget."""
     lengths = sorted({cell["length"] for cell in cells})
     depths = sorted({depth for cell in cells for depth, *_ in cell["depths"]})
     labels = list(dict.fromkeys(cell["label"] for cell in cells))
     budgets = sorted({cell["budget"] for cell in cells if cell["budget"] is not None}) or [None]
-    figure, panels = pyplot().subplots(
-        len(budgets),
-        len(labels),
-        figsize=(2 + (0.5 + 0.25 * len(lengths)) * len(labels), 1 + 1.2 * len(budgets)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = new_figure(2 + (0.5 + 0.25 * len(lengths)) * len(labels), 1 + 1.2 * len(budgets))
+    panels = figure.subplots(len(budgets), len(labels), sharex=True, sharey=True, squeeze=False)
     for budget, row in zip(budgets, panels, strict=True):
         for label, axes in zip(labels, row, strict=True):
-            # What has no budget is the same in all rows.
+            # A policy without a budget is the same in all rows.
             found = [cell for cell in cells if cell["label"] == label and cell["budget"] in (None, budget)]
             values = {(cell["length"], depth): value for cell in found for depth, value, _ in cell["depths"]}
             grid = [[values.get((length, depth), float("nan")) for length in lengths] for depth in depths]
@@ -56,9 +44,8 @@ def depth_by_length(cells: list[Cell], path: Path) -> None:
 
 def grid(values: Tensor, rows: str, columns: str, names: list[str], title: str, path: Path) -> None:
     """Attention mass, float [rows, columns] from 0 to 1, each number in its place."""
-    figure, axes = pyplot().subplots(
-        figsize=(2.5 + 0.62 * values.shape[1], 1.6 + 0.36 * values.shape[0]), layout="constrained"
-    )
+    figure = new_figure(2.5 + 0.62 * values.shape[1], 1.6 + 0.36 * values.shape[0])
+    axes = figure.subplots()
     image = axes.imshow(values.tolist(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for y, line in enumerate(values.tolist()):
         for x, value in enumerate(line):
@@ -68,26 +55,5 @@ def grid(values: Tensor, rows: str, columns: str, names: list[str], title: str, 
     axes.set_xlabel(columns)
     axes.set_ylabel(rows)
     axes.set_title(title, loc="left", fontsize=10)
-    figure.colorbar(image, label="part of dense attention's weights")
-    save(figure, path)
-
-
-def pages_over_time(pages: dict[int, Tensor], page_size: int, title: str, path: Path) -> None:
-    """For each layer, float [steps, P]: the part of the lists that a page is in. Time goes down."""
-    figure, panels = pyplot().subplots(
-        len(pages), 1, figsize=(11, 0.8 + 1.9 * len(pages)), squeeze=False, sharex=True, layout="constrained"
-    )
-    for (layer, shares), axes in zip(pages.items(), panels[:, 0], strict=True):
-        # Neighbours share a column where a page would be too narrow to be seen; the column shows the most read.
-        together = -(-shares.shape[1] // _MOST_COLUMNS)
-        missing = -shares.shape[1] % together
-        counts = pad(shares, (0, missing)).unflatten(1, (-1, together)).amax(2)
-        extent: Any = (0, counts.shape[1] * together * page_size, counts.shape[0], 0)
-        axes.imshow(
-            counts.tolist(), cmap="Blues", aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=extent
-        )
-        axes.set_ylabel(f"layer {layer}\ndecoded token", fontsize=8)
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    panels[0, 0].set_title(title, loc="left", fontsize=10)
-    panels[-1, 0].set_xlabel("position in tokens")
+    figure.colorbar(image, label="share of dense attention's weights")
     save(figure, path)

@@ -1,4 +1,4 @@
-"""What every policy is: a way to read, or to thin out, one layer's keys and values while tokens are decoded."""
+"""The base of every policy: how one layer's keys and values are read, or evicted, while tokens are decoded."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-
-from ...views import PageView, page_view_bhld
+from quest_ops import PageView, page_view_bhld
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KVShape:
-    """What a token costs in one layer."""
+    """The heads of one layer, from which bytes are counted."""
 
     query_heads: int
     kv_heads: int
@@ -32,7 +31,7 @@ class KVShape:
 
 
 class Length:
-    """How many tokens each sequence holds, for the host and for the device, which never wait for each other."""
+    """The tokens in each sequence, once for the host and once for the device, so that neither waits for the other."""
 
     def __init__(self, batch: int, tokens: int, device: torch.device) -> None:
         self.tokens = tokens
@@ -46,9 +45,9 @@ class Length:
 
 @dataclass
 class LayerKV:
-    """One layer's keys and values, with what was noted of its prefill; all policies share it."""
+    """One layer's keys and values, with notes of its prefill. All policies share it."""
 
-    #: [B, Hkv, capacity, D], keys with RoPE applied.
+    #: [B, Hkv, capacity, D], keys with RoPE applied. The capacity is a multiple of every page size.
     k: Tensor
     v: Tensor
     length: Length
@@ -59,13 +58,14 @@ class LayerKV:
     #: [B, Hq, W, D]: the queries of the context's last tokens.
     last_queries: Tensor
     #: float32 [B, Hkv, context]: the attention that each token received from all of the context's queries, summed over
-    #: the query heads of a group; None where it was not asked for.
+    #: the query heads of a group. None where no policy asked for it.
     column_sums: Tensor | None = None
-    #: Turns keys [..., n, D] as if they were ``positions`` (an int) tokens later; None where the model has no RoPE.
+    #: Rotates keys [..., n, D] as if they were ``positions`` (an int) tokens later; None where the model has no RoPE.
     rotate: Callable[[Tensor, int], Tensor] | None = None
     _views: dict[int, PageView] = field(default_factory=dict)
 
     def pages(self, page_size: int) -> PageView:
+        """The same memory as pages, as the operators of quest_ops take it."""
         if page_size not in self._views:
             self._views[page_size] = page_view_bhld(self.k, self.v, page_size)
         return self._views[page_size]
@@ -74,8 +74,8 @@ class LayerKV:
 class LayerReader(ABC):
     """A policy at work in one layer, from the end of the context on."""
 
-    #: What the last step attended to, for who looks on: logical pages int32 [B, Hs, K], -1 padded, or tokens int64
-    #: [B, Hs, n]; both None where it was everything.
+    #: The last step's selection, for observers: logical pages int32 [B, Hs, K], -1 padded, or tokens int64 [B, Hs, n].
+    #: Both are None where the step read everything.
     pages: Tensor | None = None
     tokens: Tensor | None = None
 
@@ -91,6 +91,9 @@ class LayerReader(ABC):
 class Policy(ABC):
     """A method and its budget.
 
+    A policy of one's own is a subclass that defines :meth:`label` and :meth:`start`, and the three counts below where
+    they differ. :class:`quest_eval.policies.PagePolicy` is the base of policies that select pages.
+
     Args:
         name: as on the command line.
         budget: tokens that a head may attend to, the one being decoded included; None: all.
@@ -98,6 +101,8 @@ class Policy(ABC):
         dense_layers: first layers that read everything.
     """
 
+    #: Whether the policy has a budget; without one it reads everything.
+    has_budget: ClassVar[bool] = True
     #: Whether the prefill has to note the column sums of the attention.
     needs_column_sums: ClassVar[bool] = False
     #: Whether keys must be moved to other positions, which takes a model with RoPE.
@@ -110,13 +115,24 @@ class Policy(ABC):
 
     @abstractmethod
     def label(self) -> str:
-        """The name in tables."""
+        """The name in tables and plots."""
 
     @abstractmethod
     def start(self, kv: LayerKV) -> LayerReader:
-        """Begin behind the context of ``kv``, which is not changed by it."""
+        """A reader that begins behind the context of ``kv``, and leaves the context as it is."""
 
-    def tokens_attended(self, context: int, length: int) -> int:  # noqa: ARG002 (others depend on it)
+    @property
+    def limit(self) -> int:
+        """The budget, of a policy that has one."""
+        assert self.budget is not None
+        return self.budget
+
+    @property
+    def least_budget(self) -> int:
+        """The smallest budget in tokens with which the policy works."""
+        return 2
+
+    def tokens_attended(self, context: int, length: int) -> int:  # noqa: ARG002 (the context counts in others)
         """Tokens that a head attends to in the step that makes a sequence ``length`` tokens long."""
         return length if self.budget is None else min(self.budget, length)
 

@@ -1,18 +1,18 @@
-"""How much attention each token receives from a run of queries: what H2O, TOVA and SnapKV choose by."""
+"""The attention that each token receives from several queries, by which H2O, TOVA and SnapKV choose."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Scores made at a time: 256 MiB in float32, and a few times that with what is made of them.
+# Scores made at a time: 256 MiB in float32, and a few times that with their intermediates.
 _ELEMENTS = 2**26
 
 
 def add_column_sums(sums: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
-    """Add to ``sums`` what each token receives of the causal attention of some queries, summed over a group's heads.
+    """Add to ``sums`` the causal attention that each token receives from the queries, summed over a group's heads.
 
-    Made for a block of queries at a time, so that nothing has the size of the context squared.
+    Works on a block of queries at a time, so that no tensor has the size of the context squared.
 
     Args:
         sums: float32 [B, Hkv, L or more].
@@ -27,7 +27,7 @@ def add_column_sums(sums: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
     place = torch.arange(L, device=q.device)
     for first in range(0, T, block):
         last = min(first + block, T)
-        end = L - T + last  # what the block's last query sees
+        end = L - T + last  # tokens that the block's last query sees
         queries = q[:, :, first:last].unflatten(1, (Hkv, -1)).flatten(2, 3)  # [B, Hkv, G * block, D]
         scores = (queries @ k[:, :, :end].transpose(-1, -2)).unflatten(2, (Hq // Hkv, -1))
         unseen = place[:end] > place[end - (last - first) : end, None]

@@ -1,11 +1,12 @@
-"""All of the cache, by the same kernel that reads Quest's pages."""
+"""All of the cache, by the kernel that also reads Quest's pages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from ...ops import sparse_decode
+from quest_ops import sparse_decode
+
 from .base import LayerKV, LayerReader, Policy
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ class DenseReader(LayerReader):
 
 @dataclass(frozen=True)
 class Dense(Policy):
+    has_budget: ClassVar[bool] = False
+
     def label(self) -> str:
         return "dense"
 

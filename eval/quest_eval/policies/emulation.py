@@ -1,7 +1,7 @@
-"""Quest without its operators: float64 and plain PyTorch, for a whole batch at once, to hold the kernels to.
+"""Quest without its operators, in float64 and plain PyTorch: the kernels are compared with it on whole answers.
 
-The maths are those of :mod:`quest_ops.reference`, which loops; here they are vectorised, for equally long sequences in
-a contiguous cache. :class:`QuestEmulation` is a policy like any other, so that model, task and session are the same.
+The maths are those of :mod:`quest_ops.reference`, which loops. Here they are vectorised, for equally long sequences in
+a contiguous cache. :class:`QuestEmulation` is a policy like any other, so that model, task and decoder are the same.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .policies.base import LayerReader, Policy
+from .base import LayerReader, Policy
 
 if TYPE_CHECKING:
-    from ..ops import GroupReduce
-    from .policies.base import LayerKV
+    from ..library import GroupReduce
+    from .base import LayerKV
 
 
 def page_bounds(k: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, page_size: int, scale
 
 @dataclass(frozen=True)
 class QuestEmulation(Policy):
-    """:class:`quest_ops.evaluation.policies.quest.Quest` with minimum and maximum, emulated."""
+    """:class:`quest_eval.policies.quest.Quest` with minimum and maximum, emulated."""
 
     group_reduce: GroupReduce = "max"
 
@@ -77,7 +77,7 @@ class QuestEmulation(Policy):
 
 
 class EmulationReader(LayerReader):
-    #: [B, Hs, P]: what the last step's pages were chosen by.
+    #: [B, Hs, P]: the scores by which the last step's pages were chosen.
     scores: Tensor
 
     def __init__(self, kv: LayerKV, policy: QuestEmulation) -> None:
@@ -86,9 +86,8 @@ class EmulationReader(LayerReader):
 
     def attend(self, q: Tensor) -> Tensor:
         kv, policy = self.kv, self._policy
-        assert policy.budget is not None
         query, k, v = q.double(), *(x[:, :, : kv.length.tokens].double() for x in (kv.k, kv.v))
         scores = estimate(query, *page_bounds(k, policy.page_size))
         self.scores = reduce_group(scores, k.shape[1], policy.group_reduce, kv.scale)
-        self.pages = select(self.scores, policy.budget // policy.page_size)
+        self.pages = select(self.scores, policy.limit // policy.page_size)
         return attend(query, k, v, self.pages, policy.page_size, kv.scale).to(q.dtype)

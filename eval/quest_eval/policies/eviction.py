@@ -1,4 +1,4 @@
-"""What the policies have in common that forget tokens for good: a list of those kept."""
+"""The base of policies that evict tokens: a list of the kept ones for each head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class EvictingReader(LayerReader):
-    """Attends to the kept tokens and the newest; where that fills the budget, one is dropped before the next step.
+    """Attends to the kept tokens and the newest; once the budget is full, each step drops one.
 
     Args:
         kv: the layer.
@@ -39,7 +39,7 @@ class EvictingReader(LayerReader):
         return out
 
     def judge(self, weights: Tensor, full: bool) -> Tensor | None:  # noqa: ARG002
-        """Take note of the step's attention, [B, Hq, n] over ``self.tokens``, and say what to drop.
+        """Take note of the step's attention, [B, Hq, n] over ``self.tokens``, and choose a token to drop.
 
         Returns:
             int64 [B, Hs, 1], an index into ``self.tokens``; None unless the budget is ``full``.

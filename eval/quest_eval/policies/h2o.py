@@ -1,5 +1,6 @@
-"""H2O: the tokens that have received most attention, and the latest (Zhang et al., "H2O: Heavy-Hitter Oracle for
-Efficient Generative Inference of Large Language Models", NeurIPS 2023).
+"""H2O: the tokens that have received most attention, and the latest.
+
+Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", NeurIPS 2023.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class H2OReader(EvictingReader):
 
     def __init__(self, kv: LayerKV, policy: H2O) -> None:
         if kv.column_sums is None:
-            raise ValueError("policy h2o needs what the prefill notes for it: give it to Session.read as well")
-        # Between steps, the place of the next token is free: it is the latest.
+            raise ValueError("policy h2o needs what the prefill notes for it: give it to PolicyDecoder.prefill as well")
+        # The next token is the latest of all, so one place of the recent ones stays free between steps.
         self._recent = policy.recent - 1
         heavy = min(policy.heavy, max(0, kv.context - self._recent))
         first_recent = max(0, kv.context - self._recent)
@@ -44,21 +45,19 @@ class H2OReader(EvictingReader):
 class H2O(Evicting):
     """Half of the budget for heavy hitters, half for the latest tokens, as in the authors' experiments.
 
-    Each KV head keeps tokens of its own. Where query heads share one, their attention is added up, since memory is
-    freed only by what all of them forget; with a KV head for each query head that is the authors' definition.
+    Each KV head keeps tokens of its own. Query heads that share one add up their attention, since only a token that
+    all of them drop frees memory. With a KV head for each query head that is the authors' definition.
     """
 
     needs_column_sums: ClassVar[bool] = True
 
     @property
     def heavy(self) -> int:
-        assert self.budget is not None
-        return self.budget // 2
+        return self.limit // 2
 
     @property
     def recent(self) -> int:
-        assert self.budget is not None
-        return self.budget - self.heavy
+        return self.limit - self.heavy
 
     def label(self) -> str:
         return "H2O"

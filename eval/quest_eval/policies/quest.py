@@ -1,74 +1,67 @@
-"""Quest through the operators themselves: page summaries, estimate, topk_pages, sparse_decode (Tang et al., "Quest:
-Query-Aware Sparsity for Efficient Long-Context LLM Inference", ICML 2024), with its choices as fields.
+"""Quest through the operators: page bounds, estimate, topk_pages, sparse_decode.
+
+Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", ICML 2024. Its variants are fields.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...attention import QuestConfig
-from ...ops import GroupReduce, sparse_decode, topk_pages
-from .base import KVShape, LayerKV, LayerReader, Policy
-from .summaries import Bounds, Summaries, page_bytes
+from quest_ops import QuestConfig, topk_pages
+
+from .page_bounds import Bounds, PageBounds, bytes_of_page
+from .pages import PagePolicy, PageReader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .base import KVShape, LayerKV
 
-class QuestReader(LayerReader):
+
+class QuestReader(PageReader):
+    policy: Quest
+
     def __init__(self, kv: LayerKV, policy: Quest) -> None:
-        super().__init__(kv)
-        self.policy, self._view = policy, kv.pages(policy.page_size)
-        self._summaries = Summaries(self._view, kv.length.seq_lens, policy.page_size, policy.bounds)
+        super().__init__(kv, policy)
+        self._bounds = PageBounds(self.view, kv.length.seq_lens, policy.page_size, policy.bounds)
 
     def attend(self, q: Tensor) -> Tensor:
-        self._summaries.append()
-        self.pages = self._select(q)
-        out, _ = sparse_decode(q, *self._view, self.kv.length.seq_lens, self.pages, self.kv.scale)
-        return out
+        self._bounds.append()
+        return super().attend(q)
 
-    def _select(self, q: Tensor) -> Tensor:
-        policy, kv_heads = self.policy, self.kv.k.shape[1]
-        where = (self.kv.length.seq_lens, policy.page_size, policy.num_pages)
-        if policy.shared:
-            # A query for each KV head, the mean of its group, and one score a page for all heads.
-            means = q.unflatten(1, (kv_heads, -1)).mean(2)
-            pages = topk_pages(self._summaries.scores(means), *where, 1, "sum")
-            return pages.expand(-1, kv_heads, -1).contiguous()
-        scores = self._summaries.scores(q)
-        return topk_pages(scores, *where, kv_heads, policy.group_reduce, scale=self.kv.scale)
+    def scores(self, q: Tensor) -> Tensor:
+        return self._bounds.estimate(q)
+
+    def select(self, q: Tensor) -> Tensor:
+        if not self.policy.shared:
+            return super().select(q)
+        # The mean query of each group scores the pages of its KV head, and the scores of all heads add up.
+        kv_heads = self.kv.k.shape[1]
+        scores = self.scores(q.unflatten(1, (kv_heads, -1)).mean(2))
+        page_size, num_pages = self.policy.page_size, self.policy.num_pages
+        pages = topk_pages(scores, self.kv.length.seq_lens, page_size, num_pages, 1, "sum")
+        return pages.expand(-1, kv_heads, -1).contiguous()
 
 
 @dataclass(frozen=True)
-class Quest(Policy):
-    """Quest.
+class Quest(PagePolicy):
+    """Quest. ``group_reduce="none"`` is the paper's.
 
     Args:
-        group_reduce: how the query heads of a KV head agree on pages, see :func:`quest_ops.topk_pages`; "none" is the
-            paper's.
-        shared: one list for all heads: of the scores of the groups' mean queries, summed over the KV heads. It is what
-            SGLang's QuestAlgorithm does.
-        bounds: "minmax" (the paper's), "meanstd" (:mod:`quest_ops.bounds`) or "int8".
+        shared: one list for all heads: of the scores of the groups' mean queries, summed over the KV heads. SGLang's
+            QuestAlgorithm does the same.
+        bounds: "minmax" (the paper's), "meanstd" (mean and standard deviation) or "int8".
+
+    Raises:
+        ValueError: a budget, page size or selection that :class:`quest_ops.QuestConfig` refuses.
     """
 
-    group_reduce: GroupReduce = "max"
     shared: bool = False
     bounds: Bounds = "minmax"
 
     def __post_init__(self) -> None:
-        # Says in one sentence what is wrong with the numbers.
-        QuestConfig(self.tokens, self.page_size, group_reduce=self.group_reduce, dense_layers=self.dense_layers)
-
-    @property
-    def tokens(self) -> int:
-        assert self.budget is not None
-        return self.budget
-
-    @property
-    def num_pages(self) -> int:
-        return self.tokens // self.page_size
+        QuestConfig(self.limit, self.page_size, group_reduce=self.group_reduce, dense_layers=self.dense_layers)
 
     def label(self) -> str:
         who = "one list" if self.shared else {"none": "per head"}.get(self.group_reduce, self.group_reduce)
@@ -78,17 +71,8 @@ class Quest(Policy):
     def start(self, kv: LayerKV) -> QuestReader:
         return QuestReader(kv, self)
 
-    def tokens_attended(self, context: int, length: int) -> int:  # noqa: ARG002
-        pages = math.ceil(length / self.page_size)
-        # The last page is always among them, and only the tokens it has are read.
-        return length - max(0, pages - self.num_pages) * self.page_size
+    def page_bytes(self, shape: KVShape) -> int:
+        return bytes_of_page(shape, self.bounds)
 
-    def bytes_read(self, shape: KVShape, context: int, length: int) -> int:
-        """A list of each query head is read by itself: what heads of a group have in common counts as often."""
-        lists = shape.query_heads // shape.kv_heads if self.group_reduce == "none" and not self.shared else 1
-        pages = math.ceil(length / self.page_size)
-        read = lists * self.tokens_attended(context, length) * shape.token_bytes
-        return read + pages * page_bytes(shape, self.bounds)
-
-    def bytes_held(self, shape: KVShape, context: int, length: int) -> int:  # noqa: ARG002
-        return length * shape.token_bytes + math.ceil(length / self.page_size) * page_bytes(shape, self.bounds)
+    def lists(self, shape: KVShape) -> int:
+        return 1 if self.shared else super().lists(shape)

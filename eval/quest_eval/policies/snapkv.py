@@ -1,5 +1,6 @@
-"""SnapKV: the context is thinned out once, by what its last tokens attend to (Li et al., "SnapKV: LLM Knows What You
-are Looking for Before Generation", NeurIPS 2024).
+"""SnapKV: tokens of the context are evicted once, by the attention of its last tokens.
+
+Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", NeurIPS 2024.
 """
 
 from __future__ import annotations
@@ -24,31 +25,28 @@ KERNEL = 5
 
 @dataclass(frozen=True)
 class SnapKV(Evicting):
-    """The budget is for the context, as in the authors' code; what is decoded after it is kept besides.
+    """The budget is for the context, as in the authors' code; decoded tokens are kept on top of it.
 
-    A window of 64 tokens, or half of the budget where that is less; scores are its mean attention over the query heads
-    of a group, averaged over 5 neighbours. The authors' window is the end of the prompt, the question included; here,
-    as for every policy, the question comes after the context and does not help to choose.
+    The window has 64 tokens, or half of the budget where that is less. Scores are its mean attention over the query
+    heads of a group, averaged over 5 neighbours. The authors' window is the end of the prompt, the question included.
+    Here the question comes after the context, as for every policy, and has no say.
     """
 
     @property
     def window(self) -> int:
-        assert self.budget is not None
-        return min(WINDOW, self.budget // 2)
+        return min(WINDOW, self.limit // 2)
 
     def label(self) -> str:
         return "SnapKV"
 
     def start(self, kv: LayerKV) -> EvictingReader:
-        assert self.budget is not None
         B, Hkv = kv.k.shape[:2]
-        if kv.context <= self.budget:
+        if kv.context <= self.limit:
             return EvictingReader(kv, torch.arange(kv.context, device=kv.k.device).expand(B, Hkv, -1), None)
         received = last_query_sums(kv.k[:, :, : kv.context], kv.last_queries, self.window, kv.scale)
         before = kv.context - self.window
         smooth = avg_pool1d(received[:, :, :before], KERNEL, 1, KERNEL // 2)
-        return EvictingReader(kv, with_recent(best(smooth, self.budget - self.window), before, kv.context), None)
+        return EvictingReader(kv, with_recent(best(smooth, self.limit - self.window), before, kv.context), None)
 
     def tokens_attended(self, context: int, length: int) -> int:
-        assert self.budget is not None
-        return min(self.budget, context) + length - context
+        return min(self.limit, context) + length - context

@@ -1,5 +1,6 @@
-"""SparQ: exact attention to the tokens that score best in a few dimensions (Ribar et al., "SparQ Attention:
-Bandwidth-Efficient LLM Inference", ICML 2024).
+"""SparQ: exact attention to the tokens that score best in a few dimensions.
+
+Ribar et al., "SparQ Attention: Bandwidth-Efficient LLM Inference", ICML 2024.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ class SparQReader(LayerReader):
         dims = grouped.abs().sum(2).topk(policy.rank_of(D), -1).indices  # [B, Hkv, r]
         few = grouped.gather(-1, dims[:, :, None].expand(-1, -1, grouped.shape[2], -1))
         keys = kv.k[:, :, :length].gather(-1, dims[:, :, None].expand(-1, -1, length, -1)).float()
-        # Approximate scores vary less than whole ones: as if so much of q's length had been left out.
+        # Fewer dimensions give scores of less variance: the temperature makes up for the share of |q| left out.
         coverage = few.abs().sum(-1, keepdim=True) / grouped.abs().sum(-1, keepdim=True)
         scores = few @ keys.transpose(-1, -2) * (kv.scale / coverage.sqrt())  # [B, Hkv, G, length]
 
         ranks = scores.sum(2)
         ranks[..., -policy.local - 1 :] = torch.inf
-        self.tokens = ranks.topk(min(policy.tokens, length), -1).indices
+        self.tokens = ranks.topk(min(policy.limit, length), -1).indices
         share = scores.softmax(-1).gather(-1, self.tokens[:, :, None].expand(-1, -1, grouped.shape[2], -1)).sum(-1)
         share = share.flatten(1, 2)[..., None]  # [B, Hq, 1]
         k, v = (tokens.gather(x, self.tokens) for x in (kv.k, kv.v))
@@ -48,23 +49,18 @@ class SparQReader(LayerReader):
 
 @dataclass(frozen=True)
 class SparQ(Policy):
-    """One list for each KV head; what is left out counts as the mean of all values.
+    """One list for each KV head; all other tokens count as the mean of all values.
 
     Args:
-        rank: dimensions of the queries that choose, those of the largest components; None: a quarter of head_dim.
+        rank: dimensions that choose, those of the queries' largest components; None: a quarter of head_dim.
     """
 
     rank: int | None = None
 
     @property
-    def tokens(self) -> int:
-        assert self.budget is not None
-        return self.budget
-
-    @property
     def local(self) -> int:
         """Tokens before the newest that are always attended to."""
-        return self.tokens // 4
+        return self.limit // 4
 
     def rank_of(self, head_dim: int) -> int:
         return head_dim // 4 if self.rank is None else self.rank

@@ -1,5 +1,6 @@
-"""StreamingLLM: the first tokens and the latest (Xiao et al., "Efficient Streaming Language Models with Attention
-Sinks", ICLR 2024).
+"""StreamingLLM: the first tokens and the latest.
+
+Xiao et al., "Efficient Streaming Language Models with Attention Sinks", ICLR 2024.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ SINKS = 4
 
 
 class StreamingReader(LayerReader):
-    """Positions are those within what is kept, as in the paper, which caches keys before RoPE.
+    """Positions count the kept tokens alone, as in the paper, which caches keys before RoPE.
 
-    Scores depend on distances alone. Within the window these are what they were, so only the sinks are turned: as many
-    tokens later as lie between them and the window.
+    Scores depend on distances alone. Distances within the window stay as they were, so only the sinks are rotated: later
+    by the number of tokens between them and the window.
     """
 
     def __init__(self, kv: LayerKV, budget: int) -> None:
@@ -51,8 +52,11 @@ class Streaming(Policy):
         return "StreamingLLM"
 
     def start(self, kv: LayerKV) -> StreamingReader:
-        assert self.budget is not None
-        return StreamingReader(kv, self.budget)
+        return StreamingReader(kv, self.limit)
+
+    @property
+    def least_budget(self) -> int:
+        return SINKS + 1
 
     def bytes_held(self, shape: KVShape, context: int, length: int) -> int:
         return self.bytes_read(shape, context, length)

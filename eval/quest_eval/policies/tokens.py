@@ -1,4 +1,4 @@
-"""Attention over lists of tokens, in plain PyTorch: what the baselines read is not made of pages."""
+"""Attention over lists of tokens, in plain PyTorch, for policies that do not read pages."""
 
 from __future__ import annotations
 

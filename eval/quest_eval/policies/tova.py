@@ -1,5 +1,6 @@
-"""TOVA: each step, the token that the newest query attends to least is dropped (Oren et al., "Transformers are
-Multi-State RNNs", EMNLP 2024).
+"""TOVA: each step, the token that the newest query attends to least is dropped.
+
+Oren et al., "Transformers are Multi-State RNNs", EMNLP 2024.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ class TOVA(Evicting):
         return "TOVA"
 
     def start(self, kv: LayerKV) -> TOVAReader:
-        assert self.budget is not None
         received = last_query_sums(kv.k[:, :, : kv.context], kv.last_queries, 1, kv.scale).sum(1, keepdim=True)
         # The next token needs a place.
-        return TOVAReader(kv, best(received, min(self.budget - 1, kv.context)), self.budget)
+        return TOVAReader(kv, best(received, min(self.limit - 1, kv.context)), self.limit)

@@ -1,70 +1,45 @@
-"""The ways to read the cache that the demo compares: all of it, Quest's pages, or a recent window."""
+"""A recent window made of pages: the first page, for its attention sinks, and the latest ones.
+
+StreamingLLM (Xiao et al., ICLR 2024) without its new positions: keys keep those they were computed with.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..attention import QuestConfig
-from ..page_bounds import bytes_of_bounds
+import torch
+from quest_ops import topk_pages
+
+from .pages import PagePolicy, PageReader
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
-#: Layers that run dense under every sparse policy, as in the paper.
-DENSE_LAYERS = 2
+    from .base import LayerKV
+
+
+class WindowReader(PageReader):
+    def scores(self, q: Tensor) -> Tensor:
+        return q.new_zeros((*q.shape[:2], self.view.page_table.shape[1]), dtype=torch.float32)
+
+    def select(self, q: Tensor) -> Tensor:
+        """Every page of the list is forced, so that no score decides."""
+        count, kv_heads = self.policy.num_pages, self.kv.k.shape[1]
+        forced = {"sink_pages": 1, "recent_pages": count - 1}
+        return topk_pages(
+            self.scores(q), self.kv.length.seq_lens, self.policy.page_size, count, kv_heads, "max", **forced
+        )
 
 
 @dataclass(frozen=True)
-class Policy:
-    """A way to read the cache, as a configuration of the same operators.
+class Window(PagePolicy):
+    def label(self) -> str:
+        return "window"
 
-    A recent window is a selection in which every page is forced: the first page (StreamingLLM's attention sinks; Xiao
-    et al., 2023) and the latest ones. Keys keep their positions: nothing is indexed anew.
-    """
-
-    name: str
-    budget: int | None
-    config: QuestConfig
+    def start(self, kv: LayerKV) -> WindowReader:
+        return WindowReader(kv, self)
 
     @property
-    def reads_bounds(self) -> bool:
-        return self.config.sink_pages + self.config.recent_pages < self.config.num_pages
-
-    def share_read(self, length: int, layer: int, head_dim: int, dtype: torch.dtype) -> float:
-        """What one step reads of a layer at ``length`` tokens, bounds included, as a part of all keys and values.
-
-        Each KV head reads ``config.num_pages`` pages of its own, and the bounds of all.
-        """
-        config = self.config
-        if layer < config.dense_layers:
-            return 1.0
-        pages = math.ceil(length / config.page_size)
-        read = min(pages, config.num_pages)
-        # The last page is always among them, and only the tokens it has are read.
-        tokens: float = length - (pages - read) * config.page_size
-        if self.reads_bounds:
-            bounds = pages * bytes_of_bounds(head_dim, config.bounds, dtype)
-            tokens += bounds / (2 * head_dim * dtype.itemsize)
-        return tokens / length
-
-
-def dense(num_layers: int, page_size: int) -> Policy:
-    return Policy("dense", None, QuestConfig(page_size=page_size, dense_layers=num_layers))
-
-
-def quest(budget: int, page_size: int) -> Policy:
-    config = QuestConfig(budget=budget, page_size=page_size, dense_layers=DENSE_LAYERS, group_reduce="max")
-    return Policy("Quest", budget, config)
-
-
-def recent_window(budget: int, page_size: int) -> Policy:
-    config = QuestConfig(
-        budget=budget,
-        page_size=page_size,
-        sink_pages=1,
-        recent_pages=budget // page_size - 1,
-        dense_layers=DENSE_LAYERS,
-    )
-    return Policy("window", budget, config)
+    def least_budget(self) -> int:
+        return 2 * self.page_size

@@ -1,4 +1,4 @@
-"""The records of a run as cells, and as JSON and CSV."""
+"""Cells, each the mean over the tries of a task, length, policy and budget: from a journal, to and from files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cells(records: list[dict[str, Any]]) -> list[Cell]:
 
 
 def write(folder: Path, settings: dict[str, Any], found: list[Cell]) -> None:
-    """``results.json``, all of it, and ``results.csv``, a line a cell."""
+    """Write ``results.json``, settings and cells, and ``results.csv``, a line a cell."""
     (folder / "results.json").write_text(json.dumps({"settings": settings, "cells": found}, indent=1) + "\n")
     with (folder / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
@@ -39,8 +39,14 @@ def write(folder: Path, settings: dict[str, Any], found: list[Cell]) -> None:
         writer.writerows(found)
 
 
+def read(path: Path) -> list[Cell]:
+    """The cells of a ``results.json``."""
+    found: list[Cell] = json.loads(path.read_text())["cells"]
+    return found
+
+
 def _cell(records: list[dict[str, Any]]) -> Cell:
-    # A batch that was run again replaces what there was.
+    # A batch that was run again replaces its earlier record.
     samples = {sample["index"]: sample for record in records for sample in record["samples"]}
     scores = [sample["score"] for sample in samples.values()]
     value, error = fmean(scores), stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0

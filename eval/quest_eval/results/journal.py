@@ -1,4 +1,4 @@
-"""What a run has finished, line by line in a file, so that an interrupted run goes on where it was."""
+"""The journal of a run: each finished batch is a line of a file, so that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .policies import Policy
+    from ..policies import Policy
 
 
 class Journal:

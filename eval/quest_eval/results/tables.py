@@ -10,40 +10,40 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .results import Cell
+    from .cells import Cell
 
 
 def tables(cells: list[Cell]) -> Iterator[Table]:
-    """For each task and length a table: policies by budgets, and what they read at the largest."""
+    """For each task and length a table: policies by budgets, and the share of the cache read and held at the largest."""
     for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in cells):
         found = [cell for cell in cells if (cell["task"], cell["length"]) == (task, length)]
         yield _table(f"{task}, {length:,} tokens: {found[0]['metric']} ({found[0]['tries']} tries)", found)
 
 
 def markdown(cells: list[Cell]) -> str:
-    """A table for each task, to be put into a document: policies by budgets, in each place a value for each length."""
-    parts = []
+    """For each task a table in Markdown: policies by budgets, in each place a value for each length."""
+    markdown_tables = []
     for task in dict.fromkeys(cell["task"] for cell in cells):
         found = [cell for cell in cells if cell["task"] == task]
         lengths = sorted({cell["length"] for cell in found})
         budgets = sorted({cell["budget"] for cell in found if cell["budget"] is not None}) or [None]
         values = {(c["label"], c["budget"], c["length"]): f"{c['value']:.2f}" for c in found}
         metric = found[0]["metric"]
-        what = metric if metric == task else f"{task}, {metric}"
-        title = f"{what} at {' / '.join(f'{length:,}' for length in lengths)} tokens"
+        measured = metric if metric == task else f"{task}, {metric}"
+        title = f"{measured} at {' / '.join(f'{length:,}' for length in lengths)} tokens"
         lines = [
             [title, *("all" if budget is None else f"{budget:,}" for budget in budgets)],
             ["---"] * (1 + len(budgets)),
         ]
         for label in dict.fromkeys(cell["label"] for cell in found):
-            # What has no budget is the same at all of them.
+            # A policy without a budget is the same at all of them.
             row = [
                 [values.get((label, budget, length)) or values.get((label, None, length), "") for length in lengths]
                 for budget in budgets
             ]
             lines.append([label, *(" / ".join(place) for place in row)])
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join(parts) + "\n"
+        markdown_tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(markdown_tables) + "\n"
 
 
 def _table(title: str, cells: list[Cell]) -> Table:

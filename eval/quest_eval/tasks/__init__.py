@@ -1,4 +1,4 @@
-"""What models are asked, at lengths of one's choice."""
+"""Tasks: the questions that models are asked, at any length."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(name: str, setup: Setup) -> Task:
     """The task of that name.
 
     Raises:
-        InputError: what it needs is missing, and what to do.
+        InputError: a file or package that it needs is missing.
     """
     if name in DATA_SETS:
         return LongBench(name, setup)

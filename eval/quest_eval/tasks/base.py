@@ -1,4 +1,4 @@
-"""What every task is: prompts of a wanted length, and a score for each answer."""
+"""The base of every task: prompts of a wanted length, and a score for each answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Sample:
     """One try.
 
     Attributes:
-        index: its number within the task and length.
+        index: number of the try within the task and length.
         ids: the whole prompt, question included, or the text that is scored.
         tail: tokens at the end that are decoded under the policy: the question, or the tokens that are scored.
         references: right answers.
@@ -37,11 +37,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Setup:
-    """What tasks are made from.
+    """The material and the settings that tasks are made from.
 
     Attributes:
         tokenizer: of the model.
-        text: to hide things in; None for tasks that bring their own.
+        text: facts are hidden in it; None for tasks that bring their own.
         tries: samples for each length.
         seed: decides names, keys, places and windows of the text.
         chat: put prompts into the model's chat template.
@@ -83,11 +83,11 @@ class Task(ABC):
         """The tries of a length.
 
         Raises:
-            InputError: a length, text or data set that does not do, and what to do.
+            InputError: a length, text or data set that the task cannot use.
         """
 
     def score(self, answer: str, sample: Sample) -> float:  # noqa: ARG002 (there are tasks without answers)
-        """What an answer is worth, from 0 to 1."""
+        """The score of an answer, from 0 to 1."""
         raise InputError(f"task {self.name} scores texts and takes no answers")
 
     def frame(self) -> tuple[list[int], list[int]]:

@@ -26,9 +26,9 @@ _OPENING = "\nBelow is a numbered list of words. Some of them are named more oft
 class CommonWords(Task):
     """Ten words are named 30 times in a list, all others 3 times; below 4096 tokens 6 times and once.
 
-    As in RULER: a worked example before the list, scored by the share of common words that are in the answer. Words are
-    those of the user's text, of 4 to 9 letters; what is missing to the wanted length stands before the list, a few
-    tokens of the text.
+    As in RULER, a worked example stands before the list, and the score is the share of common words in the answer.
+    Words are those of the user's text, of 4 to 9 letters. A few tokens of the text before the list fill the prompt up
+    to the wanted length.
     """
 
     name = "common-words"
@@ -68,16 +68,16 @@ class CommonWords(Task):
         if named <= COMMON:
             raise InputError(f"--lengths {length} leaves no room for the list of {self.name}: give a greater length")
         listed = self._listing(_repeat(words[:named], times, rng))
-        missing, _ = self.setup.text.window(room - len(listed), rng)
-        return self.prompt(index, missing + opening + listed, question, tuple(words[:COMMON]), None)
+        filling, _ = self.setup.text.window(room - len(listed), rng)
+        return self.prompt(index, filling + opening + listed, question, tuple(words[:COMMON]), None)
 
     def _listing(self, words: list[str]) -> list[int]:
-        """A numbered list. Its parts are tokenised by themselves, so that its length is the same in any order."""
-        pieces = (piece for i, word in enumerate(words, 1) for piece in (f"\n{i}.", f" {word}"))
-        return [token for piece in pieces for token in self._encode(piece)]
+        """A numbered list. Numbers and words are tokenised by themselves, so that any order has the same length."""
+        entries = (entry for i, word in enumerate(words, 1) for entry in (f"\n{i}.", f" {word}"))
+        return [token for entry in entries for token in self._encode(entry)]
 
     def _fitting(self, words: list[str], times: tuple[int, int], room: int) -> int:
-        """How many of the words, the common ones first, can be listed as often as they must."""
+        """The number of words, the common ones first, for which the list has room."""
         entries = tokens = 0
         for named, word in enumerate(words):
             repeats = times[0] if named < COMMON else times[1]
@@ -93,7 +93,7 @@ class CommonWords(Task):
 
 
 def _repeat(words: list[str], times: tuple[int, int], rng: random.Random) -> list[str]:
-    """The first ten words so often, the others so often, shuffled."""
+    """The first ten words ``times[0]`` times and the others ``times[1]`` times, shuffled."""
     result = words[:COMMON] * times[0] + words[COMMON:] * times[1]
     rng.shuffle(result)
     return result

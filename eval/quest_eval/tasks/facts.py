@@ -1,11 +1,12 @@
-"""The task: facts hidden in a real text, to be asked for. One token is one byte."""
+"""Facts with made-up names and random keys, and a text of bytes in which several are hidden."""
 
 from __future__ import annotations
 
 import random
-import sysconfig
 from dataclasses import dataclass
-from pathlib import Path
+
+from ..errors import InputError
+from .text import insert
 
 KEY_DIGITS = 5
 _FACT = "\nThe pass key of {name} is {key}.\n"
@@ -27,27 +28,16 @@ class Fact:
 
     @property
     def question(self) -> bytes:
-        """What the model reads before it answers with the key's digits."""
+        """The text that the model reads before it answers with the key's digits."""
         return _QUESTION.format(name=self.name).encode()
 
 
 @dataclass(frozen=True)
 class Haystack:
+    """A text with facts in it. One token is one byte."""
+
     text: bytes
     facts: list[Fact]
-
-
-def standard_library_text(num_bytes: int) -> bytes:
-    """The sources of the running Python's standard library, in the order of their paths."""
-    root = Path(sysconfig.get_path("stdlib"))
-    pieces, missing = [], num_bytes
-    for path in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py")):
-        if missing <= 0:
-            break
-        if "site-packages" not in path.parts:
-            pieces.append(path.read_bytes())
-            missing -= len(pieces[-1])
-    return b"".join(pieces)[:num_bytes]
 
 
 def make_facts(count: int, rng: random.Random) -> list[Fact]:
@@ -65,35 +55,28 @@ def least_tokens(count: int) -> int:
 
 
 def hide_facts(text: bytes, num_tokens: int, count: int, seed: int) -> Haystack:
-    """``count`` facts at line ends, their depths spread over a text of ``num_tokens`` tokens, facts included.
+    """Hide ``count`` facts at line ends, their depths spread over a text of ``num_tokens`` tokens, facts included.
 
     Args:
-        text: at least ``num_tokens`` bytes, cut to what is needed.
+        text: at least ``num_tokens`` bytes, cut to length.
         num_tokens: the length of the result, at least :func:`least_tokens`.
         count: number of facts.
         seed: decides names, keys and depths.
 
     Raises:
-        ValueError: where the text or the wanted length is too short.
+        InputError: the text or the wanted length is too short.
     """
     if count < 1:
-        raise ValueError(f"the number of facts must be at least 1, got {count}")
+        raise InputError(f"the number of facts must be at least 1, got {count}")
     if num_tokens < least_tokens(count):
-        raise ValueError(f"{count} facts need a text of at least {least_tokens(count)} tokens, got {num_tokens}")
+        raise InputError(f"{count} facts need a text of at least {least_tokens(count)} tokens, got {num_tokens}")
     if len(text) < num_tokens:
-        raise ValueError(f"the text has {len(text)} bytes, one token each; {num_tokens} tokens were asked for")
+        raise InputError(f"the text has {len(text)} bytes, one token each; {num_tokens} tokens were asked for")
     rng = random.Random(seed)
     facts = make_facts(count, rng)
     filler = text[: num_tokens - sum(len(fact.line) for fact in facts)]
-    result, placed, taken = bytearray(), [], 0
-    for i, fact in enumerate(facts):
-        depth = int((i + rng.random()) / count * len(filler))
-        # Not before the fact before it, and at the end of a line where there is one before the next fact's share.
-        line_end = filler.find(b"\n", depth, len(filler) * (i + 1) // count) + 1
-        place = max(taken, line_end or depth)
-        result += filler[taken:place]
-        placed.append(Fact(fact.name, fact.key, len(result), len(result) + len(fact.line)))
-        result += fact.line
-        taken = place
-    result += filler[taken:]
-    return Haystack(bytes(result), placed)
+    line_starts = [i + 1 for i, byte in enumerate(filler) if byte == ord("\n")]
+    lines = [((i + rng.random()) / count, list(fact.line)) for i, fact in enumerate(facts)]
+    hidden, starts = insert((list(filler), line_starts), lines)
+    placed = [Fact(fact.name, fact.key, at, at + len(fact.line)) for fact, at in zip(facts, starts, strict=True)]
+    return Haystack(bytes(hidden), placed)

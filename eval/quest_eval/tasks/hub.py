@@ -9,8 +9,8 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: Where LongBench's authors publish it: an archive with data/NAME.jsonl. (The loading script beside it is of a kind
-#: that ``datasets`` dropped with version 4.)
+#: LongBench as its authors publish it: an archive with data/NAME.jsonl. The loading script beside it is of a kind that
+#: ``datasets`` dropped with version 4.
 LONGBENCH_ARCHIVE = "hf://datasets/THUDM/LongBench/data.zip"
 #: PG19's test books as Parquet; the original has a loading script of the same kind.
 PG19_TEST = "emozilla/pg19-test"
@@ -24,7 +24,7 @@ def longbench(name: str, folder: Path | None) -> list[dict[str, Any]]:
         folder: has NAME.jsonl, data/NAME.jsonl or data.zip; None: from the hub.
 
     Raises:
-        InputError: it is not there, or has other fields.
+        InputError: it cannot be found, or has other fields.
     """
     places = [folder / f"{name}.jsonl", folder / "data" / f"{name}.jsonl"] if folder is not None else []
     there = [str(path) for path in places if path.is_file()]
@@ -44,10 +44,10 @@ def pg19(folder: Path | None, count: int) -> list[str]:
 
     Args:
         folder: has the books as NUMBER.txt, or under test/ as published; None: from the hub.
-        count: at most so many.
+        count: the most books.
 
     Raises:
-        InputError: they are not there.
+        InputError: they cannot be found.
     """
     if folder is None:
         rows = _load("PG19's test books", "a folder with the books as .txt files", PG19_TEST)
@@ -59,17 +59,17 @@ def pg19(folder: Path | None, count: int) -> list[str]:
     return [row["text"] for row in rows.select(range(min(count, len(rows))))]
 
 
-def _load(what: str, instead: str, *args: str, **options: Any) -> Any:
+def _load(wanted: str, instead: str, *args: str, **options: Any) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"{what} needs the package datasets: run `pip install 'quest_ops[eval]'`") from error
+        raise InputError(f"{wanted} needs the package datasets: run `pip install datasets`") from error
     datasets.disable_progress_bars()
     split = "test" if args[0] == PG19_TEST else "train"  # single files are all called train
     try:
         return datasets.load_dataset(*args, split=split, **options)
-    except (OSError, ValueError, RuntimeError) as error:  # what datasets raises offline differs from version to version
+    except (OSError, ValueError, RuntimeError) as error:  # offline, versions of datasets differ in their errors
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-        raise InputError(f"{what} cannot be had ({reason}): give {instead} as --data") from error
+        raise InputError(f"{wanted} cannot be had ({reason}): give {instead} as --data") from error
     except datasets.exceptions.DatasetsError as error:
-        raise InputError(f"{what} cannot be read ({type(error).__name__}): give {instead} as --data") from error
+        raise InputError(f"{wanted} cannot be read ({type(error).__name__}): give {instead} as --data") from error

@@ -1,5 +1,6 @@
-"""The six data sets of LongBench (Bai et al., "LongBench: A Bilingual, Multitask Benchmark for Long Context
-Understanding", ACL 2024) that the Quest paper reports.
+"""The six data sets of LongBench that the Quest paper reports.
+
+Bai et al., "LongBench: A Bilingual, Multitask Benchmark for Long Context Understanding", ACL 2024.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ _PAPER = (
 
 @dataclass(frozen=True)
 class DataSet:
-    """How one is asked and scored.
+    """The prompt and the score of one data set.
 
     Attributes:
-        before: what the prompt begins with, before the context.
-        behind: what follows the context; ``{input}`` is the question.
+        before: the prompt's text before the context.
+        behind: the prompt's text behind it; ``{input}`` is the question.
         answer_tokens: as the authors set it.
         metric: "F1" or "ROUGE-L".
         one_line: few-shot prompts: no chat template, and only an answer's first line counts.
@@ -84,7 +85,7 @@ class LongBench(Task):
 
     def __init__(self, name: str, setup: Setup) -> None:
         self._data = DATA_SETS[name]
-        # The setup's own frame is for chat models; few-shot prompts go without.
+        # Few-shot prompts have no chat template.
         super().__init__(replace(setup, chat=False) if self._data.one_line else setup)
         self.name, self.answer_tokens = name, self._data.answer_tokens
         self.metric = self._data.metric

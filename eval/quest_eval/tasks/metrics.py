@@ -1,4 +1,4 @@
-"""How answers are scored: as the authors of each benchmark do."""
+"""Scores of answers, by the rules of each benchmark's authors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def share_found(answer: str, references: Sequence[str]) -> float:
-    """The share of references that are somewhere in the answer, whatever their case (RULER)."""
+    """The share of references that occur in the answer, in upper or lower case (RULER)."""
     answer = answer.lower()
     return sum(reference.lower() in answer for reference in references) / len(references)
 
@@ -45,7 +45,7 @@ def check_rouge() -> None:
     try:
         import rouge  # noqa: F401
     except ImportError as error:
-        raise InputError("ROUGE-L needs the package rouge: run `pip install 'quest_ops[eval]'`") from error
+        raise InputError("ROUGE-L needs the package rouge: run `pip install rouge`") from error
 
 
 def _words(text: str) -> list[str]:

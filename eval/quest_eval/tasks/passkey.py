@@ -5,21 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from ..needles import KEY_DIGITS, Fact, least_tokens, make_facts
 from .base import Sample, Setup, Task
+from .facts import KEY_DIGITS, Fact, least_tokens, make_facts
 from .text import insert
 
 if TYPE_CHECKING:
     import random
 
-# Tokens that a chat model may spend on an answer beside the key itself, and another model on punctuation.
+# Tokens of an answer beside the key itself: for the words of a chat model, for the punctuation of another.
 _CHAT_TOKENS, _OTHER_TOKENS = 32, 4
 
 
 class Needles(Task):
-    """Several facts; the one asked for stands at the depths of ``setup`` in turn, the others anywhere (multi-key
-    retrieval of RULER: Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?",
-    COLM 2024). An answer is right if it has the key's digits in it.
+    """Several facts, of which one is asked for. It stands at the depths of ``setup`` in turn, the others anywhere.
+
+    This is RULER's multi-key retrieval (Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context
+    Language Models?", COLM 2024). An answer is right if it has the key's digits in it.
     """
 
     name = "needles"
@@ -54,7 +55,7 @@ class Needles(Task):
     def _question(self, fact: Fact) -> str:
         if self.setup.chat:
             return f"\nWhat is the pass key of {fact.name}? Answer with the number alone."
-        # Most tokenizers make a space part of the next word: one at the end would be a token never seen there.
+        # Most tokenizers make a space part of the next word, so no model has seen one alone at the end.
         question = fact.question.decode()
         return question if self.setup.tokenizer.bytewise else question.rstrip(" ")
 

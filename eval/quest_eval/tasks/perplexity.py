@@ -1,4 +1,4 @@
-"""Perplexity: how well each next token of a real text is foreseen while it is decoded token by token."""
+"""Perplexity of real texts that are decoded token by token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base import Sample, Task
 
 
 class Perplexity(Task):
-    """Windows of the text. Their last ``setup.scored`` tokens are decoded under the policy, what is before densely."""
+    """Windows of the text. Their last ``setup.scored`` tokens are decoded under the policy, all others read densely."""
 
     metric = "perplexity"
     name = "perplexity"
@@ -34,8 +34,9 @@ class Perplexity(Task):
 
 
 class PG19(Perplexity):
-    """The beginnings of PG19's test books (Rae et al., "Compressive Transformers for Long-Range Sequence Modelling",
-    ICLR 2020), in their order, those that are long enough.
+    """The beginnings of PG19's test books, in their order, where they are long enough.
+
+    Rae et al., "Compressive Transformers for Long-Range Sequence Modelling", ICLR 2020.
     """
 
     name = "pg19"

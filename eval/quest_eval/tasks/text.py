@@ -1,23 +1,23 @@
-"""A long text as tokens, to cut windows from and to hide things in."""
+"""A long text as tokens: windows are cut from it, and lines are hidden in them."""
 
 from __future__ import annotations
 
 import bisect
+import sysconfig
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import needles
 from ..errors import InputError
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Sequence
-    from pathlib import Path
 
     from ..models import Tokenizer
 
-#: Bytes that are read of a text at most: tokenising more takes longer than it helps.
+#: The most bytes that are read of a text. Tokenising more costs time and adds nothing.
 MAX_BYTES = 4_000_000
-# Tokens that an insertion may move to stand at the end of a line.
+# The most tokens by which an insertion moves to the end of a line.
 _LINE_SEARCH = 256
 
 
@@ -32,10 +32,10 @@ class Text:
         self.line_starts = [i + 1 for i, token in enumerate(self.tokens) if token in ends]
 
     def window(self, num_tokens: int, rng: random.Random) -> tuple[list[int], list[int]]:
-        """A piece of the text that begins with a line: its tokens, and the places in it behind a line's end.
+        """A section of the text that begins with a line: its tokens, and the places in it behind a line's end.
 
         Raises:
-            InputError: the text is shorter than that.
+            InputError: the text is shorter.
         """
         last = len(self.tokens) - num_tokens
         if last < 0:
@@ -51,18 +51,18 @@ class Text:
 
 
 def insert(
-    window: tuple[list[int], list[int]], pieces: Sequence[tuple[float, list[int]]]
+    window: tuple[list[int], list[int]], insertions: Sequence[tuple[float, list[int]]]
 ) -> tuple[list[int], list[int]]:
-    """Put pieces into a window, each at its depth (0 to 1), moved to the next line's end where there is one nearby.
+    """Insert tokens into a window, each list at its depth (0 to 1), or at the next line's end where one is nearby.
 
     Returns:
-        The tokens, and where in them each piece begins.
+        The tokens, and where in them each insertion begins.
     """
     tokens, line_starts = window
     result: list[int] = []
-    begins, taken = [0] * len(pieces), 0
-    for i in sorted(range(len(pieces)), key=lambda i: pieces[i][0]):
-        depth, piece = pieces[i]
+    begins, taken = [0] * len(insertions), 0
+    for i in sorted(range(len(insertions)), key=lambda i: insertions[i][0]):
+        depth, inserted = insertions[i]
         place = int(depth * len(tokens))
         after = bisect.bisect_left(line_starts, place)
         if after < len(line_starts) and line_starts[after] < place + _LINE_SEARCH:
@@ -70,7 +70,7 @@ def insert(
         place = max(place, taken)
         result += tokens[taken:place]
         begins[i] = len(result)
-        result += piece
+        result += inserted
         taken = place
     return result + tokens[taken:], begins
 
@@ -79,16 +79,37 @@ def read_text(path: Path | None, tokenizer: Tokenizer) -> Text:
     """The text of a file, or the standard library's sources; at most its first :data:`MAX_BYTES` bytes.
 
     Raises:
-        InputError: the file cannot be read, or there is nothing in it.
+        InputError: the file cannot be read, or is empty.
     """
-    if path is None:
-        content, name = needles.standard_library_text(MAX_BYTES), "the Python standard library"
-    else:
-        try:
-            with path.open("rb") as file:
-                content, name = file.read(MAX_BYTES), path.name
-        except OSError as error:
-            raise InputError(f"--text {path} cannot be read: {error.strerror}") from error
+    content, name = read_bytes(path, MAX_BYTES)
     if not content:
         raise InputError(f"the text ({name}) is empty: give another --text")
     return Text(content.decode(errors="replace"), tokenizer, name)
+
+
+def read_bytes(path: Path | None, most: int) -> tuple[bytes, str]:
+    """The first ``most`` bytes of a file, or of the standard library's sources, and the name of the text.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if path is None:
+        return standard_library_text(most), "the Python standard library"
+    try:
+        with path.open("rb") as file:
+            return file.read(most), path.name
+    except OSError as error:
+        raise InputError(f"--text {path} cannot be read: {error.strerror}") from error
+
+
+def standard_library_text(num_bytes: int) -> bytes:
+    """The sources of the running Python's standard library, in the order of their paths."""
+    root = Path(sysconfig.get_path("stdlib"))
+    sources, missing = [], num_bytes
+    for path in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py")):
+        if missing <= 0:
+            break
+        if "site-packages" not in path.parts:
+            sources.append(path.read_bytes())
+            missing -= len(sources[-1])
+    return b"".join(sources)[:num_bytes]

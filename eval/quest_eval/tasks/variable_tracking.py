@@ -20,10 +20,10 @@ _OPENING = "\nVariables are assigned in the text below. Keep track of the values
 
 
 class VariableTracking(Task):
-    """A number is given to a variable, which is given to a second, and so on; all that have it are to be named.
+    """A number is given to a variable, which is given to a second, and so on; the answer names them all.
 
-    As in RULER: one chain of four hops, a worked example before the text, up to 30 words of answer, scored by the share
-    of names that are in the answer. The text is the user's in place of RULER's repeated sentences.
+    As in RULER: one chain of four hops, a worked example before the text, up to 30 words of answer. The score is the
+    share of names in the answer. The text is the user's in place of RULER's repeated sentences.
     """
 
     name = "variable-tracking"
