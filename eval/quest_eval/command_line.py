@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,13 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     # The commands import these at once: a missing one is named before any work.
-    for package in ("transformers", "rich.console", "matplotlib"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise InputError(f"a package is missing ({error}): run `pip install ./eval` in a clone") from error
-    from rich.console import Console
-
+    try:
+        import matplotlib as mpl  # noqa: F401
+        import transformers  # noqa: F401
+        from rich.console import Console
+    except ImportError as error:
+        raise InputError(f"a package is missing ({error}): run `pip install ./eval` in a clone") from error
     from .commands import advise, demo, run
 
     console = Console()

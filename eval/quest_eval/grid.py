@@ -1,4 +1,4 @@
-"""Runs the grid of task x length x policy x budget. One prefill of a batch of contexts serves all policies and budgets."""
+"""Runs the grid of task x length x policy x budget. A batch of contexts is prefilled once for all policies."""
 
 from __future__ import annotations
 

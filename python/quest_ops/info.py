@@ -18,7 +18,7 @@ def report() -> list[tuple[str, str]]:
         ("quest_ops", f"{cpu['version']}, operators in torch.ops.{_library.NAMESPACE}"),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads"),
-        ("transformers", _version("transformers")),
+        ("transformers", _version("transformers", "transformers")),
         ("CPU library", f"loaded, instruction set {cpu['cpu_isa']}, compiled by {cpu['compiler']}, {_build(cpu)}"),
         ("CUDA library", _cuda(cuda) if cuda else f"not loaded: {_library.cuda_missing}"),
         ("GPU", _gpus()),
@@ -26,11 +26,11 @@ def report() -> list[tuple[str, str]]:
     ]
 
 
-def _version(package: str) -> str:
+def _version(package: str, extra: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return f"not installed: run `pip install {package}`"
+        return f"not installed: run `pip install 'quest_ops[{extra}]'`"
 
 
 def _build(info: dict[str, Any]) -> str:

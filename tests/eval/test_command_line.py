@@ -1,79 +1,23 @@
-"""The command line: what it prints, and how it ends."""
+"""The command line of quest_eval: exit codes, and errors of one sentence."""
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
-import torch
-from quest_ops import __main__, __version__, _library, info
 
+pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
 
-def test_info_says_what_is_there():
-    out = subprocess.run([sys.executable, "-m", "quest_ops", "info"], capture_output=True, text=True, check=True).stdout
-    lines = dict(line.split("  ", 1) for line in out.splitlines())
-    lines = {name.strip(): value.strip() for name, value in lines.items()}
-    assert lines["quest_ops"].startswith(__version__)
-    assert lines["torch"].startswith(torch.__version__)
-    assert f"instruction set {_library.build_info['cpu_isa']}" in lines["CPU library"]
-    assert lines["build matches"] == "yes"
-
-
-def test_info_says_why_there_is_no_cuda_library(monkeypatch):
-    monkeypatch.setattr(_library, "cuda_build_info", None)
-    monkeypatch.setattr(_library, "cuda_missing", "it was left out")
-    assert dict(info.report())["CUDA library"] == "not loaded: it was left out"
-
-
-def test_info_names_what_does_not_match(monkeypatch):
-    monkeypatch.setattr(_library, "build_info", {**_library.build_info, "version": "0.0.1"})
-    assert "the CPU library is 0.0.1" in dict(info.report())["build matches"]
-
-
-def test_info_names_a_gpu_that_there_is_no_code_for(monkeypatch):
-    build = {**_library.build_info, "nvcc": "13.0.88", "architectures": "90a"}
-    gpu = SimpleNamespace(name="some GPU", major=12, minor=0)
-    monkeypatch.setattr(_library, "cuda_build_info", build)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    report = dict(info.report())
-    assert report["GPU"] == "some GPU (compute capability 12.0)"
-    assert report["build matches"].startswith("no: the CUDA library has 90a and none for some GPU (12.0)")
-    gpu.major = 9
-    assert dict(info.report())["build matches"] == "yes"
-
-
-@pytest.mark.parametrize(
-    ("architectures", "capability", "expected"),
-    [
-        ("90a", (9, 0), True),
-        ("90a", (10, 0), False),
-        ("80-real", (8, 6), True),
-        ("80-real", (9, 0), False),
-        ("80", (12, 0), True),
-        ("86-real", (8, 0), False),
-        ("90a 100-virtual", (12, 0), True),
-        ("120", (9, 0), False),
-    ],
-)
-def test_which_gpus_architectures_serve(architectures, capability, expected):
-    assert info._serves(architectures.split(), *capability) is expected
-
-
-def test_info_names_what_to_install():
-    assert info._version("no such package", "demo") == "not installed: run `pip install 'quest_ops[demo]'`"
+from quest_eval import command_line
 
 
 def test_the_demo_ends_with_one_sentence_and_a_status(capsys, tmp_path):
-    pytest.importorskip("transformers", minversion="5.0")
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("rich")
-    code = __main__.main(["demo", "--text", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    code = command_line.main(["demo", "--text", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
     captured = capsys.readouterr()
     assert code == 2
     assert captured.out == ""
-    assert captured.err.startswith("quest_ops: --text ")
+    assert captured.err.startswith("quest-eval: --text ")
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -82,24 +26,23 @@ def test_the_demo_ends_with_one_sentence_and_a_status(capsys, tmp_path):
 def test_a_missing_package_is_named_with_what_to_install(package, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.console", None)
-    assert __main__.main(["demo"]) == 2
+    assert command_line.main(["demo"]) == 2
     error = capsys.readouterr().err
     assert package in error
-    assert "pip install 'quest_ops[demo]'" in error
+    assert "pip install ./eval" in error
     assert error.count("\n") == 1
 
 
-def test_the_transformers_module_names_what_to_install():
-    code = "import sys; sys.modules['transformers'] = None; import quest_ops.transformers"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    assert "ImportError: quest_ops.transformers needs transformers 5 or newer" in run.stderr
-    assert "pip install 'quest_ops[transformers]'" in run.stderr
-
-
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["demo", "--device", "tpu"], ["demo", "--page-size", "12"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["run"], ["demo", "--device", "tpu"], ["demo", "--page-size", "12"]]
+)
 def test_a_wrong_command_line_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as error:
-        __main__.main(arguments)
+        command_line.main(arguments)
     assert error.value.code == 2
-    assert "usage: python -m quest_ops" in capsys.readouterr().err
+    assert "usage: quest-eval" in capsys.readouterr().err
+
+
+def test_the_module_is_the_command():
+    run = subprocess.run([sys.executable, "-m", "quest_eval", "--help"], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("usage: quest-eval")

@@ -1,4 +1,4 @@
-"""`python -m quest_ops eval` and `advise`: files, tables, other models, and what they say of bad input."""
+"""`quest-eval run` and `advise`: files, tables, other models, and errors of bad input."""
 
 import json
 
@@ -9,8 +9,7 @@ pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from quest_ops import __main__
-from quest_ops.evaluation import command_line, models, tasks
+from quest_eval import command_line, models, tasks
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
@@ -54,9 +53,9 @@ def test_the_tasks_of_the_command_line_are_all_there_are():
 
 
 def test_an_evaluation_writes_tables_and_pictures(tmp_path, capsys):
-    arguments = "eval passkey perplexity --lengths 600 900 --tries 2 --scored 8 --budgets 64 128 --policies dense quest"
+    arguments = "run passkey perplexity --lengths 600 900 --tries 2 --scored 8 --budgets 64 128 --policies dense quest"
     out = tmp_path / "out"
-    assert __main__.main([*arguments.split(), "--out", str(out)]) == 0
+    assert command_line.main([*arguments.split(), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "passkey, 600 tokens: accuracy (2 tries)" in printed
     assert "Quest, max" in printed
@@ -68,8 +67,8 @@ def test_an_evaluation_writes_tables_and_pictures(tmp_path, capsys):
 
 
 def test_another_model_with_a_tokenizer_of_its_own(llama, tmp_path):
-    arguments = f"eval needles --model {llama} --lengths 1100 --tries 2 --budgets 64 --policies dense quest h2o"
-    assert __main__.main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    arguments = f"run needles --model {llama} --lengths 1100 --tries 2 --budgets 64 --policies dense quest h2o"
+    assert command_line.main([*arguments.split(), "--out", str(tmp_path)]) == 0
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert {cell["tries"] for cell in cells} == {2}
 
@@ -83,7 +82,7 @@ def test_a_chat_template_goes_around_the_prompt(llama):
 
 def test_advice_is_a_budget_that_keeps_the_target(tmp_path, capsys):
     arguments = "advise --length 600 --tokens 4 --budgets 64 128 608 --target 0.999 --out"
-    assert __main__.main([*arguments.split(), str(tmp_path)]) == 0
+    assert command_line.main([*arguments.split(), str(tmp_path)]) == 0
     advice = json.loads((tmp_path / "advice.json").read_text())
     assert advice["recommended_budget"] == 608
     masses = [row["weakest_layer"] for row in advice["budgets"]]
@@ -97,7 +96,7 @@ def test_advice_is_a_budget_that_keeps_the_target(tmp_path, capsys):
 
 def test_no_budget_is_enough(tmp_path, capsys):
     arguments = "advise --length 600 --tokens 2 --budgets 32 --target 1 --out"
-    assert __main__.main([*arguments.split(), str(tmp_path)]) == 0
+    assert command_line.main([*arguments.split(), str(tmp_path)]) == 0
     assert json.loads((tmp_path / "advice.json").read_text())["recommended_budget"] is None
     assert "No budget keeps 100.0%" in capsys.readouterr().out
 
@@ -105,17 +104,17 @@ def test_no_budget_is_enough(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("eval passkey --chat", "the bundled model has no chat template: leave --chat away"),
-        ("eval passkey --lengths 40000", "--lengths must be at most 32768, which the model knows, got 40000"),
-        ("eval passkey --policies nonsense", "--policies and --budgets: policy must be one of dense"),
-        ("eval passkey --budgets 100", "--budgets must be multiples of the page size, 16, from 32 on, got 100"),
-        ("eval passkey --text none", "--text none cannot be read: No such file"),
-        ("eval passkey --tries 0", "--tries must be at least 1, got 0"),
-        ("eval passkey --depths 2", "--depths must be from 0 to 1, got 2.0"),
-        ("eval qasper --data none", "--data none must have qasper.jsonl, data/qasper.jsonl or data.zip in it"),
-        ("eval needles --lengths 500", "--lengths must be at least 1024 for 8 facts, got 500"),
-        ("eval passkey --out file", "--out file cannot be written"),
-        ("eval passkey --model /none", "--model /none cannot be had ("),
+        ("run passkey --chat", "the bundled model has no chat template: leave --chat away"),
+        ("run passkey --lengths 40000", "--lengths must be at most 32768, which the model knows, got 40000"),
+        ("run passkey --policies nonsense", "--policies and --budgets: policy must be one of dense"),
+        ("run passkey --budgets 100", "--budgets must be multiples of the page size, 16, from 32 on, got 100"),
+        ("run passkey --text none", "--text none cannot be read: No such file"),
+        ("run passkey --tries 0", "--tries must be at least 1, got 0"),
+        ("run passkey --depths 2", "--depths must be from 0 to 1, got 2.0"),
+        ("run qasper --data none", "--data none must have qasper.jsonl, data/qasper.jsonl or data.zip in it"),
+        ("run needles --lengths 500", "--lengths must be at least 1024 for 8 facts, got 500"),
+        ("run passkey --out file", "--out file cannot be written"),
+        ("run passkey --model /none", "--model /none cannot be had ("),
         ("advise --target 2", "--target must be above 0 and at most 1, got 2.0"),
         ("advise --policy dense", "--policy dense has no budget to advise on"),
     ],
@@ -124,16 +123,16 @@ def test_bad_input_is_one_sentence_before_long_work(arguments, message, capsys, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded first"))
-    assert __main__.main(arguments.split()) == 2
+    assert command_line.main(arguments.split()) == 2
     error = capsys.readouterr().err
-    assert error.startswith("quest_ops: " + message)
+    assert error.startswith("quest-eval: " + message)
     assert error.count("\n") == 1
 
 
 def test_models_that_cannot_be_evaluated_are_refused(llama, sliding, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded first"))
-    assert __main__.main(["eval", "passkey", "--model", sliding]) == 2
+    assert command_line.main(["run", "passkey", "--model", sliding]) == 2
     assert "it has sliding_window): choose one with plain attention" in capsys.readouterr().err
-    assert __main__.main(["eval", "passkey", "--model", llama, "--chat"]) == 2
+    assert command_line.main(["run", "passkey", "--model", llama, "--chat"]) == 2
     assert "has no chat template: leave --chat away" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Runs: what an interrupted one keeps, batches, cells and their numbers."""
+"""The grid: interrupted runs, batches, cells and their numbers."""
 
 import csv
 import json
@@ -11,12 +11,13 @@ pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from quest_ops.evaluation import policies, results, retrieval_model, runner, tasks
-from quest_ops.evaluation.errors import InputError
-from quest_ops.evaluation.journal import Journal
-from quest_ops.evaluation.models import ByteTokenizer
-from quest_ops.evaluation.session import Session
-from quest_ops.evaluation.tasks.text import read_text
+from quest_eval import bundled_model, grid, policies, tasks
+from quest_eval.decoding.policy_decoder import PolicyDecoder
+from quest_eval.errors import InputError
+from quest_eval.models import ByteTokenizer
+from quest_eval.results import cells as results
+from quest_eval.results.journal import Journal
+from quest_eval.tasks.text import read_text
 
 SETTINGS = {"seed": 0}
 WAYS = [policies.make("dense", None), policies.make("quest", 64), policies.make("streaming", 64)]
@@ -29,12 +30,12 @@ def setup():
 
 @pytest.fixture(scope="module")
 def model(device):
-    return retrieval_model.load(device, torch.float32)
+    return bundled_model.load(device, torch.float32)
 
 
 def go(model, setup, path, ways=WAYS, name="passkey", **options):
     task, journal = tasks.make(name, setup), Journal(path, SETTINGS)
-    runner.run(model, setup.tokenizer, [(task, 600, task.samples(600))], ways, journal, **options)
+    grid.run_grid(model, setup.tokenizer, [(task, 600, task.samples(600))], ways, journal, **options)
     return journal
 
 
@@ -49,8 +50,13 @@ def test_an_interrupted_run_goes_on_where_it_was(model, setup, tmp_path, monkeyp
     assert {score for (name, _), (score, _) in scores(whole).items() if name == "dense"} == {1.0}
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:20])  # cut off while the third record was written
-    reads, read = [], Session.read
-    monkeypatch.setattr(Session, "read", lambda self, ids, **kw: (reads.append(kw["policies"]), read(self, ids, **kw)))
+    reads, prefill = [], PolicyDecoder.prefill
+
+    def noted(self, ids, **options):
+        reads.append(options["policies"])
+        prefill(self, ids, **options)
+
+    monkeypatch.setattr(PolicyDecoder, "prefill", noted)
     again = go(model, setup, path, batch=2)
     assert reads == [[WAYS[2]], WAYS], "what was finished is not run again"
     assert scores(again) == scores(whole)

@@ -1,4 +1,4 @@
-"""Sessions: against transformers' own attention and generation, in batches, again and again, and in bad hands."""
+"""The policy decoder: against transformers' own attention and generation, in batches, repeatedly, on bad input."""
 
 import pytest
 import torch
@@ -6,9 +6,11 @@ import torch
 pytest.importorskip("transformers", minversion="5.0")
 
 from helpers.hf_models import make_model, prompt
-from quest_ops.evaluation import attention_path, needles, retrieval_model
-from quest_ops.evaluation.policies import NAMES, make
-from quest_ops.evaluation.session import Session
+from quest_eval import bundled_model
+from quest_eval.decoding import attention_function
+from quest_eval.decoding.policy_decoder import PolicyDecoder
+from quest_eval.policies import NAMES, make
+from quest_eval.tasks.text import standard_library_text
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
@@ -20,10 +22,10 @@ def ids_of(rows=1, tokens=CONTEXT + QUESTION, device="cpu", seed=1):
     return prompt(tokens, device, seed, (0,) * rows)["input_ids"]
 
 
-def read(model, ids, policies, batch_size=None, **options):
-    session = Session(model, max_tokens=CONTEXT + 60, batch_size=batch_size or len(ids))
-    session.read(ids, policies=policies, **options)
-    return session
+def prefilled(model, ids, policies, batch_size=None, **options):
+    decoder = PolicyDecoder(model, max_tokens=CONTEXT + 60, batch_size=batch_size or len(ids))
+    decoder.prefill(ids, policies=policies, **options)
+    return decoder
 
 
 def transformers_scores(model, ids, start):
@@ -41,8 +43,8 @@ def test_a_budget_that_holds_all_gives_the_dense_scores(device, name):
     ids = ids_of(2, device=device)
     wanted = transformers_scores(make_model(device=device), ids, CONTEXT)
     policy = make(name, 512)
-    session = read(make_model(device=device), ids[:, :CONTEXT], [policy])
-    torch.testing.assert_close(session.score(policy, ids[:, CONTEXT:]), wanted, rtol=1e-3, atol=1e-3)
+    decoder = prefilled(make_model(device=device), ids[:, :CONTEXT], [policy])
+    torch.testing.assert_close(decoder.score(policy, ids[:, CONTEXT:]), wanted, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
@@ -50,8 +52,8 @@ def test_dense_answers_are_transformers_own(device, kind):
     model, ids = make_model(kind, device), ids_of(2, device=device)
     wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     dense = make("dense", None)
-    session = read(model, ids[:, :CONTEXT], [dense])
-    assert torch.equal(session.generate(dense, ids[:, CONTEXT:], 8), wanted[:, -8:])
+    decoder = prefilled(model, ids[:, :CONTEXT], [dense])
+    assert torch.equal(decoder.generate(dense, ids[:, CONTEXT:], 8), wanted[:, -8:])
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_streaming_moves_keys_as_the_model_would(device, rope):
         cos, sin = model.model.rotary_emb(raw, torch.arange(first, first + 3, device=device)[None])
         return apply_rotary_pos_emb(raw, raw, cos, sin)[1]
 
-    torch.testing.assert_close(attention_path.rotation(model)(at(0), 50), at(50), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(attention_function.rotation(model)(at(0), 50), at(50), rtol=1e-4, atol=1e-4)
 
 
 def test_notes_of_the_prefill_are_those_of_eager_attention(device):
@@ -80,9 +82,9 @@ def test_notes_of_the_prefill_are_those_of_eager_attention(device):
     model.set_attn_implementation("eager")
     with torch.no_grad():
         weights = model(ids, output_attentions=True).attentions  # a layer: [B, Hq, L, L]
-    session = read(make_model(device=device), ids, [make("h2o", 32)], chunk=37)
-    assert session._layers[0].column_sums is None, "a dense layer"
-    kv = session._layers[2]
+    decoder = prefilled(make_model(device=device), ids, [make("h2o", 32)], chunk=37)
+    assert decoder._layers[0].column_sums is None, "a dense layer"
+    kv = decoder._layers[2]
     wanted = weights[2].sum(2).unflatten(1, (2, -1)).sum(2)
     torch.testing.assert_close(kv.column_sums, wanted, rtol=1e-3, atol=1e-3)
     scores = kv.last_queries[:, :, -1:] @ kv.k[:, :, :CONTEXT].repeat_interleave(2, 1).transpose(-1, -2)
@@ -95,10 +97,10 @@ def test_notes_of_the_prefill_are_those_of_eager_attention(device):
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_a_batch_do_not_see_each_other(device, name):
     policy, ids = make(name, 32), ids_of(3, device=device)
-    together = read(make_model(device=device), ids[:, :CONTEXT], [policy], batch_size=4)
+    together = prefilled(make_model(device=device), ids[:, :CONTEXT], [policy], batch_size=4)
     scores = together.score(policy, ids[:, CONTEXT:])
     for row in range(3):
-        alone = read(make_model(device=device), ids[row : row + 1, :CONTEXT], [policy])
+        alone = prefilled(make_model(device=device), ids[row : row + 1, :CONTEXT], [policy])
         torch.testing.assert_close(
             alone.score(policy, ids[row : row + 1, CONTEXT:])[0], scores[row], rtol=1e-3, atol=2e-3
         )
@@ -106,41 +108,42 @@ def test_rows_of_a_batch_do_not_see_each_other(device, name):
 
 def test_chunks_change_nothing(device):
     policies, ids, told = [make("h2o", 32), make("snapkv", 32)], ids_of(2, device=device), []
-    whole = read(make_model(device=device), ids[:, :CONTEXT], policies)
-    chunked = read(make_model(device=device), ids[:, :CONTEXT], policies, chunk=30, progress=told.append)
+    whole = prefilled(make_model(device=device), ids[:, :CONTEXT], policies)
+    chunked = prefilled(make_model(device=device), ids[:, :CONTEXT], policies, chunk=30, progress=told.append)
     assert told == [30, 30, 30, 10] * 2
     for policy in policies:
-        pair = [session.score(policy, ids[:, CONTEXT:]) for session in (whole, chunked)]
+        pair = [decoder.score(policy, ids[:, CONTEXT:]) for decoder in (whole, chunked)]
         torch.testing.assert_close(*pair, rtol=1e-3, atol=2e-3)
 
 
 def test_every_call_starts_behind_the_context(device):
-    policies, ids, told = [make(name, 32) for name in NAMES], ids_of(device=device), []
-    session = read(make_model(device=device), ids[:, :CONTEXT], policies)
-    first = [session.score(policy, ids[:, CONTEXT:]) for policy in policies]
+    policies, ids = [make(name, 32) for name in NAMES], ids_of(device=device)
+    decoder = prefilled(make_model(device=device), ids[:, :CONTEXT], policies)
+    first = [decoder.score(policy, ids[:, CONTEXT:]) for policy in policies]
     for policy, scores in zip(policies, first, strict=True):
-        session.generate(policy, ids[:, CONTEXT:], 20)
-        assert torch.equal(session.score(policy, ids[:, CONTEXT:], told.append), scores)
-    assert told == [1] * QUESTION * len(policies)
+        steps = []
+        decoder.generate(policy, ids[:, CONTEXT:], 20, on_step=lambda steps=steps: steps.append(1))
+        assert len(steps) == QUESTION + 19
+        assert torch.equal(decoder.score(policy, ids[:, CONTEXT:]), scores)
 
 
 def test_a_new_text_replaces_the_old(device):
     policy, ids, others = make("quest", 32), ids_of(device=device), ids_of(device=device, seed=2)
-    fresh = read(make_model(device=device), ids[:, :CONTEXT], [policy])
-    used = read(make_model(device=device), others[:, :CONTEXT], [policy])
+    fresh = prefilled(make_model(device=device), ids[:, :CONTEXT], [policy])
+    used = prefilled(make_model(device=device), others[:, :CONTEXT], [policy])
     used.score(policy, others[:, CONTEXT:])
-    used.read(ids[:, :CONTEXT], policies=[policy])
-    assert torch.equal(*(session.score(policy, ids[:, CONTEXT:]) for session in (fresh, used)))
+    used.prefill(ids[:, :CONTEXT], policies=[policy])
+    assert torch.equal(*(decoder.score(policy, ids[:, CONTEXT:]) for decoder in (fresh, used)))
     with pytest.raises(ValueError, match="policy quest with budget 64 has not run on these contexts"):
         used.usage(make("quest", 64))
 
 
 def test_what_ends_an_answer_fills_it_up(device):
     dense, ids = make("dense", None), ids_of(2, device=device)
-    session = read(make_model(device=device), ids[:, :CONTEXT], [dense])
-    answer = session.generate(dense, ids[:, CONTEXT:], 40)
+    decoder = prefilled(make_model(device=device), ids[:, :CONTEXT], [dense])
+    answer = decoder.generate(dense, ids[:, CONTEXT:], 40)
     eos = int(answer[0, 3])
-    ended = session.generate(dense, ids[:, CONTEXT:], 40, eos=eos)
+    ended = decoder.generate(dense, ids[:, CONTEXT:], 40, eos=eos)
     for row in range(2):
         same = (answer[row] == eos).nonzero()
         end = int(same[0]) if len(same) else 40
@@ -149,14 +152,14 @@ def test_what_ends_an_answer_fills_it_up(device):
 
 
 def test_halves_of_precision_run(device):
-    model = retrieval_model.load(device, torch.bfloat16)
-    text = needles.standard_library_text(300)
+    model = bundled_model.load(device, torch.bfloat16)
+    text = standard_library_text(300)
     ids = torch.tensor([list(text)])
     policies = [make(name, 32) for name in NAMES]
-    session = Session(model, max_tokens=300)
-    session.read(ids[:, :290], policies=policies)
+    decoder = PolicyDecoder(model, max_tokens=300)
+    decoder.prefill(ids[:, :290], policies=policies)
     for policy in policies:
-        scores = session.score(policy, ids[:, 290:])
+        scores = decoder.score(policy, ids[:, 290:])
         assert scores.dtype == torch.float32
         assert scores.isfinite().all(), policy
 
@@ -167,9 +170,9 @@ def test_decoding_waits_for_nothing(name):
     with FakeTensorMode():
         model = Qwen3ForCausalLM(Qwen3Config(hidden_size=64, head_dim=64, num_hidden_layers=3, vocab_size=96)).eval()
         ids, policy = torch.zeros(2, CONTEXT + QUESTION, dtype=torch.long), make(name, 32)
-        session = read(model, ids[:, :CONTEXT], [policy])
-        assert session.score(policy, ids[:, CONTEXT:]).shape == (2, QUESTION)
-        assert session.generate(policy, ids[:, CONTEXT:], 4).shape == (2, 4)
+        decoder = prefilled(model, ids[:, :CONTEXT], [policy])
+        assert decoder.score(policy, ids[:, CONTEXT:]).shape == (2, QUESTION)
+        assert decoder.generate(policy, ids[:, CONTEXT:], 4).shape == (2, 4)
 
 
 # What is told
@@ -178,11 +181,11 @@ def test_decoding_waits_for_nothing(name):
 def test_the_observer_sees_what_each_layer_read(device):
     ids, seen = ids_of(2, device=device), []
     policies = [make(name, 32) for name in ("quest", "quest-head", "h2o", "tova", "dense")]
-    session = read(make_model(device=device), ids[:, :CONTEXT], policies)
-    session.observer = lambda layer, info: seen.append((layer, info.length, info.pages, info.tokens, info.recall()))
+    decoder = prefilled(make_model(device=device), ids[:, :CONTEXT], policies)
+    decoder.observer = lambda layer, info: seen.append((layer, info.length, info.pages, info.tokens, info.recall()))
     for policy in policies:
         seen.clear()
-        session.score(policy, ids[:, CONTEXT:])
+        decoder.score(policy, ids[:, CONTEXT:])
         assert [entry[:2] for entry in seen] == [(layer, n) for n in range(101, 105) for layer in range(3)]
         for layer, length, pages, tokens, recall in seen:
             assert recall.shape == (2, 4)
@@ -200,11 +203,11 @@ def test_the_observer_sees_what_each_layer_read(device):
 
 def test_usage_is_a_mean_of_the_steps(device):
     ids, policies = ids_of(device=device), [make("streaming", 32), make("dense", None)]
-    session = read(make_model(device=device), ids[:, :CONTEXT], policies)
+    decoder = prefilled(make_model(device=device), ids[:, :CONTEXT], policies)
     token = 2 * 2 * 64 * 4
     for policy in policies:
-        session.generate(policy, ids[:, CONTEXT:], 3)  # 5 tokens of the question and 2 of the answer
-    usage, dense = (session.usage(policy) for policy in policies)
+        decoder.generate(policy, ids[:, CONTEXT:], 3)  # 5 tokens of the question and 2 of the answer
+    usage, dense = (decoder.usage(policy) for policy in policies)
     assert dense.tokens_attended == 104
     assert dense.kv_bytes_read == pytest.approx(dense.kv_bytes_dense) == 104 * token
     assert dense.kv_bytes_held == pytest.approx(107 * token)
@@ -220,38 +223,38 @@ def test_usage_is_a_mean_of_the_steps(device):
 def test_bad_input_is_an_error(device):
     model, ids, quest = make_model(device=device), ids_of(2, device=device), make("quest", 32)
     with pytest.raises(ValueError, match="max_tokens and batch_size must be at least 1, got 0 and 1"):
-        Session(model, max_tokens=0)
+        PolicyDecoder(model, max_tokens=0)
     with pytest.raises(ValueError, match="page_size must be one of 8, 16, 32, 64, 128, got 7"):
-        Session(model, max_tokens=10, page_size=7)
-    session = Session(model, max_tokens=CONTEXT + 4, batch_size=2)
-    with pytest.raises(ValueError, match="the session has read nothing"):
-        session.generate(quest, ids, 1)
+        PolicyDecoder(model, max_tokens=10, page_size=7)
+    decoder = PolicyDecoder(model, max_tokens=CONTEXT + 4, batch_size=2)
+    with pytest.raises(ValueError, match="the decoder has no context"):
+        decoder.generate(quest, ids, 1)
     for wrong in (ids_of(3, 10), ids_of(1, CONTEXT + 4)):
         with pytest.raises(ValueError, match=r"ids must have at most 2 rows and 103 columns, .* got \[[13], "):
-            session.read(wrong, policies=[quest])
-    session.read(ids[:, :CONTEXT], policies=[quest])
+            decoder.prefill(wrong, policies=[quest])
+    decoder.prefill(ids[:, :CONTEXT], policies=[quest])
     with pytest.raises(ValueError, match="max_tokens must be at least 105, for 100 tokens of context and 5 behind it"):
-        session.generate(quest, ids[:, CONTEXT : CONTEXT + 3], 3)
+        decoder.generate(quest, ids[:, CONTEXT : CONTEXT + 3], 3)
     with pytest.raises(ValueError, match=r"ids must be \[2, T\], .* got \[1, 3\]"):
-        session.score(quest, ids[:1, :3])
-    session._rotate = None
+        decoder.score(quest, ids[:1, :3])
+    decoder._rotate = None
     with pytest.raises(
         ValueError, match="policy streaming numbers rotary positions anew, and Qwen3ForCausalLM has none"
     ):
-        session.read(ids[:, :CONTEXT], policies=[make("streaming", 32)])
+        decoder.prefill(ids[:, :CONTEXT], policies=[make("streaming", 32)])
     with pytest.raises(ValueError, match="policy h2o needs what the prefill notes for it"):
-        session.score(make("h2o", 32), ids[:, CONTEXT : CONTEXT + 3])
+        decoder.score(make("h2o", 32), ids[:, CONTEXT : CONTEXT + 3])
 
 
 def test_models_that_do_not_fit_are_errors():
     with pytest.raises(ValueError, match="models with full attention in all layers, got Gemma3"):
-        Session(make_model("gemma3"), max_tokens=10)
+        PolicyDecoder(make_model("gemma3"), max_tokens=10)
     with pytest.raises(ValueError, match="head_dim of .* must be one of 64, 80, .* got 32"):
-        Session(make_model(head_dim=32), max_tokens=10)
+        PolicyDecoder(make_model(head_dim=32), max_tokens=10)
 
 
 def test_the_model_by_itself_says_what_to_do():
     model = make_model("llama")
-    Session(model, max_tokens=10)
+    PolicyDecoder(model, max_tokens=10)
     with pytest.raises(ValueError, match=r"model.set_attn_implementation\('sdpa'\)"), torch.no_grad():
         model(ids_of(1, 5))

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from quest_ops.evaluation import plots, policies
-from quest_ops.evaluation.tables import markdown
+from quest_eval import plots, policies
+from quest_eval.results.tables import markdown
 
 LENGTHS, BUDGETS = (1024, 2048), (64, 128)
 

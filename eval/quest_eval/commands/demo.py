@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -161,7 +162,7 @@ def ask(decoder: PolicyDecoder, policy: Policy, fact: Fact) -> Answer:
 
     answer = decoder.generate(policy, torch.tensor([list(fact.question)]), KEY_DIGITS, on_step=note_time)[0].tolist()
     text = "".join(chr(byte) if 33 <= byte < 127 else "." for byte in answer)
-    return Answer(text, text == fact.key, [end - start for start, end in zip(ends, ends[1:], strict=False)])
+    return Answer(text, text == fact.key, [end - start for start, end in itertools.pairwise(ends)])
 
 
 def _column(decoder: PolicyDecoder, policy: Policy, length: int, answers: list[Answer]) -> Column:
@@ -206,9 +207,7 @@ def _shown(columns: list[Column], facts: list[Fact]) -> tuple[Policy, Fact]:
     return column.policy, facts[min(found, key=lambda i: abs(i - len(facts) // 2))]
 
 
-def _draw(
-    decoder: PolicyDecoder, policy: Policy, fact: Fact, facts: list[Fact], text_tokens: int, path: Path
-) -> None:
+def _draw(decoder: PolicyDecoder, policy: Policy, fact: Fact, facts: list[Fact], text_tokens: int, path: Path) -> None:
     """Ask once more, and draw the pages that are read for the answer's tokens."""
     answer, pages = watch(decoder, policy, fact, text_tokens)
     title = (

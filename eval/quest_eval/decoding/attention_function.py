@@ -108,8 +108,8 @@ def _forward(
 ) -> tuple[Tensor, None]:
     if quest_eval_attention is None:
         raise ValueError(
-            f"attention '{IMPLEMENTATION}' runs in a PolicyDecoder only, and {type(module).__name__} was called by "
-            "another or does not hand keywords on: call model.set_attn_implementation('sdpa') to use the model by itself"
+            f"attention '{IMPLEMENTATION}' runs in a PolicyDecoder only, and {type(module).__name__} was called "
+            "without one or does not hand keywords on: call model.set_attn_implementation('sdpa') to use the model by itself"
         )
     for name, feature in (("sliding_window", sliding_window), ("softcap", softcap), ("s_aux", s_aux)):
         if feature is not None:

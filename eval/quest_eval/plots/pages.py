@@ -68,9 +68,7 @@ class AnswerPages:
     text_tokens: int
 
 
-def pages_of_answer(
-    answer: AnswerPages, fact: tuple[int, int], others: Sequence[int], title: str, path: Path
-) -> None:
+def pages_of_answer(answer: AnswerPages, fact: tuple[int, int], others: Sequence[int], title: str, path: Path) -> None:
     """The pages that each layer and KV head read, over the whole text and around the fact.
 
     Args:

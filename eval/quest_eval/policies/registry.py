@@ -56,9 +56,7 @@ _BUILT_IN = {
     "tova": _BuiltIn(TOVA, "TOVA: the token that the newest attends to least is evicted"),
     "streaming": _BuiltIn(Streaming, "StreamingLLM: 4 first tokens and the latest, positions numbered anew"),
     "window": _BuiltIn(Window, "the first page and the latest pages, positions kept"),
-    "sparq": _BuiltIn(
-        SparQ, "SparQ: tokens chosen by the largest components of the query, the rest by the mean value"
-    ),
+    "sparq": _BuiltIn(SparQ, "SparQ: tokens chosen by the largest components of the query, the rest by the mean value"),
     "snapkv": _BuiltIn(SnapKV, "SnapKV: tokens of the context are evicted once, by the attention of its end"),
     "page-oracle": _BuiltIn(PageOracle, "the pages with the best exact scores, for each query head"),
     "token-oracle": _BuiltIn(TokenOracle, "the tokens with the best exact scores, for each query head"),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def tables(cells: list[Cell]) -> Iterator[Table]:
-    """For each task and length a table: policies by budgets, and the share of the cache read and held at the largest."""
+    """For each task and length a table: policies by budgets, and the KV cache read and held at the largest."""
     for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in cells):
         found = [cell for cell in cells if (cell["task"], cell["length"]) == (task, length)]
         yield _table(f"{task}, {length:,} tokens: {found[0]['metric']} ({found[0]['tries']} tries)", found)
