@@ -109,7 +109,8 @@ def _forward(
     if quest_eval_attention is None:
         raise ValueError(
             f"attention '{IMPLEMENTATION}' runs in a PolicyDecoder only, and {type(module).__name__} was called "
-            "without one or does not hand keywords on: call model.set_attn_implementation('sdpa') to use the model by itself"
+            "without one or does not hand keywords on: "
+            "call model.set_attn_implementation('sdpa') to use the model by itself"
         )
     for name, feature in (("sliding_window", sliding_window), ("softcap", softcap), ("s_aux", s_aux)):
         if feature is not None:
