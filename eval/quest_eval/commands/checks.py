@@ -1,4 +1,4 @@
-"""Checks that commands share. Each makes of an argument what is needed, or raises an InputError."""
+"""Checks of arguments that commands share. Each raises an InputError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Observers see what a policy reads in each layer and step: its attention mass, and its pages."""
+"""Observers of a policy at work: its attention mass and its pages, in each layer and step."""
 
 from __future__ import annotations
 

@@ -91,8 +91,8 @@ class LayerReader(ABC):
 class Policy(ABC):
     """A method and its budget.
 
-    A policy of one's own is a subclass that defines :meth:`label` and :meth:`start`, and the three counts below where
-    they differ. :class:`quest_eval.policies.PagePolicy` is the base of policies that select pages.
+    A subclass defines :meth:`label` and :meth:`start`, and overrides the three counts at the end where they differ. The
+    base of policies that select pages is :class:`quest_eval.policies.PagePolicy`.
 
     Args:
         name: as on the command line.

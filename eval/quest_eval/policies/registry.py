@@ -61,7 +61,7 @@ _BUILT_IN = {
     "page-oracle": _BuiltIn(PageOracle, "the pages with the best exact scores, for each query head"),
     "token-oracle": _BuiltIn(TokenOracle, "the tokens with the best exact scores, for each query head"),
 }
-#: Built-in names, and what they mean.
+#: Built-in names with their descriptions.
 NAMES: dict[str, str] = {name: built_in.description for name, built_in in _BUILT_IN.items()}
 
 
