@@ -7,16 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import tasks
 from .errors import InputError
 from .library import PAGE_SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-_TASKS = [
-    *("passkey", "needles", "variable-tracking", "common-words", "perplexity", "pg19"),
-    *("qasper", "narrativeqa", "hotpotqa", "multifieldqa_en", "gov_report", "triviaqa"),
-]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--tokens", type=int, metavar="N", help="length of the text in bytes (16384; 32768 on a GPU)")
     demo.add_argument("--facts", type=int, metavar="N", help="number of facts to hide (8)")
     run = commands.add_parser("run", help="the accuracy that policies keep of a model's, by task, length and budget")
-    run.add_argument("tasks", nargs="+", choices=_TASKS, metavar="TASK", help=", ".join(_TASKS))
+    run.add_argument("tasks", nargs="+", choices=tasks.NAMES, metavar="TASK", help=", ".join(tasks.NAMES))
     run.add_argument("--policies", nargs="+", metavar="NAME", help="dense, quest, h2o, ... (docs/evaluation.md)")
     run.add_argument(
         "--policy", action="append", metavar="MODULE:CLASS", help="a policy of your own beside them; may be repeated"

@@ -48,8 +48,11 @@ def sliding(tmp_path_factory):
     return save(MistralForCausalLM(config), tmp_path_factory.mktemp("mistral"))
 
 
-def test_the_tasks_of_the_command_line_are_all_there_are():
-    assert tuple(command_line._TASKS) == tasks.NAMES
+def test_the_help_names_all_tasks(capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["run", "--help"])
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert set(tasks.NAMES) <= set(words)
 
 
 def test_an_evaluation_writes_tables_and_pictures(tmp_path, capsys):
