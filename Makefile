@@ -33,8 +33,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(VENV)/bin/python -m pip
 STAMPS := $(VENV)/stamps
 CUTLASS := $(if $(CUDACXX)$(shell command -v nvcc),$(STAMPS)/cutlass)
-EXTRA_demo := [demo]
+EXTRA_demo := [transformers]
 EXTRA_dev := [dev]
+EVAL_demo := ./eval
+EVAL_dev := ./eval[data]
 # The CMake build is a folder that stays, so that only what changed is compiled again.
 EDITABLE := --no-build-isolation -C build-dir=build -C cmake.define.QUEST_CUDA=$(QUEST_CUDA) \
   -C 'cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDAARCHS)'
@@ -50,7 +52,7 @@ endef
 
 demo: $(STAMPS)/demo
 	$(build)
-	$(VENV)/bin/python -m quest_ops demo $(ARGS)
+	$(VENV)/bin/quest-eval demo $(ARGS)
 
 test: $(STAMPS)/dev
 	$(build)
@@ -82,6 +84,7 @@ wheel: $(STAMPS)/tools $(if $(filter-out OFF,$(RELEASE_CUDA)),$(CUTLASS))
 	$(PIP) wheel --no-build-isolation --no-deps -C build-dir=build/wheel -w $(WHEELS) \
 	  -C cmake.define.QUEST_CUDA=$(RELEASE_CUDA) \
 	  $(if $(RELEASE_ARCHS),-C 'cmake.define.CMAKE_CUDA_ARCHITECTURES=$(RELEASE_ARCHS)') .
+	$(PIP) wheel --no-build-isolation --no-deps -w $(WHEELS) ./eval
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -90,10 +93,10 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# What builds the package. A torch that is there already, of any version that will do, is left as it is.
-$(STAMPS)/tools: pyproject.toml | $(VENV)/bin/python
+# The build tools of both distributions. A torch that is installed already and new enough is left as it is.
+$(STAMPS)/tools: pyproject.toml eval/pyproject.toml | $(VENV)/bin/python
 	@mkdir -p $(STAMPS)
-	$(PIP) install -q 'pip>=25' 'scikit-build-core>=1.1' 'cmake>=3.24' ninja
+	$(PIP) install -q 'pip>=25' 'scikit-build-core>=1.1' 'cmake>=3.24' ninja 'hatchling>=1.27' editables
 	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(PIP) install -q $(TORCH)
 	@touch $@
 
@@ -103,4 +106,5 @@ $(STAMPS)/cutlass: $(STAMPS)/tools
 
 $(STAMPS)/library $(STAMPS)/demo $(STAMPS)/dev: $(STAMPS)/tools $(if $(filter-out OFF,$(QUEST_CUDA)),$(CUTLASS))
 	$(PIP) install -q $(EDITABLE) -e '.$(EXTRA_$(@F))'
+	$(if $(EVAL_$(@F)),$(PIP) install -q --no-build-isolation -e '$(EVAL_$(@F))')
 	@touch $@

@@ -1,9 +1,9 @@
-"""Train the retrieval model of the demo from scratch: about six minutes on one H100, a few steps on a CPU.
+"""Train the bundled model of quest_eval from scratch: about six minutes on one H100, a few steps on a CPU.
 
     python examples/train_retrieval_model.py --out model
 
-Needs ``pip install 'quest_ops[demo]'`` and nothing from the network: the text is the source code and documentation
-found on this machine. The result is a stock transformers ``Qwen3ForCausalLM``; one token is one byte.
+Needs torch, numpy, transformers and safetensors, and nothing from the network: the text is the source code and
+documentation found on this machine. The result is a stock transformers ``Qwen3ForCausalLM``; one token is one byte.
 
 A small model learns to look facts up if three things come together: documents that are mostly lookup (facts and
 questions, hardly any text), so that the mechanism forms within 300 steps; then needles in real text at growing lengths,

@@ -1,4 +1,4 @@
-"""The operators against their emulation in float64, on the bundled model: are the pages the same, and the answers?
+"""The operators against their emulation in float64, on the bundled model: pages and answers.
 
     python bench/evaluation/emulation.py --device cuda --length 8192 --tries 32 --out results/emulation.json
 
@@ -14,23 +14,22 @@ import json
 from pathlib import Path
 
 import torch
-from quest_ops.evaluation import retrieval_model, tasks
-from quest_ops.evaluation.emulation import QuestEmulation
-from quest_ops.evaluation.evaluate import DTYPES
-from quest_ops.evaluation.models import ByteTokenizer
-from quest_ops.evaluation.policies import make
-from quest_ops.evaluation.session import Session
-from quest_ops.evaluation.steps import StepInfo
-from quest_ops.evaluation.tasks.text import read_text
+from quest_eval import bundled_model, tasks
+from quest_eval.decoding.observers import StepInfo
+from quest_eval.decoding.policy_decoder import PolicyDecoder
+from quest_eval.models import DTYPES, ByteTokenizer
+from quest_eval.policies import make
+from quest_eval.policies.emulation import QuestEmulation
+from quest_eval.tasks.text import read_text
 from torch import Tensor
 
 POLICIES = {"quest-head": "none", "quest": "max", "quest-sum": "sum", "quest-soft": "soft"}
-# Scores closer than this part of a list's largest are the same to float32.
+# Scores closer than this share of a list's largest are the same to float32.
 TIE = 1e-5
 
 
 class Comparison:
-    """An observer: counts pages that one of both reads and the other does not."""
+    """An observer that counts the pages in which the operators and the emulation differ."""
 
     def __init__(self, emulation: QuestEmulation) -> None:
         self._emulation = emulation
@@ -68,17 +67,17 @@ def main() -> None:
     task = tasks.make("needles", tasks.Setup(tokenizer, read_text(None, tokenizer), options.tries))
     samples = task.samples(options.length)
     ids, tail = torch.tensor([sample.ids for sample in samples]), max(sample.tail for sample in samples)
-    model = retrieval_model.load(options.device, DTYPES[options.device])
-    session = Session(model, max_tokens=options.length + 1, batch_size=len(samples))
-    session.read(ids[:, :-tail], policies=[])
+    model = bundled_model.load(options.device, DTYPES[options.device])
+    decoder = PolicyDecoder(model, max_tokens=options.length + 1, batch_size=len(samples))
+    decoder.prefill(ids[:, :-tail], policies=[])
     rows = []
     for name, how in POLICIES.items():
         for budget in options.budgets:
             real, emulation = make(name, budget), QuestEmulation("emulation", budget, group_reduce=how)
-            session.observer = comparison = Comparison(emulation)
-            theirs = session.generate(real, ids[:, -tail:], task.answer_tokens)
-            session.observer = None
-            mine = session.generate(emulation, ids[:, -tail:], task.answer_tokens)
+            decoder.observer = comparison = Comparison(emulation)
+            theirs = decoder.generate(real, ids[:, -tail:], task.answer_tokens)
+            decoder.observer = None
+            mine = decoder.generate(emulation, ids[:, -tail:], task.answer_tokens)
             row = {"policy": name, "budget": budget, "answers": len(theirs)}
             row["same_answers"] = int((theirs == mine).all(1).sum())
             row |= {key: value for key, value in vars(comparison).items() if key != "_emulation"}

@@ -12,7 +12,7 @@ from .device import COMPUTE, DEVICE
 
 
 class PackedFlashAttention(torch.autograd.Function):
-    """Causal attention within each packed document, by the flash kernels that torch brings along."""
+    """Causal attention within each packed document, by torch's own flash kernels."""
 
     @staticmethod
     def forward(ctx, q, k, v, starts, longest):
@@ -50,7 +50,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> 
 
 
 def check_attention() -> None:
-    """The flash kernels are called below PyTorch's public interface: make sure that they do what is meant."""
+    """Compare the flash kernels, which are called below PyTorch's public interface, with attention by document."""
     q, k, v = (torch.randn(512, n, 64, device=DEVICE, dtype=COMPUTE, requires_grad=True) for n in (8, 2, 2))
     starts, grad = torch.tensor([0, 200, 512], dtype=torch.int32, device=DEVICE), torch.randn_like(q)
     out = PackedFlashAttention.apply(q, k, v, starts, 512)

@@ -76,7 +76,7 @@ def plan_documents(rng: random.Random, phase: str, tokens: int) -> list[tuple[st
             jobs.append((kind, length))
             wanted -= length
     rng.shuffle(jobs)
-    # Long ones first, so that it is not they that are cut at the end of the batch.
+    # Long ones first, so that a short one is cut at the end of the batch.
     jobs.sort(key=lambda job: -job[1] if job[1] >= 8192 else 0)
     return jobs
 

@@ -14,14 +14,14 @@ import torch
 
 
 def corpus_roots() -> list[Path]:
-    """Where text is looked for: Python's libraries, headers, documentation, and where torch is installed."""
+    """The folders that are searched for text: Python's libraries, headers, documentation, and torch's."""
     patterns = ["lib/python3*", "local/lib/python3*", "share/doc", "share/perl*", "include"]
     installed = [Path(os.__file__).parents[1], Path(torch.__file__).parents[1]]
     return [root for pattern in patterns for root in sorted(Path("/usr").glob(pattern))] + installed
 
 
 def read_if_text(path: str) -> bytes | None:
-    """The file's bytes if it looks like text or code that people wrote: not tiny, huge, binary or one long line."""
+    """The file's bytes if it looks like text or code by people: neither tiny, huge, binary nor of one long line."""
     try:
         size = Path(path).stat().st_size
         if not 800 <= size <= 400_000:

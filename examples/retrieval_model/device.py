@@ -1,4 +1,4 @@
-"""Where the computation runs, and in which type."""
+"""The device and the dtype of the computation."""
 
 import torch
 

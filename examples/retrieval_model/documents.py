@@ -14,7 +14,7 @@ Document = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Style:
-    """How a fact is put."""
+    """The wording of a fact."""
 
     before: str = "\nThe pass key of "
     between: str = " is "
@@ -60,7 +60,7 @@ def make_names(rng: random.Random, count: int, words: list[str], least: int = 1,
 
 @dataclass(frozen=True)
 class Source:
-    """What documents are made of."""
+    """The material of documents."""
 
     text: np.ndarray
     words: list[str]
@@ -135,7 +135,7 @@ def join(parts: list[Document]) -> Document:
 
 
 def repeat_document(rng: random.Random, length: int) -> Document:
-    """A random string, repeated: plain induction. The first round cannot be known, so it is not learnt."""
+    """A random string, repeated: plain induction. The first round cannot be predicted, so it has no loss."""
     period = rng.randint(12, max(13, length // 3))
     alphabet = b"abcdefghijklmnopqrstuvwxyz0123456789 "
     segment = np.frombuffer(bytes(rng.choice(alphabet) for _ in range(period)), np.uint8)

@@ -1,4 +1,4 @@
-"""Judging: what the model finds, how well it predicts, and that transformers computes the same."""
+"""Measurements: facts found, bits per byte, and the difference to transformers' computation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def question_documents(text: np.ndarray, length: int, facts: int, count: int, se
 def recall(model: Model, text: np.ndarray, length: int, facts: int, count: int) -> float:
     """Share of questions whose five digits are all right.
 
-    The digits are fed back as they should be: all five are then the best ones exactly where greedy decoding is right.
+    The right digits are fed back. All five are then the most likely ones exactly where greedy decoding is right.
     """
     documents, right = question_documents(text, length, facts, count), []
     for part in documents.split(max(1, 131072 // length)):
@@ -72,7 +72,7 @@ def bits_per_byte(model: Model, source: Source, length: int, count: int, seed: i
 
 
 def check_against_transformers(model: Model, folder: Path, source: Source, length: int) -> float:
-    """Relative difference of the logits to those of what was saved, loaded by transformers in float32."""
+    """Relative difference of the logits to those of the saved model, loaded by transformers in float32."""
     from transformers import Qwen3ForCausalLM
 
     theirs = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()

@@ -60,7 +60,7 @@ def losses_of(x: Tensor, norm: Tensor, head: Tensor, targets: Tensor, kinds: Ten
 
 
 class Model(nn.Module):
-    """Parameters of all layers are stacked, [layers, out, in], which is what Muon wants."""
+    """Parameters of all layers are stacked, [layers, out, in], as Muon takes them."""
 
     #: Names in transformers' layers, and here.
     LAYER_NAMES: ClassVar = {
@@ -89,7 +89,7 @@ class Model(nn.Module):
 
         std = 0.7 * WIDTH**-0.5
         self.embedding = normal(VOCABULARY, WIDTH, std=0.5)
-        # What writes to the residual stream starts at 0, so that each layer starts as the identity.
+        # Matrices that write to the residual stream start at 0, so that each layer starts as the identity.
         self.head = constant(VOCABULARY, WIDTH, value=0.0)
         self.wq = normal(LAYERS, HEADS * HEAD_DIM, WIDTH, std=std)
         self.wk = normal(LAYERS, KV_HEADS * HEAD_DIM, WIDTH, std=std)

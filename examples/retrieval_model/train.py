@@ -1,4 +1,4 @@
-"""Training: a plan of phases, the rates of its steps, and what is printed of them."""
+"""Training: a plan of phases, the learning rates of its steps, and a report on progress."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def train(model: Model, batches: torch.utils.data.DataLoader, plan: list[str], o
     for step, batch in enumerate(batches):
         text_loss, answer_loss = model.losses(batch.to_device())
         (text_loss + answer_loss).backward()
-        # A short warm-up, a plateau, and a straight way down over the last 40 % of the steps.
+        # A short warm-up, a plateau, and a linear decay over the last 40 % of the steps.
         rate = min(1.0, (step + 1) / 100) * min(1.0, max(0.02, (total - step) / (0.4 * total)))
         muon.step(options.muon_rate * rate, momentum=0.85 + 0.1 * min(1.0, step / 300), decay=0.01)
         for group in adam.param_groups:

@@ -1,4 +1,4 @@
-"""``python -m quest_ops info``: what is installed, what it was built for, and whether that fits together."""
+"""``python -m quest_ops info``: the installed versions, the targets of the build, and whether they go together."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from . import _library
 
 
 def report() -> list[tuple[str, str]]:
-    """Pairs of a name and what there is to say, in the order of printing."""
+    """Pairs of a name and its description, in the order of printing."""
     cpu, cuda = _library.build_info, _library.cuda_build_info
     return [
         ("quest_ops", f"{cpu['version']}, operators in torch.ops.{_library.NAMESPACE}"),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads"),
         ("transformers", _version("transformers", "transformers")),
-        ("matplotlib", _version("matplotlib", "demo")),
         ("CPU library", f"loaded, instruction set {cpu['cpu_isa']}, compiled by {cpu['compiler']}, {_build(cpu)}"),
         ("CUDA library", _cuda(cuda) if cuda else f"not loaded: {_library.cuda_missing}"),
         ("GPU", _gpus()),
@@ -50,7 +49,7 @@ def _gpus() -> str:
 
 
 def _match(cpu: dict[str, Any], cuda: dict[str, Any] | None) -> str:
-    """Whether what was built and what is installed belong together, or the first thing that does not."""
+    """Whether the libraries go with the installed versions and GPUs, or the first thing that does not."""
     try:
         version = metadata.version("quest_ops")
     except metadata.PackageNotFoundError:  # run from its folder

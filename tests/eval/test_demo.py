@@ -1,4 +1,4 @@
-"""The demo: facts hidden the same way each time, a run on a short text, and what it says of bad input."""
+"""The demo: facts hidden the same way each time, a run on a short text, and errors of bad input."""
 
 import hashlib
 import json
@@ -15,10 +15,13 @@ pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("matplotlib")
 Console = pytest.importorskip("rich.console").Console
 
-from quest_ops import QuestConfig
-from quest_ops.evaluation import demo, needles, retrieval_model
-from quest_ops.evaluation import demo_policies as policies
-from quest_ops.evaluation.runs import Reader
+from quest_eval import bundled_model
+from quest_eval.commands import demo
+from quest_eval.decoding.policy_decoder import PolicyDecoder
+from quest_eval.errors import InputError
+from quest_eval.policies import KVShape, make
+from quest_eval.tasks import facts as needles
+from quest_eval.tasks.text import standard_library_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_facts_are_hidden_where_they_say():
-    text = needles.standard_library_text(6000)
+    text = standard_library_text(6000)
     haystack = needles.hide_facts(text, 6000, 5, seed=3)
     assert len(haystack.text) == 6000
     rest = haystack.text
@@ -41,7 +44,7 @@ def test_facts_are_hidden_where_they_say():
 
 
 def test_the_seed_decides():
-    text = needles.standard_library_text(4000)
+    text = standard_library_text(4000)
     first, again, other = (needles.hide_facts(text, 4000, 4, seed) for seed in (1, 1, 2))
     assert first == again
     assert {fact.key for fact in first.facts} != {fact.key for fact in other.facts}
@@ -70,11 +73,12 @@ EXAMPLES = ROOT / "examples"
 HASHED = """
 import hashlib, sys
 import numpy as np
-from quest_ops.evaluation import needles
+from quest_eval.tasks import facts
+from quest_eval.tasks.text import standard_library_text
 sys.path.insert(0, sys.argv[1])
 from retrieval_model import batches, corpus, documents, judge
-text = needles.standard_library_text(60000)
-print(hashlib.sha256(repr(needles.hide_facts(text, 20000, 30, 0)).encode()).hexdigest())
+text = standard_library_text(60000)
+print(hashlib.sha256(repr(facts.hide_facts(text, 20000, 30, 0)).encode()).hexdigest())
 text = np.frombuffer(text, np.uint8)
 source = documents.Source(text, corpus.words_of(text))
 for phase in "AB":
@@ -113,70 +117,75 @@ def test_training_refuses_lengths_that_do_not_hold_the_facts(tmp_path):
 
 
 def test_bytes_read_are_counted_as_the_operators_read_them():
-    dense, quest, window = policies.dense(6, 16), policies.quest(64, 16), policies.recent_window(64, 16)
-    kind = (64, torch.float16)
-    assert [dense.share_read(1000, layer, *kind) for layer in (0, 5)] == [1, 1]
+    shape = KVShape(query_heads=8, kv_heads=2, head_dim=64, itemsize=2)
+    dense, quest, window = (make(name, 64) for name in demo.COLUMNS)
+
+    def share_read(policy, length):
+        return policy.bytes_read(shape, length - 1, length) / (length * shape.token_bytes)
+
+    assert share_read(dense, 1000) == 1
     # 1000 tokens are 63 pages, the last with 8 tokens: 3 full pages and that one, and the bounds of 63. Those are two
     # rows of bytes and a float32, and a token is two rows of float16.
     bounds = (2 * 64 + 4) / (2 * 64 * 2)
-    assert quest.share_read(1000, 2, *kind) == (3 * 16 + 8 + 63 * bounds) / 1000
-    assert quest.share_read(1000, 1, *kind) == 1
-    assert window.share_read(1000, 2, *kind) == (3 * 16 + 8) / 1000
-    assert quest.share_read(40, 2, *kind) == (40 + 3 * bounds) / 40
-    assert window.config == QuestConfig(budget=64, page_size=16, sink_pages=1, recent_pages=3)
+    assert share_read(quest, 1000) == (3 * 16 + 8 + 63 * bounds) / 1000
+    assert share_read(window, 1000) == (3 * 16 + 8) / 1000
+    assert share_read(quest, 40) == (40 + 3 * bounds) / 40
 
 
-# Reading and asking
+# Asking
 
 
 @pytest.fixture(scope="module")
 def model():
-    return retrieval_model.load("cpu", torch.float32)
+    return bundled_model.load("cpu", torch.float32)
 
 
 @pytest.fixture(scope="module")
-def reader(model):
-    haystack = needles.hide_facts(needles.standard_library_text(1200), 1200, 2, seed=0)
-    reader = Reader(model, 1200, 16)
+def asked(model):
+    """A decoder that has read a text, and the text's facts."""
+    haystack = needles.hide_facts(standard_library_text(1200), 1200, 2, seed=0)
+    decoder = PolicyDecoder(model, max_tokens=1300)
     told = []
-    reader.read(haystack.text, 500, told.append)
+    policies = [make(name, 64) for name in demo.COLUMNS]
+    decoder.prefill(torch.tensor([list(haystack.text)]), policies=policies, chunk=500, progress=told.append)
     assert told == [500, 500, 200]
-    return reader, haystack.facts
+    return decoder, haystack.facts
 
 
-def test_an_answer_leaves_the_text_as_it_was(reader):
-    reader, facts = reader
-    first = reader.ask(facts[0], policies.quest(64, 16))
-    assert int(reader.cache.get_seq_length()) == 1200
-    reader.ask(facts[1], policies.recent_window(64, 16))
-    again = reader.ask(facts[0], policies.quest(64, 16))
+def test_an_answer_leaves_the_text_as_it_was(asked):
+    decoder, facts = asked
+    first = demo.ask(decoder, make("quest-int8", 64), facts[0])
+    demo.ask(decoder, make("window", 64), facts[1])
+    again = demo.ask(decoder, make("quest-int8", 64), facts[0])
     assert again.text == first.text
     assert len(first.seconds) == len(facts[0].question) + needles.KEY_DIGITS - 1
+    assert min(first.seconds) > 0
 
 
-def test_a_dense_answer_is_transformers_own(model, reader):
-    reader, facts = reader
-    text = needles.hide_facts(needles.standard_library_text(1200), 1200, 2, seed=0).text
+def test_a_dense_answer_is_transformers_own(model, asked):
+    decoder, facts = asked
+    text = needles.hide_facts(standard_library_text(1200), 1200, 2, seed=0).text
     ids = torch.tensor([list(text + facts[0].question)])
     model.set_attn_implementation("sdpa")
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
-    model.set_attn_implementation("quest")
+    model.set_attn_implementation("quest_eval")
     assert bytes(out[0, -5:].tolist()).decode() == facts[0].key
-    assert reader.ask(facts[0], policies.dense(6, 16)).right
+    assert demo.ask(decoder, make("dense", None), facts[0]).right
 
 
-def test_watching_notes_the_pages_of_the_answer(reader):
-    reader, facts = reader
-    reading = reader.watch(facts[1], policies.quest(128, 16))
-    assert reading.dense_layers == [0, 1]
-    assert reading.length == 1200 + len(facts[1].question) + needles.KEY_DIGITS - 1
+def test_watching_notes_the_pages_of_the_answer(asked):
+    decoder, facts = asked
+    answer, pages = demo.watch(decoder, make("quest-int8", 128), facts[1], 1200)
+    assert sorted(pages.counts) == [2, 3, 4, 5], "layers 0 and 1 are dense"
+    assert pages.length == 1200 + len(facts[1].question) + needles.KEY_DIGITS - 1
+    counts = torch.stack([pages.counts[layer] for layer in sorted(pages.counts)])
     # 8 pages a head and step; in a step with a fresh page the last page is another.
-    assert (reading.counts[2:].sum(-1) == 8 * needles.KEY_DIGITS).all()
-    assert reading.counts.max() <= needles.KEY_DIGITS
-    assert reader.cache.observer is None
-    assert reading.answer.right
+    assert (counts.sum(-1) == 8 * needles.KEY_DIGITS).all()
+    assert counts.max() <= needles.KEY_DIGITS
+    assert decoder.observer is None
+    assert answer.right
     fact_pages = range(facts[1].start // 16, facts[1].stop // 16 + 1)
-    assert reading.counts[2:, :, fact_pages].max() > 0, "a right answer was read from somewhere"
+    assert counts[:, :, fact_pages].max() > 0, "a right answer was read from somewhere"
 
 
 # The demo itself
@@ -231,10 +240,10 @@ def test_picture_and_numbers_are_written(short_run):
 
 
 def test_a_text_of_ones_own(tmp_path):
-    lines = random.Random(0).choices(needles.standard_library_text(20000).splitlines(), k=60)
+    lines = random.Random(0).choices(standard_library_text(20000).splitlines(), k=60)
     path = tmp_path / "text"
     path.write_bytes(b"\n".join(lines))
-    haystack = demo._haystack(demo.Options(text=path, facts=2))
+    haystack = demo.hide(demo.Options(text=path, facts=2))
     assert len(haystack.text) == path.stat().st_size
     assert hashlib.sha256(haystack.text).digest() != hashlib.sha256(path.read_bytes()).digest()
 
@@ -254,13 +263,13 @@ def test_a_text_of_ones_own(tmp_path):
     ],
 )
 def test_bad_input_is_an_error_before_anything_is_loaded(changes, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(retrieval_model, "load", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(bundled_model, "load", lambda *_: pytest.fail("the model was loaded first"))
     options = demo.Options(**{"out": tmp_path / "out", **changes})
-    with pytest.raises(demo.DemoError, match=message):
+    with pytest.raises(InputError, match=message):
         demo.run(options, Console(file=(tmp_path / "log").open("w")))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_an_error(tmp_path):
-    with pytest.raises(demo.DemoError, match="--device cuda is not possible: "):
+    with pytest.raises(InputError, match="--device cuda is not possible: "):
         demo.run(demo.Options(device="cuda", out=tmp_path), Console(file=(tmp_path / "log").open("w")))

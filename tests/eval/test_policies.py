@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from quest_ops.evaluation.policies import NAMES, KVShape, LayerKV, Length, make
-from quest_ops.evaluation.policies.sparq import SparQ
+from quest_eval.policies import NAMES, KVShape, LayerKV, Length, make
+from quest_eval.policies.sparq import SparQ
 
 
 def layer(keys, values=None, *, context, device, scale=1.0, capacity=None, **noted):
@@ -172,6 +172,16 @@ def test_quest_goes_by_the_bound_and_the_page_oracle_by_the_keys(loose):
         assert reader.pages.tolist() == [[[page, 3]]], name
 
 
+def test_the_window_is_the_first_page_and_the_latest(device):
+    values = torch.arange(40.0).expand(64, 40).T[None, None].contiguous()
+    kv = layer(torch.zeros(1, 40, 64), values.to(device), context=33, device=device)
+    reader = make("window", 24, page_size=8).start(kv)
+    # All weights are equal: the mean of the tokens of page 0, page 3, and page 4 as far as it is written.
+    _, out = step(reader, [0.0] * 64)
+    assert reader.pages.tolist() == [[[0, 3, 4]]]
+    assert out == pytest.approx([(sum(range(8)) + sum(range(24, 34))) / 18])
+
+
 # Counting
 
 
@@ -193,6 +203,7 @@ PAGES = 3 * 16 + 8
         # 2 bounds of 64 bytes and a scale of 4 for each KV head and page.
         ("quest-int8", PAGES, PAGES * TOKEN + 63 * 2 * 132, 1000 * TOKEN + 63 * 2 * 132),
         ("quest-head", PAGES, (4 * PAGES + 63) * TOKEN, 1063 * TOKEN),
+        ("window", PAGES, PAGES * TOKEN, 1000 * TOKEN),
         ("h2o", 64, 64 * TOKEN, 64 * TOKEN),
         ("tova", 64, 64 * TOKEN, 64 * TOKEN),
         ("streaming", 64, 64 * TOKEN, 64 * TOKEN),
@@ -235,6 +246,7 @@ def test_every_name_has_a_label_of_its_own():
         ("h2o", 1, {}, "the budget of h2o must be at least 2 tokens, got 1"),
         ("streaming", 4, {}, "the budget of streaming must be at least 5 tokens, got 4"),
         ("page-oracle", 15, {}, "the budget of page-oracle must be at least 16 tokens, got 15"),
+        ("window", 16, {}, "the budget of window must be at least 32 tokens, got 16"),
         ("quest", 8, {}, "budget must be at least a page, 16 tokens, got 8"),
         ("quest", 64, {"page_size": 12}, "page_size must be one of 8, 16, 32, 64, 128, got 12"),
         ("dense", None, {"dense_layers": -1}, "dense_layers must be at least 0, got -1"),

@@ -1,33 +1,35 @@
-"""The model that comes with the package: what it finds under which policy, and the kernels against the emulation."""
+"""The bundled model: the facts it finds under each policy, and the kernels against the emulation."""
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.0")
 
-from quest_ops.evaluation import needles, retrieval_model
-from quest_ops.evaluation.emulation import QuestEmulation
-from quest_ops.evaluation.policies import make
-from quest_ops.evaluation.session import Session
+from quest_eval import bundled_model
+from quest_eval.decoding.policy_decoder import PolicyDecoder
+from quest_eval.policies import make
+from quest_eval.policies.emulation import QuestEmulation
+from quest_eval.tasks.facts import KEY_DIGITS, hide_facts
+from quest_eval.tasks.text import standard_library_text
 
 
 @pytest.fixture(scope="module")
 def facts(device):
-    """A session of two texts of the same length with facts in them, and the questions and keys of both."""
+    """A decoder behind two texts of the same length with facts in them, and the facts of both."""
     haystacks = []
     for seed in range(100):
-        haystack = needles.hide_facts(needles.standard_library_text(1500), 1500, 2, seed)
+        haystack = hide_facts(standard_library_text(1500), 1500, 2, seed)
         if {len(fact.name) for fact in haystack.facts} == {6}:
             haystacks.append(haystack)
     haystacks = haystacks[:2]
-    session = Session(retrieval_model.load(device, torch.float32), max_tokens=1600, batch_size=2)
-    session.read(torch.tensor([list(haystack.text) for haystack in haystacks]), policies=[])
-    return session, [haystack.facts for haystack in haystacks]
+    decoder = PolicyDecoder(bundled_model.load(device, torch.float32), max_tokens=1600, batch_size=2)
+    decoder.prefill(torch.tensor([list(haystack.text) for haystack in haystacks]), policies=[])
+    return decoder, [haystack.facts for haystack in haystacks]
 
 
-def ask(session, facts, policy, which):
+def ask(decoder, facts, policy, which):
     ids = torch.tensor([list(of_text[which].question) for of_text in facts])
-    return [bytes(row).decode(errors="replace") for row in session.generate(policy, ids, needles.KEY_DIGITS).tolist()]
+    return [bytes(row).decode(errors="replace") for row in decoder.generate(policy, ids, KEY_DIGITS).tolist()]
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -42,7 +44,7 @@ def test_facts_are_found_by_dense_attention_and_quest_and_out_of_reach_of_a_wind
 @pytest.mark.parametrize("budget", [64, 256])
 def test_the_kernels_do_what_the_emulation_does(facts, how, budget):
     """Same pages, but for pages whose scores are the same to float32, and same answers."""
-    session, of_texts = facts
+    decoder, of_texts = facts
     name = {"none": "quest-head", "max": "quest"}.get(how, f"quest-{how}")
     real, emulated = make(name, budget), QuestEmulation("emulation", budget, group_reduce=how)
     compared = []
@@ -65,15 +67,15 @@ def test_the_kernels_do_what_the_emulation_does(facts, how, budget):
         assert ((scores - edge).abs() <= tolerance)[differs].all()
         compared.append(float(differs.sum(-1).float().mean()))
 
-    session.observer = compare
+    decoder.observer = compare
     try:
         for which in (0, 1):
             compared.clear()
-            answers = ask(session, of_texts, real, which)
-            assert len(compared) == 4 * (len(of_texts[0][which].question) + needles.KEY_DIGITS - 1)
+            answers = ask(decoder, of_texts, real, which)
+            assert len(compared) == 4 * (len(of_texts[0][which].question) + KEY_DIGITS - 1)
             assert sum(compared) / len(compared) < 0.05, "ties are rare"
-            session.observer = None
-            assert ask(session, of_texts, emulated, which) == answers
-            session.observer = compare
+            decoder.observer = None
+            assert ask(decoder, of_texts, emulated, which) == answers
+            decoder.observer = compare
     finally:
-        session.observer = None
+        decoder.observer = None

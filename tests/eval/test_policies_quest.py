@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from quest_eval.decoding.attention_mass import attention_mass
+from quest_eval.policies import NAMES, LayerKV, Length, column_sums, emulation, make
 from quest_ops import reference
 from quest_ops.bounds import update_mean_std_bounds
-from quest_ops.evaluation import emulation
-from quest_ops.evaluation.policies import NAMES, LayerKV, Length, column_sums, make
-from quest_ops.evaluation.policies.recall import attention_mass
 
 B, HQ, HKV, D, CONTEXT, S = 2, 6, 2, 64, 150, 16
 SCALE = D**-0.5

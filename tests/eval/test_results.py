@@ -1,7 +1,9 @@
-"""Results as tables and pictures."""
+"""Results as tables and plots, those in the repository among them."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +11,13 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from quest_ops.evaluation import plots, policies
-from quest_ops.evaluation.tables import markdown
+from quest_eval import plots, policies
+from quest_eval.results.cells import read
+from quest_eval.results.tables import markdown
 
 LENGTHS, BUDGETS = (1024, 2048), (64, 128)
+ROOT = Path(__file__).parents[2]
+MEASURED = sorted(path for path in (ROOT / "bench/results/evaluation").glob("*.json") if path.stem != "emulation")
 
 
 def cells(names: list[str], task: str = "needles", metric: str = "accuracy") -> list[dict[str, Any]]:
@@ -43,4 +48,20 @@ def test_pictures_of_few_and_of_all_policies(names: list[str], tmp_path: Any) ->
     written = plots.draw(found, tmp_path)
     wanted = {"needles-depth.png", "perplexity-depth.png", "needles-position.png", "perplexity-position.png"}
     assert set(written) == wanted | ({"needles-budget.png", "perplexity-budget.png"} if len(names) > 1 else set())
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in written)
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_tables_of_the_documentation_are_those_of_the_measurements(path: Path) -> None:
+    found = read(path)
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    (shown,) = re.findall(f"<!-- {path.stem}: begin -->(.*?)<!-- {path.stem}: end -->", page, re.DOTALL)
+    table = markdown(found)
+    assert table in shown
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_plots_of_the_measurements(path: Path, tmp_path: Path) -> None:
+    written = plots.draw(read(path), tmp_path)
+    assert f"{read(path)[0]['task']}-budget.png" in written
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in written)

@@ -14,11 +14,11 @@ pytest.importorskip("transformers", minversion="5.0")
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("rouge")
 
-from quest_ops.evaluation import tasks
-from quest_ops.evaluation.errors import InputError
-from quest_ops.evaluation.models import ByteTokenizer
-from quest_ops.evaluation.tasks import metrics
-from quest_ops.evaluation.tasks.text import Text, insert, read_text
+from quest_eval import tasks
+from quest_eval.errors import InputError
+from quest_eval.models import ByteTokenizer
+from quest_eval.tasks import metrics
+from quest_eval.tasks.text import Text, insert, read_text
 
 BYTES = ByteTokenizer()
 
@@ -110,9 +110,9 @@ def test_metrics_by_hand():
 
 HASHED = """
 import hashlib
-from quest_ops.evaluation import tasks
-from quest_ops.evaluation.models import ByteTokenizer
-from quest_ops.evaluation.tasks.text import read_text
+from quest_eval import tasks
+from quest_eval.models import ByteTokenizer
+from quest_eval.tasks.text import read_text
 setup = tasks.Setup(ByteTokenizer(), read_text(None, ByteTokenizer()), tries=2)
 for name in tasks.NEEDS_TEXT:
     print(hashlib.sha256(repr(tasks.make(name, setup).samples(3000)).encode()).hexdigest())

@@ -1,6 +1,6 @@
-"""The wheel, what it holds, the stable ABI of its libraries, and what CMake says where it cannot build.
+"""The wheels and their content, the stable ABI of the libraries, and the errors of CMake where it cannot build.
 
-`QUEST_OPS_WHEEL` names a wheel to test; without it one is built here, in the build folder of the installed libraries.
+`QUEST_OPS_WHEEL` names a wheel of quest_ops to test. Without it one is built, in the installed libraries' build folder.
 """
 
 import importlib.resources
@@ -72,8 +72,8 @@ def test_one_version() -> None:
 def test_resources() -> None:
     # They must be found in an editable install too, where the libraries lie apart from the Python files.
     files = importlib.resources.files("quest_ops")
-    for name in ("py.typed", "_C.so", "evaluation/model/model.safetensors"):
-        assert files.joinpath(*name.split("/")).is_file(), name
+    for name in ("py.typed", "_C.so"):
+        assert files.joinpath(name).is_file(), name
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     package = ROOT / "python" / "quest_ops"
     ours = {f"quest_ops/{f.relative_to(package).as_posix()}" for f in package.rglob("*") if f.is_file()}
     ours = {name for name in ours if "__pycache__" not in name}
-    assert {"quest_ops/py.typed", "quest_ops/evaluation/model/model.safetensors"} <= ours
+    assert "quest_ops/py.typed" in ours
     libraries = {"quest_ops/_C.so", "quest_ops/_C_cuda.so"} & names
     assert "quest_ops/_C.so" in libraries
     info = f"quest_ops-{VERSION}.dist-info"
@@ -121,11 +121,20 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 
 @needs_builder
+def test_wheel_is_small_and_holds_no_evaluation(wheel: Path) -> None:
+    entries = [entry for entry in zipfile.ZipFile(wheel).infolist() if not entry.filename.endswith("_C_cuda.so")]
+    assert sum(entry.compress_size for entry in entries) < 2**20, "a CPU build is under 1 MiB"
+    evaluation = [entry.filename for entry in entries if re.search("eval|safetensors|model", entry.filename)]
+    assert not evaluation
+
+
+@needs_builder
 def test_wheel_metadata(wheel: Path) -> None:
     text = zipfile.ZipFile(wheel).read(f"quest_ops-{VERSION}.dist-info/METADATA").decode()
     assert "Requires-Python: >=3.10" in text
     assert re.search(r"^Requires-Dist: torch>=2\.10$", text, re.MULTILINE)
     assert "License-Expression: BSD-3-Clause" in text
+    assert set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE)) == {"transformers", "test", "dev"}
 
 
 @needs_builder
@@ -194,3 +203,28 @@ def test_no_torch(tmp_path: Path) -> None:
     venv.create(tmp_path / "empty", symlinks=True)
     message = configure(tmp_path, f"-DPython_EXECUTABLE={tmp_path / 'empty' / 'bin' / 'python'}")
     assert "has none: run `pip install torch`" in message
+
+
+# quest_eval
+
+
+def test_resources_of_the_evaluation() -> None:
+    files = importlib.resources.files(pytest.importorskip("quest_eval"))
+    for name in ("py.typed", "bundled_model/config.json", "bundled_model/model.safetensors"):
+        assert files.joinpath(*name.split("/")).is_file(), name
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="needs hatchling")
+def test_wheel_of_the_evaluation(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, ROOT / "eval"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("quest_eval-*-py3-none-any.whl")
+    wheel, package = zipfile.ZipFile(path), ROOT / "eval" / "quest_eval"
+    files = {f"quest_eval/{f.relative_to(package).as_posix()}" for f in package.rglob("*") if f.is_file()}
+    files = {name for name in files if "__pycache__" not in name}
+    info = path.name.removesuffix("-py3-none-any.whl") + ".dist-info"
+    rest = {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")}
+    assert set(wheel.namelist()) == files | rest
+    assert "quest-eval = quest_eval.command_line:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "BSD 3-Clause" in wheel.read(f"{info}/licenses/LICENSE").decode()

@@ -1,0 +1,1 @@
+"""The commands of ``quest-eval``: demo, run, advise."""

@@ -1,0 +1,1 @@
+"""A model decodes behind a long context under any policy."""

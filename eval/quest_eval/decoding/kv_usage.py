@@ -1,0 +1,48 @@
+"""Tokens and bytes of the KV cache that a policy reads and holds, counted from lengths alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..policies import KVShape, Policy
+
+
+@dataclass(frozen=True)
+class KVUsage:
+    """The use of the KV cache by one sequence while it is decoded.
+
+    Attributes:
+        tokens_attended: tokens a head attends to in the layers that the policy rules, a mean over the decoding steps.
+        kv_bytes_read: keys, values and metadata (bounds) read, a mean over steps and layers, dense ones included.
+        kv_bytes_held: keys, values and metadata that are kept at the end, a mean over layers.
+        kv_bytes_dense: keys and values that dense attention reads in a layer, a mean over steps.
+    """
+
+    tokens_attended: float
+    kv_bytes_read: float
+    kv_bytes_held: float
+    kv_bytes_dense: float
+
+
+def kv_usage(policy: Policy, shape: KVShape, num_layers: int, context: int, length: int) -> KVUsage:
+    """The usage of the steps that take a sequence from ``context`` tokens to ``length``.
+
+    Without a step (the score of a single token) nothing is read: it counts as a first step would.
+    """
+    lengths = range(context + 1, max(length, context + 1) + 1)
+    end = lengths[-1]
+    dense_share = min(policy.dense_layers, num_layers) / num_layers
+
+    def mean_over_layers(dense: float, ruled: float) -> float:
+        return dense_share * dense + (1 - dense_share) * ruled
+
+    dense_read = fmean(n * shape.token_bytes for n in lengths)
+    return KVUsage(
+        tokens_attended=fmean(policy.tokens_attended(context, n) for n in lengths),
+        kv_bytes_read=mean_over_layers(dense_read, fmean(policy.bytes_read(shape, context, n) for n in lengths)),
+        kv_bytes_held=mean_over_layers(end * shape.token_bytes, policy.bytes_held(shape, context, end)),
+        kv_bytes_dense=dense_read,
+    )

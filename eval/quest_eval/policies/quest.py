@@ -1,0 +1,78 @@
+"""Quest through the operators: page bounds, estimate, topk_pages, sparse_decode.
+
+Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", ICML 2024. Its variants are fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quest_ops import QuestConfig, topk_pages
+
+from .page_bounds import Bounds, PageBounds, bytes_of_page
+from .pages import PagePolicy, PageReader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .base import KVShape, LayerKV
+
+
+class QuestReader(PageReader):
+    policy: Quest
+
+    def __init__(self, kv: LayerKV, policy: Quest) -> None:
+        super().__init__(kv, policy)
+        self._bounds = PageBounds(self.view, kv.length.seq_lens, policy.page_size, policy.bounds)
+
+    def attend(self, q: Tensor) -> Tensor:
+        self._bounds.append()
+        return super().attend(q)
+
+    def scores(self, q: Tensor) -> Tensor:
+        return self._bounds.estimate(q)
+
+    def select(self, q: Tensor) -> Tensor:
+        if not self.policy.shared:
+            return super().select(q)
+        # The mean query of each group scores the pages of its KV head, and the scores of all heads add up.
+        kv_heads = self.kv.k.shape[1]
+        scores = self.scores(q.unflatten(1, (kv_heads, -1)).mean(2))
+        page_size, num_pages = self.policy.page_size, self.policy.num_pages
+        pages = topk_pages(scores, self.kv.length.seq_lens, page_size, num_pages, 1, "sum")
+        return pages.expand(-1, kv_heads, -1).contiguous()
+
+
+@dataclass(frozen=True)
+class Quest(PagePolicy):
+    """Quest. ``group_reduce="none"`` is the paper's.
+
+    Args:
+        shared: one list for all heads: of the scores of the groups' mean queries, summed over the KV heads. SGLang's
+            QuestAlgorithm does the same.
+        bounds: "minmax" (the paper's), "meanstd" (mean and standard deviation) or "int8".
+
+    Raises:
+        ValueError: a budget, page size or selection that :class:`quest_ops.QuestConfig` refuses.
+    """
+
+    shared: bool = False
+    bounds: Bounds = "minmax"
+
+    def __post_init__(self) -> None:
+        QuestConfig(self.limit, self.page_size, group_reduce=self.group_reduce, dense_layers=self.dense_layers)
+
+    def label(self) -> str:
+        who = "one list" if self.shared else {"none": "per head"}.get(self.group_reduce, self.group_reduce)
+        bounds = {"minmax": "", "meanstd": ", mean ± std", "int8": ", int8"}[self.bounds]
+        return f"Quest, {who}{bounds}{'' if self.dense_layers else ', no dense layers'}"
+
+    def start(self, kv: LayerKV) -> QuestReader:
+        return QuestReader(kv, self)
+
+    def page_bytes(self, shape: KVShape) -> int:
+        return bytes_of_page(shape, self.bounds)
+
+    def lists(self, shape: KVShape) -> int:
+        return 1 if self.shared else super().lists(shape)

@@ -1,0 +1,119 @@
+"""Policies by name: the built-in ones, those of installed packages, and any class as ``module:Class``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from .base import Policy
+from .dense import Dense
+from .h2o import H2O
+from .oracle import PageOracle, TokenOracle
+from .quest import Quest
+from .snapkv import SnapKV
+from .sparq import SparQ
+from .streaming import Streaming
+from .tova import TOVA
+from .window import Window
+
+#: A package adds policies by entry points of this group, each a name and a subclass of Policy.
+ENTRY_POINTS = "quest_eval.policies"
+
+
+@dataclass(frozen=True)
+class _BuiltIn:
+    kind: type[Policy]
+    description: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_BUILT_IN = {
+    "dense": _BuiltIn(Dense, "the whole cache"),
+    "quest": _BuiltIn(Quest, "Quest, a list for each KV head: the maximum of its query heads' scores"),
+    "quest-head": _BuiltIn(Quest, "Quest, a list for each query head, as in the paper", {"group_reduce": "none"}),
+    "quest-sum": _BuiltIn(
+        Quest, "Quest, a list for each KV head: the sum of its query heads' scores", {"group_reduce": "sum"}
+    ),
+    "quest-soft": _BuiltIn(
+        Quest,
+        "Quest, a list for each KV head: the sum of its query heads' scores softmaxed over the pages",
+        {"group_reduce": "soft"},
+    ),
+    "quest-shared": _BuiltIn(Quest, "Quest, one list for all heads, as in SGLang", {"shared": True}),
+    "quest-meanstd": _BuiltIn(
+        Quest,
+        "quest, by mean and standard deviation of a page's keys in place of minimum and maximum",
+        {"bounds": "meanstd"},
+    ),
+    "quest-int8": _BuiltIn(Quest, "quest, with bounds of 8 bits, as QuestConfig has it by default", {"bounds": "int8"}),
+    "quest-nodense": _BuiltIn(Quest, "quest, in the first layers as well", {"dense_layers": 0}),
+    "h2o": _BuiltIn(H2O, "H2O: the tokens that received most attention, and the latest; others are evicted"),
+    "tova": _BuiltIn(TOVA, "TOVA: the token that the newest attends to least is evicted"),
+    "streaming": _BuiltIn(Streaming, "StreamingLLM: 4 first tokens and the latest, positions numbered anew"),
+    "window": _BuiltIn(Window, "the first page and the latest pages, positions kept"),
+    "sparq": _BuiltIn(SparQ, "SparQ: tokens chosen by the largest components of the query, the rest by the mean value"),
+    "snapkv": _BuiltIn(SnapKV, "SnapKV: tokens of the context are evicted once, by the attention of its end"),
+    "page-oracle": _BuiltIn(PageOracle, "the pages with the best exact scores, for each query head"),
+    "token-oracle": _BuiltIn(TokenOracle, "the tokens with the best exact scores, for each query head"),
+}
+#: Built-in names with their descriptions.
+NAMES: dict[str, str] = {name: built_in.description for name, built_in in _BUILT_IN.items()}
+
+
+def make(name: str, budget: int | None, *, page_size: int = 16, dense_layers: int = 2) -> Policy:
+    """The policy of that name.
+
+    Args:
+        name: one of :data:`NAMES`, an entry point of the group "quest_eval.policies", or ``module:Class``. The module
+            may lie in the current folder.
+        budget: tokens a head may attend to, the one being decoded included. "dense" has none: it may be None.
+        page_size: S of the policies that read pages.
+        dense_layers: first layers that read everything; 0 for "quest-nodense" whatever is given.
+
+    Raises:
+        ValueError: an unknown name, a class that is no policy, or a budget or page size out of range.
+    """
+    built_in = _BUILT_IN.get(name) or _BuiltIn(_of_others(name), "")
+    if dense_layers < 0:
+        raise ValueError(f"dense_layers must be at least 0, got {dense_layers}")
+    if built_in.kind.has_budget and budget is None:
+        raise ValueError(f"policy {name} needs a budget, a number of tokens")
+    options = {"page_size": page_size, "dense_layers": dense_layers} | built_in.options
+    policy = built_in.kind(name, budget if built_in.kind.has_budget else None, **options)
+    if policy.budget is not None and policy.budget < policy.least_budget:
+        raise ValueError(f"the budget of {name} must be at least {policy.least_budget} tokens, got {budget}")
+    return policy
+
+
+def _of_others(name: str) -> type[Policy]:
+    """The class of a name that is not built in."""
+    found = entry_points(group=ENTRY_POINTS)
+    if name in found.names:
+        loaded = found[name].load()
+    elif ":" in name:
+        loaded = _load(name)
+    else:
+        known = ", ".join([*NAMES, *sorted(found.names)])
+        raise ValueError(f"policy must be one of {known}, or module:Class, got {name!r}")
+    if not (isinstance(loaded, type) and issubclass(loaded, Policy)):
+        raise ValueError(f"policy {name} must be a subclass of quest_eval.policies.Policy, got {loaded!r}")
+    if inspect.isabstract(loaded):
+        missing = ", ".join(sorted(loaded.__abstractmethods__))
+        raise ValueError(f"policy {name} must define {missing}, see quest_eval.policies.Policy")
+    return loaded
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` has it and a console script has not
+        sys.path.insert(0, here)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"policy {name} cannot be imported ({error})") from error
