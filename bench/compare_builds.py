@@ -100,9 +100,10 @@ class Draw:
 
 
 def draw_shape(draw: Draw, elements: int) -> Shape:
-    """A shape over the whole domain, with a pool of at most about ``elements`` elements."""
+    """A shape over the whole domain, or one that a GPU takes in one launch; a pool of about ``elements`` at most."""
+    one_launch = draw.chance(0.5)
     head_dim, page_size = draw.choice(HEAD_DIMS), draw.choice(PAGE_SIZES)
-    group = draw.choice([*range(1, 17), 32])
+    group = draw.integer(1, 8) if one_launch else draw.choice([*range(1, 17), 32])
     kv_heads = draw.integer(1, max(1, 32 // group))
     batch = draw.integer(1, 4)
     tokens = min(draw.choice((60, 400, 5000)), elements // (batch * kv_heads * head_dim))
@@ -110,14 +111,14 @@ def draw_shape(draw: Draw, elements: int) -> Shape:
         max(0, draw.integer(0, tokens // page_size) * page_size + draw.choice((0, -1, 1, page_size // 2)))
         for _ in range(batch)
     )
-    layouts = [draw.choice(LAYOUTS) for _ in range(4)] if draw.chance(0.5) else ["contiguous"] * 4
+    layouts = [draw.choice(LAYOUTS[:4] if one_launch else LAYOUTS) for _ in range(4)]
     return Shape(
-        dtype=draw.choice(DTYPES),
+        dtype=draw.choice(DTYPES[1:] if one_launch else DTYPES),
         head_dim=head_dim,
         page_size=page_size,
         kv_heads=kv_heads,
         group=group,
-        new_tokens=draw.integer(0, 8) if draw.chance(0.5) else draw.integer(0, 1),
+        new_tokens=draw.integer(0, 1 if one_launch else 8),
         lengths=lengths,
         int8=draw.chance(0.35),
         shared_pages=draw.integer(0, 2),
