@@ -64,7 +64,7 @@ bench: $(STAMPS)/dev
 	then $(VENV)/bin/python bench/kernels.py $(ARGS); \
 	else echo "make bench measures kernels on a GPU, and torch sees none here."; fi
 
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/c*/*.h csrc/c*/*.cpp csrc/c*/*.cu csrc/c*/*.cuh csrc/cpu/simd/*)
+SOURCES := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 lint: $(STAMPS)/dev
 	ruff check

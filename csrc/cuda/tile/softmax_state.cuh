@@ -8,11 +8,12 @@ namespace quest::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Turns scores into weights. A negative scale flips the scores' sign, so that the largest still has weight 1.
+// Turns scores into weights. Scores are multiplied by the scale's sign first, so that the largest has weight 1.
 struct Softmax {
-  float sign, scale, log2_scale;
-  __device__ explicit Softmax(float s) : sign(s < 0.f ? -1.f : 1.f), scale(fabsf(s)), log2_scale(scale * kLog2e) {}
-  // A score of -inf has weight 0 whatever the maximum is, and even where the scale is 0.
+  float sign, scale, log2_scale;  // sign is 0 for a scale of 0: infinite scores become NaN, as in the reference
+  __device__ explicit Softmax(float s)
+      : sign(s < 0.f ? -1.f : s > 0.f ? 1.f : 0.f), scale(fabsf(s)), log2_scale(scale * kLog2e) {}
+  // A score of -inf has weight 0 whatever the maximum is.
   __device__ __forceinline__ float weight(float score, float max) const {
     const float weight = exp2_approx((score - max) * log2_scale);
     return score == -INFINITY ? 0.f : weight;
@@ -45,16 +46,17 @@ struct SoftmaxState {
     }
   }
 
-  // A NaN score leaves the maximum alone and makes the sum NaN, and with it the result.
+  // No token, or all of them scored -inf. A NaN score makes the sum NaN, and a score of +inf too.
   __device__ __forceinline__ bool empty() const { return sum == 0.f; }
   __device__ __forceinline__ float lse(const Softmax& softmax) const {
-    return empty() ? -INFINITY : max * softmax.scale + logf(sum);
+    if (empty()) return -INFINITY;
+    return max == INFINITY ? INFINITY : max * softmax.scale + logf(sum);
   }
 
   // The attention output of vector i.
   template <class T>
   __device__ __forceinline__ void write(T* to, int i) const {
-    const float4 x = out[i];
+    const float4 x = empty() ? float4{} : out[i];  // out is not zero where a weight of 0 met an infinite value
     const float inverse = empty() ? 0.f : 1.f / sum;
     to[0] = from_float<T>(x.x * inverse), to[1] = from_float<T>(x.y * inverse);
     to[2] = from_float<T>(x.z * inverse), to[3] = from_float<T>(x.w * inverse);
