@@ -34,7 +34,8 @@ struct PageBounds {
     for (int i = 0; i < kVec; ++i) lower[i] = INFINITY, upper[i] = -INFINITY;
   }
 
-  static __device__ __forceinline__ int thread() { return kWarps == 1 ? threadIdx.x % kWarpSize : threadIdx.x; }
+  // Unsigned, since the constructor divides it, and a signed division takes longer.
+  static __device__ __forceinline__ unsigned thread() { return kWarps == 1 ? threadIdx.x % kWarpSize : threadIdx.x; }
   static __device__ __forceinline__ void sync() { kWarps == 1 ? __syncwarp() : __syncthreads(); }
 
   __device__ __forceinline__ int offset() const { return vec * kVec; }
@@ -97,7 +98,7 @@ struct PageBounds {
     const float scale = __fdiv_ru(largest, 127.f);
     const bool finite = scale > 0.f && scale < INFINITY;  // else zeros: scores are 0, or NaN as the scale is
     int8_t* const to = static_cast<int8_t*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h;
-    for (int d = thread(); d < vecs * kVec; d += kThreads) {
+    for (int d = static_cast<int>(thread()); d < vecs * kVec; d += kThreads) {
       const float low = to_float(shared.lower[d / kVec].at[d % kVec]);
       const float high = to_float(shared.upper[d / kVec].at[d % kVec]);
       to[d] = finite ? static_cast<int8_t>(floorf(__fdiv_rd(low, scale))) : 0;
