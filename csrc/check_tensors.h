@@ -159,7 +159,8 @@ inline Paging check_paging(
       .seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr()),
       .P = check_pages(page_table.size(1), page_shift, "page_table's tokens a sequence (P * page_size)"),
       .N = check_int32_range(N, "the cache's number of pages"),
-      .page_shift = page_shift};
+      .page_shift = page_shift,
+      .new_lens = nullptr};
 }
 
 // The sizes and strides before the last dimension of q, scores or pages: [B, H, X], or [B, T, H, X].

@@ -33,11 +33,18 @@ inline void check_page_table(const Paging& g, int32_t b, int32_t first, int32_t 
   }
 }
 
+inline void check_new_lens(const Paging& g, const Sizes& size) {
+  for (int32_t b = 0; g.new_lens && b < size.B; ++b)
+    STD_TORCH_CHECK(
+        g.new_lens[b] >= 0 && g.new_lens[b] <= size.T, "new_lens must be 0 to ", size.T, " (T), got ", g.new_lens[b],
+        " for sequence ", b);
+}
+
 inline void check_values(const AppendParams& p, const char* lens_name = "seq_lens") {
   check_seq_lens(p.paging, p.size.B, lens_name);
+  check_new_lens(p.paging, p.size);
   for (int32_t b = 0; b < p.size.B; ++b) {
-    const int32_t n = p.new_lens ? p.new_lens[b] : p.size.T, length = p.paging.seq_lens[b];
-    STD_TORCH_CHECK(n >= 0 && n <= p.size.T, "new_lens must be 0 to ", p.size.T, " (T), got ", n, " for sequence ", b);
+    const int32_t n = p.new_tokens(b), length = p.paging.seq_lens[b];
     STD_TORCH_CHECK(
         n <= p.paging.capacity() - length, "page_table must have room for ", lens_name, " + new tokens, ", length,
         " + ", n, " for sequence ", b, ", got ", p.paging.P, " pages of ", p.paging.page_size());
@@ -50,9 +57,11 @@ inline void check_values(const DecodeStepParams& p) {
   check_values(p.append, "start_lens");
   for (int32_t b = 0; b < p.size.B; ++b) {
     check_page_table(p.paging, b, 0, p.paging.pages_of(p.paging.seq_lens[b]));
+    const int32_t start = p.append.paging.seq_lens[b], end = p.paging.seq_lens[b];
+    const int32_t n = p.paging.new_tokens(b, p.size.T);
     STD_TORCH_CHECK(
-        p.paging.seq_lens[b] == p.append.paging.seq_lens[b] + p.size.T, "seq_lens must be start_lens + T, ",
-        p.append.paging.seq_lens[b], " + ", p.size.T, " for sequence ", b, ", got ", p.paging.seq_lens[b]);
+        end == start + n || (start == 0 && end == 0), "seq_lens must be start_lens + ",
+        p.paging.new_lens ? "new_lens" : "T", ", ", start, " + ", n, " for sequence ", b, ", got ", end);
   }
 }
 
@@ -67,13 +76,18 @@ inline void check_values(const UpdateBoundsParams& p) {
 
 inline void check_values(const EstimateParams& p) {
   check_seq_lens(p.paging, p.size.B);
+  check_new_lens(p.paging, p.size);
   for (int32_t b = 0; b < p.size.B; ++b) check_page_table(p.paging, b, 0, p.paging.pages_of(p.paging.seq_lens[b]));
 }
 
-inline void check_values(const TopkParams& p) { check_seq_lens(p.paging, p.size.B); }
+inline void check_values(const TopkParams& p) {
+  check_seq_lens(p.paging, p.size.B);
+  check_new_lens(p.paging, p.size);
+}
 
 inline void check_values(const DecodeParams& p) {
   check_seq_lens(p.paging, p.size.B);
+  check_new_lens(p.paging, p.size);
   for (int32_t b = 0; b < p.size.B; ++b) {
     check_page_table(p.paging, b, 0, p.paging.pages_of(p.paging.seq_lens[b]));
     if (!p.pages) continue;

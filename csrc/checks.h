@@ -31,7 +31,8 @@ inline Query query_of(const Tensor& q, const Leading& leading) {
 inline AppendParams check_append_kv(
     const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_bounds,
     const Tensor& page_table, const Tensor& seq_lens, const std::optional<Tensor>& new_lens,
-    const std::optional<Tensor>& k_scales, const char* lens_name = "seq_lens") {
+    const std::optional<Tensor>& k_scales, const char* lens_name = "seq_lens",
+    const std::optional<Tensor>& end_lens = std::nullopt) {
   AppendParams p{};
   p.dtype = check_dtype(k, "k");
   check_dim(k, "k", 4, "[B, T, Hkv, D]");
@@ -47,7 +48,8 @@ inline AppendParams check_append_kv(
   check_size(v_cache, "v_cache", 2, k_cache.size(2), "[N, Hkv, S, D]", "the page size of k_cache");
   const int32_t shift = check_page_size(k_cache.size(2), "k_cache's page size (dimension 2)");
   p.paging = check_paging(page_table, seq_lens, B, k_cache.size(0), shift, k, "k", lens_name);
-  p.new_lens = check_optional_lens(new_lens, "new_lens", B, k, "k");
+  p.paging.new_lens = check_optional_lens(new_lens, "new_lens", B, k, "k");
+  p.end_lens = check_optional_lens(end_lens, "seq_lens", B, k, "k");
   const int32_t heads = check_int32_range(Hkv, "the number of KV heads");
   p.size = {.B = check_int32_range(B, "B"), .T = check_int32_range(T, "T"), .Hq = heads, .Hkv = heads, .D = D};
   // The first of them may be the last token of its page.
@@ -78,7 +80,7 @@ inline UpdateBoundsParams check_update_bounds(
 
 inline EstimateParams check_estimate(
     const Tensor& q, const Tensor& k_bounds, const Tensor& page_table, const Tensor& seq_lens, int64_t page_size,
-    const std::optional<Tensor>& k_scales) {
+    const std::optional<Tensor>& k_scales, const std::optional<Tensor>& new_lens) {
   EstimateParams p{};
   p.dtype = check_dtype(q, "q");
   const Leading l = check_leading(q, "q", "[B, Hq, D] or [B, T, Hq, D]");
@@ -90,6 +92,7 @@ inline EstimateParams check_estimate(
   p.k_bounds = check_bounds(k_bounds, k_scales, q, "q", Hkv, D);
   const int32_t shift = check_page_size(page_size, "page_size");
   p.paging = check_paging(page_table, seq_lens, l.B, k_bounds.size(0), shift, q, "q");
+  p.paging.new_lens = check_optional_lens(new_lens, "new_lens", l.B, q, "q");
   p.size = sizes_of(l, Hkv, D);
   p.q = query_of(q, l);
   return p;
@@ -113,7 +116,8 @@ inline GroupReduce check_selection(
 
 inline TopkParams check_topk_pages(
     const Tensor& scores, const Tensor& seq_lens, int64_t page_size, int64_t k, int64_t num_kv_heads,
-    int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, double scale) {
+    int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, double scale, const std::optional<Tensor>& new_lens,
+    const std::optional<Tensor>& budgets) {
   STD_TORCH_CHECK(
       scores.scalar_type() == ScalarType::Float, "scores must be float32, got ",
       torch::headeronly::toString(scores.scalar_type()));
@@ -135,7 +139,8 @@ inline TopkParams check_topk_pages(
            .seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr()),
            .P = P,
            .N = 0,
-           .page_shift = shift},
+           .page_shift = shift,
+           .new_lens = check_optional_lens(new_lens, "new_lens", l.B, scores, "scores")},
       .scores = static_cast<const float*>(scores.const_data_ptr()),
       .stride_b = l.stride_b,
       .stride_t = l.stride_t,
@@ -146,12 +151,13 @@ inline TopkParams check_topk_pages(
       .recent_pages = static_cast<int32_t>(recent_pages),
       .reduce = reduce,
       .scale = static_cast<float>(scale),
+      .budgets = check_optional_lens(budgets, "budgets", l.B, scores, "scores"),
       .pages = nullptr};
 }
 
 inline DecodeParams check_sparse_decode(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table, const Tensor& seq_lens,
-    const std::optional<Tensor>& pages, std::optional<double> scale) {
+    const std::optional<Tensor>& pages, std::optional<double> scale, const std::optional<Tensor>& new_lens) {
   DecodeParams p{};
   p.dtype = check_dtype(q, "q");
   const Leading l = check_leading(q, "q", "[B, Hq, D] or [B, T, Hq, D]");
@@ -166,6 +172,7 @@ inline DecodeParams check_sparse_decode(
   check_size(v_cache, "v_cache", 2, k_cache.size(2), "[N, Hkv, S, D]", "the page size of k_cache");
   const int32_t shift = check_page_size(k_cache.size(2), "k_cache's page size (dimension 2)");
   p.paging = check_paging(page_table, seq_lens, l.B, k_cache.size(0), shift, q, "q");
+  p.paging.new_lens = check_optional_lens(new_lens, "new_lens", l.B, q, "q");
   p.size = sizes_of(l, Hkv, D);
   p.q = query_of(q, l);
   p.Hs = p.size.Hkv, p.K = p.paging.P;
@@ -193,14 +200,15 @@ inline DecodeStepParams check_decode_step(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
     const Tensor& k_bounds, const Tensor& page_table, const Tensor& start_lens, const Tensor& seq_lens,
     int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, std::optional<double> scale,
-    const std::optional<Tensor>& k_scales) {
-  const DecodeParams d = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, std::nullopt, scale);
+    const std::optional<Tensor>& k_scales, const std::optional<Tensor>& new_lens,
+    const std::optional<Tensor>& budgets) {
+  const DecodeParams d = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, std::nullopt, scale, new_lens);
   check_like(k, "k", q, "q");
   check_dim(k, "k", 4, "[B, T, Hkv, D]");
   check_size(k, "k", 0, d.size.B, "[B, T, Hkv, D]", "the number of sequences");
   check_size(k, "k", 1, d.size.T, "[B, T, Hkv, D]", "the new tokens of q");
-  const AppendParams append =
-      check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, std::nullopt, k_scales, "start_lens");
+  const AppendParams append = check_append_kv(
+      k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, "start_lens", seq_lens);
   const GroupReduce reduce = check_selection(num_pages, "num_pages", group_reduce, sink_pages, recent_pages);
   return {
       .append = append,
@@ -212,7 +220,8 @@ inline DecodeStepParams check_decode_step(
       .sink_pages = static_cast<int32_t>(sink_pages),
       .recent_pages = static_cast<int32_t>(recent_pages),
       .reduce = reduce,
-      .scale = d.scale};
+      .scale = d.scale,
+      .budgets = check_optional_lens(budgets, "budgets", d.size.B, q, "q")};
 }
 
 }  // namespace quest

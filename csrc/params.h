@@ -44,6 +44,7 @@ struct Paging {
   int64_t page_table_stride;
   const int32_t* seq_lens;   // [B]
   int32_t P, N, page_shift;  // S = 1 << page_shift
+  const int32_t* new_lens;   // [B] or null: T for every sequence
 
   QUEST_HOST_DEVICE int32_t page_size() const { return 1 << page_shift; }
   QUEST_HOST_DEVICE int32_t capacity() const { return P << page_shift; }
@@ -54,10 +55,19 @@ struct Paging {
     const int32_t n = seq_lens[b];
     return n < 0 ? 0 : n > capacity() ? capacity() : n;
   }
-  // Tokens that new token t of T may attend to: those before it, and itself.
+  // New tokens of a sequence, the first of its T; the others are padding.
+  QUEST_HOST_DEVICE int32_t new_tokens(int32_t b, int32_t T) const {
+    if (!new_lens) return T;
+    const int32_t n = new_lens[b];
+    return n < 0 ? 0 : n > T ? T : n;
+  }
+  // Tokens that new token t of T may attend to: those before it, and itself. Padding sees none.
   QUEST_HOST_DEVICE int32_t visible(int32_t b, int32_t t, int32_t T) const {
-    const int32_t n = length(b) - (T - 1 - t);
-    return n < 0 ? 0 : n;
+    return visible_of(length(b), t, new_tokens(b, T));
+  }
+  static QUEST_HOST_DEVICE int32_t visible_of(int32_t length, int32_t t, int32_t new_tokens) {
+    const int32_t n = length - (new_tokens - 1 - t);
+    return n < 0 || t >= new_tokens ? 0 : n;
   }
   // -1 where the table holds no physical page.
   QUEST_HOST_DEVICE int32_t physical(int32_t b, int32_t logical) const {
@@ -100,13 +110,14 @@ struct AppendParams {
   NewTokens k, v;
   Cache k_cache, v_cache;
   Bounds k_bounds;
-  const int32_t* new_lens;  // [B] or null: T for every sequence
+  const int32_t* end_lens;  // [B] or null: nothing is written behind these tokens, whatever new_lens says
   int32_t max_touched;      // the most pages that T new tokens touch
 
   QUEST_HOST_DEVICE int32_t new_tokens(int32_t b) const {
-    if (!new_lens) return size.T;
-    const int32_t n = new_lens[b];
-    return n < 0 ? 0 : n > size.T ? size.T : n;
+    const int32_t n = paging.new_tokens(b, size.T);
+    if (!end_lens) return n;
+    const int32_t room = end_lens[b] - paging.length(b);
+    return room < 0 ? 0 : room < n ? room : n;
   }
 };
 
@@ -128,6 +139,13 @@ struct EstimateParams {
   float* scores;  // [B, T, Hq, P] contiguous
 };
 
+// The pages that a sequence selects: its own budget, of `forced` to K pages, or K where there are no budgets.
+QUEST_HOST_DEVICE int32_t pages_to_select(const int32_t* budgets, int32_t b, int32_t forced, int32_t K) {
+  if (!budgets) return K;
+  const int32_t k = budgets[b];
+  return k < forced ? forced : k > K ? K : k;
+}
+
 struct TopkParams {
   Sizes size;           // D unused
   Paging paging;        // page_table unused
@@ -135,8 +153,13 @@ struct TopkParams {
   int64_t stride_b, stride_t, stride_h;
   int32_t Hs, K, sink_pages, recent_pages;
   GroupReduce reduce;
-  float scale;     // of the scores, in GroupReduce::soft
-  int32_t* pages;  // [B, T, Hs, K] contiguous
+  float scale;             // of the scores, in GroupReduce::soft
+  const int32_t* budgets;  // [B] or null, as in pages_to_select
+  int32_t* pages;          // [B, T, Hs, K] contiguous
+
+  QUEST_HOST_DEVICE int32_t pages_to_select(int32_t b) const {
+    return quest::pages_to_select(budgets, b, sink_pages + recent_pages, K);
+  }
 };
 
 // append_kv, estimate, topk_pages and sparse_decode in one call.
@@ -148,9 +171,14 @@ struct DecodeStepParams {
   int32_t Hs, K, sink_pages, recent_pages;
   GroupReduce reduce;
   float scale;
+  const int32_t* budgets;    // [B] or null, as in pages_to_select
   int32_t* pages = nullptr;  // [B, T, Hs, K] contiguous
   void* out = nullptr;       // [B, T, Hq, D] contiguous, dtype
   float* lse = nullptr;      // [B, T, Hq] contiguous
+
+  QUEST_HOST_DEVICE int32_t pages_to_select(int32_t b) const {
+    return quest::pages_to_select(budgets, b, sink_pages + recent_pages, K);
+  }
 };
 
 struct DecodeParams {

@@ -17,26 +17,28 @@ QUEST_LIBRARY(m) {
       "Tensor? first_token=None, Tensor(b!)? k_scales=None) -> ()");
 
   // An upper bound of q.k for each page: q [B, Hq, D] -> scores [B, Hq, P] float32. With T new tokens,
-  // q [B, T, Hq, D] -> scores [B, T, Hq, P], and likewise below.
+  // q [B, T, Hq, D] -> scores [B, T, Hq, P], and likewise below. The first new_lens [B] of the T are real.
   m.def(
-      "estimate(Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int page_size, Tensor? k_scales=None) "
-      "-> Tensor");
+      "estimate(Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int page_size, Tensor? k_scales=None, "
+      "Tensor? new_lens=None) -> Tensor");
 
   // The k best pages: scores -> pages [B, Hs, K] int32. group_reduce is 0 none (Hs = Hq), 1 max, 2 sum or 3 soft. scale
-  // multiplies the scores before the softmax of soft.
+  // multiplies the scores before the softmax of soft. A sequence selects budgets [B] pages, k at most.
   m.def(
       "topk_pages(Tensor scores, Tensor seq_lens, int page_size, SymInt k, SymInt num_kv_heads, int group_reduce=1, "
-      "int sink_pages=0, int recent_pages=1, float scale=1.0) -> Tensor");
+      "int sink_pages=0, int recent_pages=1, float scale=1.0, Tensor? new_lens=None, Tensor? budgets=None) -> Tensor");
 
   // Attention over the selected pages, or all pages where None -> out like q, lse [B, Hq] float32.
   m.def(
       "sparse_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, "
-      "Tensor? pages=None, float? scale=None) -> (Tensor out, Tensor lse)");
+      "Tensor? pages=None, float? scale=None, Tensor? new_lens=None) -> (Tensor out, Tensor lse)");
 
   // A layer's step in one call. append_kv runs with start_lens; estimate, topk_pages and sparse_decode run with
-  // seq_lens, which are start_lens + T. Returns out and lse of sparse_decode, and pages of topk_pages.
+  // seq_lens, which are start_lens + T or new_lens. Returns out and lse of sparse_decode, and pages of topk_pages.
+  // A sequence whose seq_lens is 0 is idle: nothing is written, out is 0.
   m.def(
       "decode_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_bounds, "
       "Tensor page_table, Tensor start_lens, Tensor seq_lens, SymInt num_pages, int group_reduce=1, int sink_pages=0, "
-      "int recent_pages=1, float? scale=None, Tensor(d!)? k_scales=None) -> (Tensor out, Tensor lse, Tensor pages)");
+      "int recent_pages=1, float? scale=None, Tensor(d!)? k_scales=None, Tensor? new_lens=None, Tensor? budgets=None) "
+      "-> (Tensor out, Tensor lse, Tensor pages)");
 }

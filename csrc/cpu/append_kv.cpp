@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../checks.h"
+#include "../four_operators.h"
 #include "../namespace.h"
 #include "page_bounds.h"
 
@@ -34,10 +35,11 @@ static void append_page(const AppendParams& p, const Loops& loops, int b, int h,
   renew_page_bounds(loops, p.k_cache, p.k_bounds, p.dtype, page, h, slot + n, p.size.D);
 }
 
-void append_kv(
+void append_until(
     Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
-    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales) {
-  const AppendParams p = check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales);
+    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales, std::optional<Tensor> end_lens) {
+  const AppendParams p =
+      check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, "seq_lens", end_lens);
   check_values(p);
   const int64_t heads = p.size.Hkv, tasks = int64_t{p.size.B} * p.max_touched * heads;
   const int64_t bytes = int64_t{p.paging.page_size()} * p.size.D * element_size(p.dtype);
@@ -50,6 +52,12 @@ void append_kv(
           static_cast<int>(page % p.max_touched));
     }
   });
+}
+
+void append_kv(
+    Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
+    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales) {
+  append_until(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, std::nullopt);
 }
 
 QUEST_LIBRARY_IMPL(CPU, m) { m.impl("append_kv", TORCH_BOX(&append_kv)); }

@@ -84,8 +84,9 @@ static void estimate_pages(const EstimateKernelParams& kernel, int b, int first)
 }
 
 Tensor estimate(
-    Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size, std::optional<Tensor> k_scales) {
-  EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales);
+    Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size, std::optional<Tensor> k_scales,
+    std::optional<Tensor> new_lens) {
+  EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales, new_lens);
   check_values(p);
   const auto [B, T, Hq, Hkv, D] = p.size;
   const int64_t P = p.paging.P;

@@ -25,6 +25,8 @@ static constexpr float kInf = std::numeric_limits<float>::infinity();
 // A page list and the queries that read it: `heads` heads from `head` on, of `tokens` new tokens from t on.
 struct List {
   int b, t, tokens, head, heads, kv_head;
+  int real;              // of `tokens`; those behind are padding
+  int visible;           // tokens that its last real token sees
   const int32_t* pages;  // null: page i is i
   int entries;           // up to the last visible page
 
@@ -60,9 +62,13 @@ static List find_list(const DecodeParams& p, int64_t index) {
       .head = h * heads,
       .heads = heads,
       .kv_head = h * heads / p.size.group(),
+      .real = 1,
+      .visible = 0,
       .pages = nullptr,
       .entries = 0};
-  const int visible = p.paging.pages_of(p.paging.visible(list.b, list.t + list.tokens - 1, p.size.T));
+  if (!p.pages) list.real = p.paging.new_tokens(list.b, p.size.T);
+  list.visible = p.paging.visible(list.b, list.t + std::max(0, list.real - 1), p.size.T);
+  const int visible = p.paging.pages_of(list.visible);
   list.entries = p.pages ? p.K : visible;
   if (p.pages) {
     list.pages = p.pages + list.b * p.pages_stride_b + list.t * p.pages_stride_t + h * p.pages_stride_h;
@@ -86,7 +92,6 @@ struct Tokens {
 static void find_tokens(const DecodeParams& p, const List& list, int split, Tokens& tokens) {
   const int shift = p.paging.page_shift, pages = kSplitTokens >> shift;
   const int last = std::min((split + 1) * pages, list.entries);
-  const int visible = p.paging.visible(list.b, list.t + list.tokens - 1, p.size.T);
   int n = 0;
   for (int i = split * pages; i < last; ++i) {
     const int logical = list.pages ? list.pages[i] : i;
@@ -94,7 +99,7 @@ static void find_tokens(const DecodeParams& p, const List& list, int split, Toke
     if (page < 0) continue;
     const int64_t key = page * p.k_cache.stride_n + list.kv_head * p.k_cache.stride_h;
     const int64_t value = page * p.v_cache.stride_n + list.kv_head * p.v_cache.stride_h;
-    const int seen = std::clamp(visible - (logical << shift), 0, p.paging.page_size());
+    const int seen = std::clamp(list.visible - (logical << shift), 0, p.paging.page_size());
     for (int slot = 0; slot < seen; ++slot, ++n) {
       tokens.keys[n] = element(p.k_cache.data, key + slot * p.k_cache.stride_s, p.dtype);
       tokens.values[n] = element(p.v_cache.data, value + slot * p.v_cache.stride_s, p.dtype);
@@ -145,10 +150,11 @@ static void attend_queries(
 static void attend_split(const DecodeKernelParams& p, const List& list, int split, int64_t task) {
   Tokens tokens;
   find_tokens(p.op, list, split, tokens);
-  for (int query = 0; query < p.queries; query += kQueries) {
+  const int queries = list.real * list.heads;
+  for (int query = 0; query < queries; query += kQueries) {
     const int64_t at = task * p.queries + query;
     attend_queries(
-        p.op, p.loops, list, tokens, split, query, std::min(kQueries, p.queries - query), p.partial_max.get() + at,
+        p.op, p.loops, list, tokens, split, query, std::min(kQueries, queries - query), p.partial_max.get() + at,
         p.partial_sum.get() + at, p.partial_out.get() + at * p.op.size.D);
   }
 }
@@ -159,7 +165,7 @@ static void combine_query(const DecodeKernelParams& p, int64_t index, int query)
   const List list = find_list(p.op, index);
   const int64_t step = int64_t{Hs} * p.queries;  // from split to split
   const int64_t begin = (p.first_task[index / Hs] + index % Hs) * p.queries + query;
-  const int64_t end = begin + count_splits(p.op, list) * step;
+  const int64_t end = begin + (query < list.real * list.heads ? count_splits(p.op, list) * step : 0);
   float max = -kInf, sum = 0, weights[kBatch], out[kMaxHeadDim] = {};
   const void* outs[kBatch];
   for (int64_t at = begin; at < end; at += step) {
@@ -233,8 +239,8 @@ static void decode(const DecodeParams& op) {
 
 std::tuple<Tensor, Tensor> sparse_decode(
     Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, std::optional<Tensor> pages,
-    std::optional<double> scale) {
-  DecodeParams p = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale);
+    std::optional<double> scale, std::optional<Tensor> new_lens) {
+  DecodeParams p = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale, new_lens);
   check_values(p);
   const auto [B, T, Hq, Hkv, D] = p.size;
   const bool has_tokens = q.dim() == 4;

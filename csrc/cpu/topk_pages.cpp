@@ -83,10 +83,10 @@ static void select_list(const TopkKernelParams& kernel, int64_t list, int64_t wo
   const TopkParams& p = kernel.op;
   const int T = p.size.T, h = static_cast<int>(list % p.Hs), t = static_cast<int>(list / p.Hs % T);
   const int b = static_cast<int>(list / p.Hs / T), heads = p.size.Hq / p.Hs;
-  const int n = p.paging.pages_of(p.paging.visible(b, t, T));
+  const int n = p.paging.pages_of(p.paging.visible(b, t, T)), K = p.pages_to_select(b);
   int32_t* out = p.pages + list * p.K;
   int32_t* const out_end = out + p.K;
-  if (n <= p.K) {
+  if (n <= K) {
     for (int i = 0; i < n; ++i) *out++ = i;
     std::fill(out, out_end, -1);
     return;
@@ -99,7 +99,7 @@ static void select_list(const TopkKernelParams& kernel, int64_t list, int64_t wo
   for (int i = 0; i < n; ++i) keys[i] = order_key(reduced[i]);
 
   const int recent = n - p.recent_pages;  // n > K, so that forced pages do not overlap
-  const int free = p.K - p.sink_pages - p.recent_pages;
+  const int free = K - p.sink_pages - p.recent_pages;
   for (int i = 0; i < p.sink_pages; ++i) *out++ = i;
   if (free > 0) {
     Threshold last = select_largest(keys + p.sink_pages, recent - p.sink_pages, free);
@@ -107,13 +107,15 @@ static void select_list(const TopkKernelParams& kernel, int64_t list, int64_t wo
       if (keys[i] > last.key || (keys[i] == last.key && last.ties-- > 0)) *out++ = i;
   }
   for (int i = recent; i < n; ++i) *out++ = i;
+  std::fill(out, out_end, -1);
 }
 
 Tensor topk_pages(
     Tensor scores, Tensor seq_lens, int64_t page_size, int64_t k, int64_t num_kv_heads, int64_t group_reduce,
-    int64_t sink_pages, int64_t recent_pages, double scale) {
-  TopkParams p =
-      check_topk_pages(scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale);
+    int64_t sink_pages, int64_t recent_pages, double scale, std::optional<Tensor> new_lens,
+    std::optional<Tensor> budgets) {
+  TopkParams p = check_topk_pages(
+      scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale, new_lens, budgets);
   check_values(p);
   const int64_t B = p.size.B, T = p.size.T, Hs = p.Hs, K = p.K;
   Tensor pages = scores.dim() == 4 ? torch::stable::new_empty(scores, {B, T, Hs, K}, ScalarType::Int)

@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include "../four_operators.h"
 #include "../namespace.h"
 #include "append_kv.cuh"
 #include "host/launch.h"
@@ -8,10 +9,11 @@
 
 namespace quest::cuda {
 
-void append_kv(
+void append_until(
     Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
-    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales) {
-  const AppendParams p = check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales);
+    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales, std::optional<Tensor> end_lens) {
+  const AppendParams p =
+      check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, "seq_lens", end_lens);
   const NvtxRange range("append_kv");
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const cudaStream_t stream = current_stream(k);
@@ -21,6 +23,12 @@ void append_kv(
   dispatch_dtype(p.dtype, [&](auto element) {
     launch_in_order(append_kv_kernel<decltype(element)>, grid_size(blocks, "append_kv"), kBoundsThreads, 0, stream, p);
   });
+}
+
+void append_kv(
+    Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
+    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales) {
+  append_until(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, std::nullopt);
 }
 
 QUEST_LIBRARY_IMPL(CUDA, m) { m.impl("append_kv", TORCH_BOX(&append_kv)); }

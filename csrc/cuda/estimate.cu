@@ -28,8 +28,9 @@ void launch_estimate(const EstimateParams& p, cudaStream_t stream) {
 }  // namespace
 
 Tensor estimate(
-    Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size, std::optional<Tensor> k_scales) {
-  EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales);
+    Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size, std::optional<Tensor> k_scales,
+    std::optional<Tensor> new_lens) {
+  EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales, new_lens);
   const NvtxRange range("estimate");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);

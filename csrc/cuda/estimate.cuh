@@ -24,7 +24,7 @@ struct EstimateKernelParams {
 };
 
 struct EstimateTile {
-  int b, head, first_page, length, pages, rows;  // rows: T * G query rows
+  int b, head, first_page, length, pages, new_tokens, rows;  // rows: T * G query rows
   __device__ EstimateTile(const EstimateKernelParams& params, int pages_per_tile) {
     const EstimateParams& p = params.op;
     int tile, sequence_head;
@@ -32,6 +32,7 @@ struct EstimateTile {
     params.heads(b, head, sequence_head);
     first_page = tile * pages_per_tile;
     length = p.paging.length(b), pages = p.paging.pages_of(length);
+    new_tokens = p.paging.new_tokens(b, p.size.T);
     rows = p.size.T * params.group.divisor;
   }
 };
@@ -60,7 +61,7 @@ struct ScoreRow {
   __device__ ScoreRow(const EstimateKernelParams& params, const EstimateTile& tile, int i) {
     const EstimateParams& p = params.op;
     const QueryRow row(params, tile.head, i);
-    P = p.paging.P, visible = p.paging.pages_of(max(0, tile.length - (p.size.T - 1 - row.t)));
+    P = p.paging.P, visible = p.paging.pages_of(Paging::visible_of(tile.length, row.t, tile.new_tokens));
     scores = p.scores + ((int64_t{tile.b} * p.size.T + row.t) * p.size.Hq + row.h) * P;
   }
   __device__ __forceinline__ void write(int page, float score) const {

@@ -43,8 +43,8 @@ void launch_decode(const DecodeKernelParams& params, int device, cudaStream_t st
 
 std::tuple<Tensor, Tensor> sparse_decode(
     Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, std::optional<Tensor> pages,
-    std::optional<double> scale) {
-  DecodeParams p = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale);
+    std::optional<double> scale, std::optional<Tensor> new_lens) {
+  DecodeParams p = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale, new_lens);
   const NvtxRange range("sparse_decode");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);

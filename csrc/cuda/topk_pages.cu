@@ -21,9 +21,10 @@ int32_t count_splits(const TopkParams& p) {
 
 Tensor topk_pages(
     Tensor scores, Tensor seq_lens, int64_t page_size, int64_t k, int64_t num_kv_heads, int64_t group_reduce,
-    int64_t sink_pages, int64_t recent_pages, double scale) {
-  TopkParams p =
-      check_topk_pages(scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale);
+    int64_t sink_pages, int64_t recent_pages, double scale, std::optional<Tensor> new_lens,
+    std::optional<Tensor> budgets) {
+  TopkParams p = check_topk_pages(
+      scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale, new_lens, budgets);
   const NvtxRange range("topk");
   const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
   const cudaStream_t stream = current_stream(scores);

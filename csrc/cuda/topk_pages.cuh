@@ -75,7 +75,7 @@ struct TopkKernelParams {
 };
 
 struct TopkRow {
-  int b, t, h, heads, n, forced;
+  int b, t, h, heads, n, K, forced;
   const float* scores;  // of the first of its heads
   __device__ TopkRow(const TopkParams& p, int row) {
     h = row % p.Hs, t = row / p.Hs % p.size.T, b = row / p.Hs / p.size.T, heads = p.size.Hq / p.Hs;
@@ -91,10 +91,11 @@ struct TopkRow {
   }
   __device__ void read_length(const TopkParams& p) {
     n = p.paging.pages_of(p.paging.visible(b, t, p.size.T));
+    K = p.pages_to_select(b);
     forced = p.sink_pages + p.recent_pages;
   }
   __device__ bool is_split(const TopkKernelParams& params) const {
-    return params.splits > 1 && n > kTopkKeys && n > params.op.K && forced < params.op.K;
+    return params.splits > 1 && n > kTopkKeys && n > K && forced < K;
   }
 };
 
@@ -154,7 +155,8 @@ __device__ __forceinline__ void select_pages(
 #pragma unroll 1
   for (int j = 0; j < vecs; ++j) own.add(load(j));
   select_best<kTopkThreads>(
-      count, p.K, forced, own, shared, load, [&](int place, int i) { pages[place] = page_of(i); });
+      count, row.K, forced, own, shared, load, [&](int place, int i) { pages[place] = page_of(i); });
+  for (int i = row.K + threadIdx.x; i < p.K; i += kTopkThreads) pages[i] = -1;
 }
 
 // A block owns a split. kResident blocks share a multiprocessor: where there are few, one block gets more registers.
@@ -175,13 +177,13 @@ __global__ void __launch_bounds__(kTopkThreads, kResident) topk_pages_kernel(con
   } else if (split > 0) {
     return;
   }
-  if (count > p.K && forced < p.K) {
+  if (count > row.K && forced < row.K) {
     uint32_t* const global_keys =
         params.keys + int64_t{index} * vecs_per_thread<kTopkThreads>(p.paging.P) * kVecKeys * kTopkThreads;
     select_pages(p, row, count, forced, global_keys, pages, [=](int i) { return first + i; });
   } else {
     for (int i = threadIdx.x; i < p.K; i += kTopkThreads)
-      pages[i] = count <= p.K ? (i < count ? first + i : -1) : i < p.sink_pages ? i : row.n - p.K + i;
+      pages[i] = i >= min(count, row.K) ? -1 : count <= row.K ? first + i : i < p.sink_pages ? i : row.n - row.K + i;
   }
 }
 

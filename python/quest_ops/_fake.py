@@ -24,7 +24,7 @@ def _update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token=None, k_
 
 
 @_fake("estimate")
-def _estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales=None):  # type: ignore[no-untyped-def]
+def _estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales=None, new_lens=None):  # type: ignore[no-untyped-def]
     return q.new_empty((*q.shape[:-1], page_table.shape[1]), dtype=torch.float32)
 
 
@@ -39,13 +39,15 @@ def _topk_pages(  # type: ignore[no-untyped-def]
     sink_pages=0,
     recent_pages=1,
     scale=1.0,
+    new_lens=None,
+    budgets=None,
 ):
     heads = scores.shape[-2] if group_reduce == 0 else num_kv_heads
     return scores.new_empty((*scores.shape[:-2], heads, k), dtype=torch.int32)
 
 
 @_fake("sparse_decode")
-def _sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages=None, scale=None):  # type: ignore[no-untyped-def]
+def _sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages=None, scale=None, new_lens=None):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
@@ -66,6 +68,8 @@ def _decode_step(  # type: ignore[no-untyped-def]
     recent_pages=1,
     scale=None,
     k_scales=None,
+    new_lens=None,
+    budgets=None,
 ):
     heads = q.shape[-2] if group_reduce == 0 else k_cache.shape[1]
     pages = q.new_empty((*q.shape[:-2], heads, num_pages), dtype=torch.int32)

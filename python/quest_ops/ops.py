@@ -109,6 +109,7 @@ def estimate(
     seq_lens: Tensor,
     page_size: int,
     k_scales: Tensor | None = None,
+    new_lens: Tensor | None = None,
 ) -> Tensor:
     """An upper bound of q.k over each page: ``q+ . upper + q- . lower`` (Quest, section 3.3).
 
@@ -119,6 +120,8 @@ def estimate(
         seq_lens: [B] int32, tokens in the cache, those of q included.
         page_size: S.
         k_scales: [N, Hkv] float32, for int8 k_bounds: the scores use each bound times its scale.
+        new_lens: [B] int32, how many of the T tokens of each sequence are real, the first ones; all by default. The
+            real ones are the sequence's last tokens. Padding sees no page.
 
     Returns:
         float32 [B, Hq, P] or [B, T, Hq, P], without the softmax scale; -inf past the last page that a token may see.
@@ -126,7 +129,7 @@ def estimate(
     Raises:
         RuntimeError: an argument that is not supported, as the module says.
     """
-    scores: Tensor = _ops.estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales)
+    scores: Tensor = _ops.estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales, new_lens)
     return scores
 
 
@@ -140,6 +143,8 @@ def topk_pages(
     sink_pages: int = 0,
     recent_pages: int = 1,
     scale: float = 1.0,
+    new_lens: Tensor | None = None,
+    budgets: Tensor | None = None,
 ) -> Tensor:
     """The k best pages of each row: exact, ties to the lower page, NaN above everything.
 
@@ -156,6 +161,9 @@ def topk_pages(
         sink_pages: first pages that are always selected.
         recent_pages: last pages that are always selected; 1 keeps the page being written.
         scale: the attention's softmax scale, used by "soft" only.
+        new_lens: as in :func:`estimate`. Padding selects no page.
+        budgets: [B] int32, pages to select in each sequence; k for all by default. They are clamped to
+            ``sink_pages + recent_pages`` and k.
 
     Returns:
         int32 [B, Hs, K] or [B, T, Hs, K]: logical pages, ascending, unique, -1 at the end where there are fewer.
@@ -165,7 +173,10 @@ def topk_pages(
         RuntimeError: an argument that is not supported, as the module says.
     """
     how = _group_reduce(group_reduce)
-    pages: Tensor = _ops.topk_pages(scores, seq_lens, page_size, k, num_kv_heads, how, sink_pages, recent_pages, scale)
+    forced = (sink_pages, recent_pages)
+    pages: Tensor = _ops.topk_pages(
+        scores, seq_lens, page_size, k, num_kv_heads, how, *forced, scale, new_lens, budgets
+    )
     return pages
 
 
@@ -177,6 +188,7 @@ def sparse_decode(
     seq_lens: Tensor,
     pages: Tensor | None = None,
     scale: float | None = None,
+    new_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the selected pages, or over all of them.
 
@@ -191,6 +203,7 @@ def sparse_decode(
         pages: int32 [B, Hs, K] or [B, T, Hs, K], Hs = Hkv or Hq. Logical pages without repetition, padded with -1.
             They may come from :func:`topk_pages` or elsewhere. None is dense paged attention by the same kernel.
         scale: of the scores before the softmax, 1 / sqrt(D) by default.
+        new_lens: as in :func:`estimate`. Padding gives 0 and -inf.
 
     Returns:
         out like q, and lse, float32 [B, Hq] or [B, T, Hq]: the natural-log sum of exponentials of the scaled scores.
@@ -199,7 +212,7 @@ def sparse_decode(
     Raises:
         RuntimeError: an argument that is not supported, as the module says.
     """
-    out, lse = _ops.sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale)
+    out, lse = _ops.sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale, new_lens)
     return out, lse
 
 
@@ -219,6 +232,8 @@ def decode_step(
     recent_pages: int = 1,
     scale: float | None = None,
     k_scales: Tensor | None = None,
+    new_lens: Tensor | None = None,
+    budgets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's whole step: append_kv, estimate, topk_pages and sparse_decode, with their results bit for bit.
 
@@ -235,10 +250,14 @@ def decode_step(
         k_cache, v_cache, k_bounds, k_scales: as in :func:`append_kv`, written.
         page_table: [B, P] int32.
         start_lens: [B] int32, tokens in the cache before the call.
-        seq_lens: [B] int32, ``start_lens + T``.
+        seq_lens: [B] int32, ``start_lens + T``, or ``start_lens + new_lens``. A sequence whose start_lens and seq_lens
+            are 0 is idle, such as the unused rows of a CUDA graph's batch. Nothing is written for it, and out is 0.
         num_pages: K, pages to read, as ``k`` of :func:`topk_pages`.
         group_reduce, sink_pages, recent_pages: as in :func:`topk_pages`.
         scale: of the scores before the softmax, 1 / sqrt(D) by default.
+        new_lens: [B] int32, how many of the T tokens of each sequence are real, as in speculation with drafts of
+            different lengths. They are the first ones; the others are padding, which is not written and gives 0.
+        budgets: [B] int32, as in :func:`topk_pages`: a number of pages for each request, ``num_pages`` at most.
 
     Returns:
         out and lse of :func:`sparse_decode`, and the pages that :func:`topk_pages` selected.
@@ -263,6 +282,8 @@ def decode_step(
         recent_pages,
         scale,
         k_scales,
+        new_lens,
+        budgets,
     )
     return out, lse, pages
 

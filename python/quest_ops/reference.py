@@ -16,6 +16,15 @@ import torch
 from torch import Tensor
 
 
+def visible_by_token(seq_lens: Tensor, num_new: int, new_lens: Tensor | None = None) -> list[list[int]]:
+    """Tokens that each of a sequence's new tokens sees: [B, T]. The first ``new_lens`` are real; padding sees none."""
+    real = [num_new] * len(seq_lens) if new_lens is None else new_lens.tolist()
+    return [
+        [visible_tokens(length, t, n) if t < n else 0 for t in range(num_new)]
+        for length, n in zip(seq_lens.tolist(), real, strict=True)
+    ]
+
+
 def visible_tokens(length: int, t: int, num_new: int) -> int:
     """The number of tokens that new token ``t`` of ``num_new`` may attend to: those before it, and itself."""
     return max(0, length - (num_new - 1 - t))
@@ -138,6 +147,7 @@ def estimate(
     seq_lens: Tensor,
     page_size: int,
     k_scales: Tensor | None = None,
+    new_lens: Tensor | None = None,
 ) -> Tensor:
     """The paper's criticality: ``sum_d max(q_d * lower_d, q_d * upper_d)``, an upper bound of q.k over the page.
 
@@ -150,13 +160,13 @@ def estimate(
     if k_scales is not None:
         k_bounds = dequantize(k_bounds, k_scales)
     if q.dim() == 3:
-        return estimate(q[:, None], k_bounds, page_table, seq_lens, page_size)[:, 0]
+        return estimate(q[:, None], k_bounds, page_table, seq_lens, page_size, None, new_lens)[:, 0]
     B, T, Hq, _ = q.shape
     group = Hq // k_bounds.shape[1]
     scores = torch.full((B, T, Hq, page_table.shape[1]), -math.inf, dtype=torch.float64, device=q.device)
-    for b, length in enumerate(seq_lens.tolist()):
+    for b, visible in enumerate(visible_by_token(seq_lens, T, new_lens)):
         for t in range(T):
-            n = num_pages(visible_tokens(length, t, T), page_size)
+            n = num_pages(visible[t], page_size)
             bounds = k_bounds[page_table[b, :n].long()].double()  # [n, Hkv, 2, D]
             lower, upper = bounds.repeat_interleave(group, 1).unbind(2)  # [n, Hq, D]
             query = q[b, t].double()
@@ -192,21 +202,24 @@ def topk_pages(
     sink_pages: int = 0,
     recent_pages: int = 1,
     scale: float = 1.0,
+    new_lens: Tensor | None = None,
+    budgets: Tensor | None = None,
 ) -> Tensor:
     """The k best pages for each token and selection head: int32 [B, Hs, k] or [B, T, Hs, k], ascending, -1 at the end.
 
     The first ``sink_pages`` and the last ``recent_pages`` pages are always among them. Ties go to the lower page, and
-    NaN ranks above everything.
+    NaN ranks above everything. ``budgets`` [B] replaces k in a sequence, between the forced pages and k.
     """
     if scores.dim() == 3:
-        args = (seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale)
+        args = (seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale, new_lens, budgets)
         return topk_pages(scores[:, None], *args)[:, 0]
     B, T, Hq, _ = scores.shape
     heads = Hq if group_reduce == "none" else num_kv_heads
     pages = torch.full((B, T, heads, k), -1, dtype=torch.int32, device=scores.device)
-    for b, length in enumerate(seq_lens.tolist()):
+    for b, visible in enumerate(visible_by_token(seq_lens, T, new_lens)):
+        most = k if budgets is None else min(k, max(sink_pages + recent_pages, int(budgets[b])))
         for t in range(T):
-            n = num_pages(visible_tokens(length, t, T), page_size)
+            n = num_pages(visible[t], page_size)
             if n == 0:
                 continue
             reduced = reduce_group(scores[b, t, :, :n].double(), num_kv_heads, group_reduce, scale)
@@ -217,7 +230,7 @@ def topk_pages(
                     nan = math.isnan(row[page])
                     return not forced, not nan, 0.0 if nan else -row[page], page
 
-                best = sorted(sorted(range(n), key=rank)[:k])
+                best = sorted(sorted(range(n), key=rank)[:most])
                 pages[b, t, h, : len(best)] = torch.tensor(best, dtype=torch.int32)
     return pages
 
@@ -230,6 +243,7 @@ def sparse_decode(
     seq_lens: Tensor,
     pages: Tensor | None = None,
     scale: float | None = None,
+    new_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the tokens of the selected pages, or of all pages where ``pages`` is None.
 
@@ -240,7 +254,7 @@ def sparse_decode(
     """
     if q.dim() == 3:
         pages = None if pages is None else pages[:, None]
-        out, lse = sparse_decode(q[:, None], k_cache, v_cache, page_table, seq_lens, pages, scale)
+        out, lse = sparse_decode(q[:, None], k_cache, v_cache, page_table, seq_lens, pages, scale, new_lens)
         return out[:, 0], lse[:, 0]
     B, T, Hq, D = q.shape
     page_size = k_cache.shape[2]
@@ -248,9 +262,8 @@ def sparse_decode(
     scale = D**-0.5 if scale is None else scale
     out = torch.zeros((B, T, Hq, D), dtype=torch.float64, device=q.device)
     lse = torch.full((B, T, Hq), -math.inf, dtype=torch.float64, device=q.device)
-    for b, length in enumerate(seq_lens.tolist()):
-        for t in range(T):
-            visible = visible_tokens(length, t, T)
+    for b, by_token in enumerate(visible_by_token(seq_lens, T, new_lens)):
+        for t, visible in enumerate(by_token):
             for h in range(Hq):
                 if pages is None:
                     chosen = torch.arange(num_pages(visible, page_size), device=q.device)

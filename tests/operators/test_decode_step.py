@@ -13,96 +13,19 @@ from helpers.operator_cases import (
     HEAD_DIMS,
     LAYOUTS,
     PAGE_SIZES,
-    UNREAD_BYTE,
     Case,
     Shape,
     assert_same_bits,
-    place,
     shapes,
 )
+from helpers.steps import assert_same_step, before_step, caches, four_steps, on, one_step
 from hypothesis import given
 from hypothesis import strategies as st
 from quest_ops import ops, reference
-from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 REDUCES = ("none", "max", "sum", "soft")
 BOTH_BOUNDS = pytest.mark.parametrize("int8", [False, True], ids=["16-bit", "8-bit"])
-Results = tuple[Tensor, Tensor, Tensor]
-
-
-def before_step(shape: Shape) -> Case:
-    """The case without its last T tokens in the cache; the shape's lengths are those after the step."""
-    T = max(1, shape.new_tokens)
-    case = Case(shape)
-    k, v = (torch.stack([x[len(x) - T :] for x in tokens]) for tokens in (case.keys, case.values))
-    for b, length in enumerate(shape.lengths):
-        page, slot = case.slots(b, range(length - T, length))
-        case.k_cache[page, :, slot] = case.v_cache[page, :, slot] = math.nan
-        case.k_bounds[page] = UNREAD_BYTE
-        if case.k_scales is not None:
-            case.k_scales[page] = math.nan
-    return case.having(k=k, v=v, start_lens=case.seq_lens - T)
-
-
-def on(case: Case, device: str) -> Case:
-    layouts = case.shape.layouts
-    return case.on(device).having(
-        k=place(case.k, LAYOUTS[layouts[1]], device),
-        v=place(case.v, LAYOUTS[layouts[2]], device),
-        start_lens=place(case.start_lens, "unaligned", device),
-    )
-
-
-def caches(x: Case) -> list[Tensor]:
-    return [t for t in (x.k_cache, x.v_cache, x.k_bounds, x.k_scales) if t is not None]
-
-
-def one_step(x: Case, num_pages: int, **options: Any) -> Results:
-    return ops.decode_step(
-        x.q,
-        x.k,
-        x.v,
-        x.k_cache,
-        x.v_cache,
-        x.k_bounds,
-        x.page_table,
-        x.start_lens,
-        x.seq_lens,
-        num_pages,
-        **options,
-        k_scales=x.k_scales,
-    )
-
-
-def four_steps(
-    x: Case,
-    num_pages: int,
-    group_reduce: Any = "max",
-    sink_pages: int = 0,
-    recent_pages: int = 1,
-    scale: float | None = None,
-) -> Results:
-    S, D, Hkv = x.k_cache.shape[2], x.shape.head_dim, x.shape.kv_heads
-    if scale is None:
-        scale = (1 / torch.tensor(float(D)).sqrt()).item()  # in float32, as in the operators
-    ops.append_kv(x.k, x.v, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.start_lens, None, x.k_scales)
-    scores = ops.estimate(*x.scoring, S, x.k_scales)
-    forced = (sink_pages, recent_pages)
-    pages = ops.topk_pages(scores, x.seq_lens, S, num_pages, Hkv, group_reduce, *forced, scale)
-    return *ops.sparse_decode(*x.attention, pages, scale), pages
-
-
-def assert_same_step(case: Case, device: str, num_pages: int, **options: Any) -> Case:
-    """Returns the case after the step."""
-    one, four = on(case, device), on(case, device)
-    expected = four_steps(four, num_pages, **options)
-    for actual, value in zip(one_step(one, num_pages, **options), expected, strict=True):
-        assert actual.is_contiguous()
-        assert_same_bits(actual, value)
-    for actual, value in zip(caches(one), caches(four), strict=True):
-        assert_same_bits(actual._base, value._base)
-    return one
 
 
 @st.composite

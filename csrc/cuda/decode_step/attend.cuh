@@ -37,14 +37,14 @@ struct RowAttender {
   // Lists entries [first, end) of the row's pages, in shared and device memory. Every block of the row selects for
   // itself: a list from another block would arrive no earlier.
   __device__ void list_pages(const Split& split, int first, int end) const {
-    const int n = scheduler.pages_of(split);
-    const bool scored = scheduler.is_scored(n), last = split.index == split.count - 1;
+    const int n = scheduler.pages_of(split), K = p.pages_to_select(split.b);
+    const bool scored = scheduler.is_scored(n, K), last = split.index == split.count - 1;
     Selector row{
         .keys = params.keys + split.row * params.keys_stride,
         .pages = p.pages + int64_t{split.row} * p.K,
         .table = p.paging.page_table + split.b * p.paging.page_table_stride,
         .n = n,
-        .K = p.K,
+        .K = K,
         .sink_pages = p.sink_pages,
         .recent_pages = p.recent_pages,
         .first = first,
@@ -57,16 +57,18 @@ struct RowAttender {
     // A row that is not scored waits for its new token alone, which is in the last page.
     if (scored || last) {
       const int first_scored = split.row - (split.head & (scheduler.tile_heads() - 1));
-      if (scheduler.is_first()) wait_until_at_least(&params.rows[first_scored].scored, scheduler.score_splits(n));
+      if (scheduler.is_first()) wait_until_at_least(&params.rows[first_scored].scored, scheduler.score_splits(n, K));
       __syncthreads();
     }
     if (scored) {
       Selector::select(row);
+#pragma unroll 1
+      for (int i = K + threadIdx.x; last && i < p.K; i += kStepThreads) row.pages[i] = -1;
     } else {
 #pragma unroll 1
       for (int i = first + threadIdx.x; i < (last ? p.K : end); i += kStepThreads) {
-        if (i < n)
-          row.put(i, n > p.K && i >= p.sink_pages ? n - p.K + i : i);
+        if (i < min(n, K))
+          row.put(i, n > K && i >= p.sink_pages ? n - K + i : i);
         else
           row.pages[i] = -1;
       }
@@ -95,8 +97,9 @@ struct RowAttender {
 
   __device__ void attend_split(const Split& split, Attend& attend, const Softmax& softmax) const {
     const int split_tiles = scheduler.shared.attend_split_tiles, partial_tiles = params.partials.tiles;
-    const int entries = min(scheduler.pages_of(split), p.K), first_tile = split.index * split_tiles;
-    const int tiles = min(split_tiles, scheduler.attend_tiles(scheduler.pages_of(split)) - first_tile);
+    const int pages = scheduler.pages_of(split), K = p.pages_to_select(split.b);
+    const int entries = min(pages, K), first_tile = split.index * split_tiles;
+    const int tiles = min(split_tiles, scheduler.attend_tiles(pages, K) - first_tile);
     const int first_token = first_tile * kTileTokens, first = first_token >> p.paging.page_shift;
     const int end = min(entries, (first_token + tiles * kTileTokens) >> p.paging.page_shift);
     list_pages(split, first, end);
@@ -120,7 +123,8 @@ struct RowAttender {
   }
 
   __device__ void combine(const Split& split) const {
-    const int tiles = scheduler.attend_tiles(scheduler.pages_of(split)), partial_tiles = params.partials.tiles;
+    const int tiles = scheduler.attend_tiles(scheduler.pages_of(split), p.pages_to_select(split.b));
+    const int partial_tiles = params.partials.tiles;
     const int64_t head = int64_t{split.b} * p.size.Hq + split.head * group;
     Combiner::template run<kMmaHeads>(
         {.partials = params.partials,

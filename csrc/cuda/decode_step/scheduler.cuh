@@ -9,7 +9,7 @@ namespace quest::cuda {
 struct Split {
   int row, b, head;  // the first row, its sequence and KV head; row is -1 past the last split
   int index, count;  // split `index` of the row's `count`; past the last split, index counts on from zero
-  int length;        // of the sequence, with the new token
+  int length;        // of the sequence, with the new token; 0 if it is idle
 };
 
 // Score splits are short, so that blocks which memory serves sooner score more of them.
@@ -40,19 +40,19 @@ struct Scheduler {
   __device__ int tile_heads() const { return 1 << params.score_heads_log2; }
   __device__ int head_tiles() const { return p.size.Hkv >> params.score_heads_log2; }
   __device__ int tile_pages() const { return kStepWarps * kMmaRows >> params.score_heads_log2; }
-  // Whether scores decide which pages are selected.
-  __device__ bool is_scored(int pages) const { return pages > p.K && p.sink_pages + p.recent_pages < p.K; }
-  __device__ int score_tiles(int pages) const {
+  // Whether scores decide which K pages are selected.
+  __device__ bool is_scored(int pages, int K) const { return pages > K && p.sink_pages + p.recent_pages < K; }
+  __device__ int score_tiles(int pages, int K) const {
     const int row_tiles = (pages + kMmaRows - 1) / kMmaRows;
-    return is_scored(pages) ? ((row_tiles << params.score_heads_log2) + kStepWarps - 1) / kStepWarps : 1;
+    return is_scored(pages, K) ? ((row_tiles << params.score_heads_log2) + kStepWarps - 1) / kStepWarps : 1;
   }
-  __device__ int score_splits(int pages) const {
-    return (score_tiles(pages) + score_split_tiles - 1) / score_split_tiles;
+  __device__ int score_splits(int pages, int K) const {
+    return (score_tiles(pages, K) + score_split_tiles - 1) / score_split_tiles;
   }
 
   // Attention: a tile is kTileTokens tokens of a row's list.
-  __device__ int attend_tiles(int pages) const {
-    return max(1, ((min(pages, p.K) << p.paging.page_shift) + kTileTokens - 1) / kTileTokens);
+  __device__ int attend_tiles(int pages, int K) const {
+    return max(1, ((min(pages, K) << p.paging.page_shift) + kTileTokens - 1) / kTileTokens);
   }
 
   // Takes the block's first splits, and cuts the work, a thread for each sequence.
@@ -63,9 +63,9 @@ struct Scheduler {
     const int b = threadIdx.x;
     int tiles_to_score = 0, tiles_to_attend = 0;
     if (b < p.size.B) {
-      const int length = g.length(b), pages = g.pages_of(length);
+      const int length = g.visible(b, 0, 1), pages = g.pages_of(length), K = p.pages_to_select(b);
       shared.lengths[b] = length, shared.starts[b] = p.append.paging.length(b);
-      tiles_to_score = score_tiles(pages), tiles_to_attend = attend_tiles(pages);
+      tiles_to_score = score_tiles(pages, K), tiles_to_attend = attend_tiles(pages, K);
     }
     const int2 all = sum(tiles_to_score * head_tiles(), tiles_to_attend * p.size.Hkv, true);
     const int blocks = gridDim.x;

@@ -108,11 +108,11 @@ struct PageScorer {
     tile.score(scores, query);
     const float score = reduce_group(scores, group, p.reduce);
     const bool invalid = __shfl_sync(kFullMask, physical, r + c % 2 * 8) < 0;
-    const int n = scheduler.pages_of(split), page = first + r + c * 8;
+    const int n = scheduler.pages_of(split), K = p.pages_to_select(split.b), page = first + r + c * 8;
     const bool candidate = page >= p.sink_pages && page < n - p.recent_pages;
     const uint32_t key = page >= n ? kNoKey : candidate ? sort_key(invalid ? NAN : score) : kForcedKey;
     uint32_t* const keys = params.keys + (split.b * p.size.Hkv + head_of_warp(split)) * params.keys_stride;
-    if (first < n && Selector::by_superpages(n, p.K)) {
+    if (first < n && Selector::by_superpages(n, K)) {
       if (c < 2) keys[page] = key;
       const uint32_t best = __reduce_max_sync(kFullMask, c < 2 ? key : kNoKey);
       if (lane == 0) keys[key_room(p.paging.P) + Selector::key_place(first / kSuperpage, superpages_of(n))] = best;
@@ -123,10 +123,11 @@ struct PageScorer {
   }
 
   __device__ void score_split(const Split& split) const {
-    const int n = scheduler.pages_of(split);
-    const int tiles = scheduler.is_scored(n) ? min(scheduler.score_split_tiles,
-                                                   scheduler.score_tiles(n) - split.index * scheduler.score_split_tiles)
-                                             : 0;
+    const int n = scheduler.pages_of(split), K = p.pages_to_select(split.b);
+    const int tiles =
+        scheduler.is_scored(n, K)
+            ? min(scheduler.score_split_tiles, scheduler.score_tiles(n, K) - split.index * scheduler.score_split_tiles)
+            : 0;
     const int head = head_of_warp(split), r = lane / 4;
     const T* const heads = static_cast<const T*>(p.q.data) + split.b * p.q.stride_b + head * group * p.q.stride_h;
     SignedQuery<T, Bound, D> query;

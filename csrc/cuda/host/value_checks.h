@@ -37,9 +37,10 @@ inline void fetch_paging(HostCopies& host, Paging& g, int32_t B) {
   host.fetch(g.page_table, B, g.P, g.page_table_stride);
   g.page_table_stride = g.P;
   host.fetch(g.seq_lens, 1, B, B);
+  host.fetch(g.new_lens, 1, B, B);
 }
 
-inline void fetch_extra(HostCopies& host, AppendParams& p) { host.fetch(p.new_lens, 1, p.size.B, p.size.B); }
+inline void fetch_extra(HostCopies& host, AppendParams& p) { host.fetch(p.end_lens, 1, p.size.B, p.size.B); }
 inline void fetch_extra(HostCopies& host, UpdateBoundsParams& p) { host.fetch(p.first_token, 1, p.size.B, p.size.B); }
 inline void fetch_extra(HostCopies&, EstimateParams&) {}
 inline void fetch_extra(HostCopies&, TopkParams&) {}
@@ -59,6 +60,7 @@ inline void check_values_if_requested(DecodeStepParams p, cudaStream_t stream) {
   HostCopies host(stream);
   fetch_paging(host, p.paging, p.size.B);
   fetch_paging(host, p.append.paging, p.size.B);
+  fetch_extra(host, p.append);
   host.wait();
   check_values(p);
 }

@@ -12,7 +12,12 @@ constexpr float kLog2e = 1.4426950408889634f;
 struct Softmax {
   float sign, scale, log2_scale;  // sign is 0 for a scale of 0: infinite scores become NaN, as in the reference
   __device__ explicit Softmax(float s)
-      : sign(s < 0.f ? -1.f : s > 0.f ? 1.f : 0.f), scale(fabsf(s)), log2_scale(scale * kLog2e) {}
+      : sign(
+            s < 0.f   ? -1.f
+            : s > 0.f ? 1.f
+                      : 0.f),
+        scale(fabsf(s)),
+        log2_scale(scale * kLog2e) {}
   // A score of -inf has weight 0 whatever the maximum is.
   __device__ __forceinline__ float weight(float score, float max) const {
     const float weight = exp2_approx((score - max) * log2_scale);

@@ -1,0 +1,101 @@
+"""Cases of decode_step: tensors before a step, the step in one call, and as four operators."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from quest_ops import ops
+from torch import Tensor
+
+from .operator_cases import LAYOUTS, UNREAD_BYTE, Case, Shape, assert_same_bits, place
+
+Results = tuple[Tensor, Tensor, Tensor]
+
+
+def before_step(shape: Shape, new_lens: tuple[int, ...] | None = None) -> Case:
+    """The case without its last tokens in the cache; the shape's lengths are those after the step.
+
+    new_lens: each sequence's new tokens, the first of the T of k, v and q. What follows them is NaN. None: T for each.
+    """
+    T = max(1, shape.new_tokens)
+    case = Case(shape)
+    k, v = (
+        torch.full((len(shape.lengths), T, *x[0].shape[1:]), math.nan, dtype=shape.dtype)
+        for x in (case.keys, case.values)
+    )
+    news = new_lens or (T,) * len(shape.lengths)
+    for b, (length, n) in enumerate(zip(shape.lengths, news, strict=True)):
+        for new, tokens in ((k, case.keys), (v, case.values)):
+            new[b, :n] = tokens[b][length - n :]
+        page, slot = case.slots(b, range(length - n, length))
+        case.k_cache[page, :, slot] = case.v_cache[page, :, slot] = math.nan
+        case.k_bounds[page] = UNREAD_BYTE
+        if case.k_scales is not None:
+            case.k_scales[page] = math.nan
+    lens = torch.tensor(news, dtype=torch.int32)
+    return case.having(k=k, v=v, start_lens=case.seq_lens - lens, new_lens=None if new_lens is None else lens)
+
+
+def on(case: Case, device: str) -> Case:
+    layouts = case.shape.layouts
+    return case.on(device).having(
+        k=place(case.k, LAYOUTS[layouts[1]], device),
+        v=place(case.v, LAYOUTS[layouts[2]], device),
+        start_lens=place(case.start_lens, "unaligned", device),
+        new_lens=None if case.new_lens is None else place(case.new_lens, "unaligned", device),
+    )
+
+
+def caches(x: Case) -> list[Tensor]:
+    return [t for t in (x.k_cache, x.v_cache, x.k_bounds, x.k_scales) if t is not None]
+
+
+def one_step(x: Case, num_pages: int, **options: Any) -> Results:
+    return ops.decode_step(
+        x.q,
+        x.k,
+        x.v,
+        x.k_cache,
+        x.v_cache,
+        x.k_bounds,
+        x.page_table,
+        x.start_lens,
+        x.seq_lens,
+        num_pages,
+        **options,
+        k_scales=x.k_scales,
+        new_lens=x.new_lens,
+    )
+
+
+def four_steps(
+    x: Case,
+    num_pages: int,
+    group_reduce: Any = "max",
+    sink_pages: int = 0,
+    recent_pages: int = 1,
+    scale: float | None = None,
+    budgets: Tensor | None = None,
+) -> Results:
+    S, D, Hkv = x.k_cache.shape[2], x.shape.head_dim, x.shape.kv_heads
+    if scale is None:
+        scale = (1 / torch.tensor(float(D)).sqrt()).item()  # in float32, as in the operators
+    ops.append_kv(x.k, x.v, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.start_lens, x.new_lens, x.k_scales)
+    scores = ops.estimate(*x.scoring, S, x.k_scales, x.new_lens)
+    forced = (sink_pages, recent_pages)
+    pages = ops.topk_pages(scores, x.seq_lens, S, num_pages, Hkv, group_reduce, *forced, scale, x.new_lens, budgets)
+    return *ops.sparse_decode(*x.attention, pages, scale, x.new_lens), pages
+
+
+def assert_same_step(case: Case, device: str, num_pages: int, **options: Any) -> Case:
+    """Returns the case after the step."""
+    one, four = on(case, device), on(case, device)
+    expected = four_steps(four, num_pages, **options)
+    for actual, value in zip(one_step(one, num_pages, **options), expected, strict=True):
+        assert actual.is_contiguous()
+        assert_same_bits(actual, value)
+    for actual, value in zip(caches(one), caches(four), strict=True):
+        assert_same_bits(actual._base, value._base)
+    return one
