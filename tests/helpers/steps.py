@@ -21,10 +21,8 @@ def before_step(shape: Shape, new_lens: tuple[int, ...] | None = None) -> Case:
     """
     T = max(1, shape.new_tokens)
     case = Case(shape)
-    k, v = (
-        torch.full((len(shape.lengths), T, *x[0].shape[1:]), math.nan, dtype=shape.dtype)
-        for x in (case.keys, case.values)
-    )
+    size = (len(shape.lengths), T, shape.kv_heads, shape.head_dim)
+    k, v = (torch.full(size, math.nan, dtype=shape.dtype) for _ in range(2))
     news = new_lens or (T,) * len(shape.lengths)
     for b, (length, n) in enumerate(zip(shape.lengths, news, strict=True)):
         for new, tokens in ((k, case.keys), (v, case.values)):

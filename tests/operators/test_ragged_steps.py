@@ -49,19 +49,22 @@ def test_against_the_reference(
     pages = ops.topk_pages(
         scores, x.seq_lens, shape.page_size, k, shape.kv_heads, group_reduce, *forced, 1.0, lens, limits
     )
-    if group_reduce != "soft":  # its sums round in another order, which may swap near ties
-        rounded = scores.cpu()
+    if group_reduce in ("none", "max"):  # sums round in another order, which may swap near ties
         where = (case.seq_lens, shape.page_size, k, shape.kv_heads, group_reduce)
-        expected = reference.topk_pages(rounded, *where, *forced, 1.0, new_lens, budgets)
-        if group_reduce != "sum":
-            assert_exact(pages, expected)
+        assert_exact(pages, reference.topk_pages(scores.cpu(), *where, *forced, 1.0, new_lens, budgets))
     assert ((pages >= 0).sum(-1).flatten(1).amax(1).cpu() <= budgets.clamp(forced[1], k)).all()
 
     out, lse = ops.sparse_decode(*x.attention, pages, None, lens)
     exact_out, exact_lse = reference.sparse_decode(*case.attention, pages.cpu(), None, new_lens)
     assert torch.equal(lse.cpu() == -math.inf, exact_lse == -math.inf)
-    assert (out.cpu()[exact_lse == -math.inf] == 0).all()
-    assert torch.allclose(out.cpu().double(), exact_out, atol=0.05 if shape.dtype != torch.float32 else 1e-4)
+    assert torch.equal(out.cpu().bool().any(-1), (exact_out != 0).any(-1))
+    for b, n in enumerate(news):  # accuracy: the bits of the row without padding, which other tests hold to float64
+        row = (slice(b, b + 1), slice(0, n)) if shape.new_tokens else (slice(b, b + n),)
+        if n:
+            where = (x.page_table[b : b + 1], x.seq_lens[b : b + 1])
+            alone = ops.sparse_decode(x.q[row], x.k_cache, x.v_cache, *where, pages[row])
+            assert_same_bits(out[row], alone[0])
+            assert_same_bits(lse[row], alone[1])
 
 
 @DTYPES
@@ -112,7 +115,7 @@ def test_a_step_is_the_four_operators(
 @pytest.mark.parametrize("group_reduce", ["max", "sum"])
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_one_launch(device: str, dtype: torch.dtype, int8: bool, group_reduce: Any, sinks: int) -> None:
-    """On a GPU a single kernel takes these: rows that pause, idle rows and budgets, in rows of one split and of many."""
+    """A single kernel on a GPU: rows that pause, idle rows and budgets, in rows of one split and of many."""
     shape = Shape(dtype, 128, 16, 8, 4, lengths=(9000, 2100, 333, 0, 1, 4096), int8=int8)
     budgets = torch.tensor([64, 300, 5, 1, 0, 17], dtype=torch.int32, device=device)
     for limits in (None, budgets):
