@@ -51,6 +51,8 @@ class Shape:
 class Case:
     """Random tensors of a shape: q, keys and values of each sequence, and the paged cache that holds them."""
 
+    new_lens: Tensor | None = None  # of steps alone
+
     def __init__(self, shape: Shape):
         self.shape = s = shape
         self.random = torch.Generator().manual_seed(s.seed)
