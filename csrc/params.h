@@ -57,9 +57,11 @@ struct Paging {
   }
   // New tokens of a sequence, the first of its T; the others are padding.
   QUEST_HOST_DEVICE int32_t new_tokens(int32_t b, int32_t T) const {
-    if (!new_lens) return T;
-    const int32_t n = new_lens[b];
-    return n < 0 ? 0 : n > T ? T : n;
+    if (new_lens) [[unlikely]] {
+      const int32_t n = new_lens[b];
+      return n < 0 ? 0 : n > T ? T : n;
+    }
+    return T;
   }
   // Tokens that new token t of T may attend to: those before it, and itself. Padding sees none.
   QUEST_HOST_DEVICE int32_t visible(int32_t b, int32_t t, int32_t T) const {
@@ -115,9 +117,11 @@ struct AppendParams {
 
   QUEST_HOST_DEVICE int32_t new_tokens(int32_t b) const {
     const int32_t n = paging.new_tokens(b, size.T);
-    if (!end_lens) return n;
-    const int32_t room = end_lens[b] - paging.length(b);
-    return room < 0 ? 0 : room < n ? room : n;
+    if (end_lens) [[unlikely]] {
+      const int32_t room = end_lens[b] - paging.length(b);
+      return room < 0 ? 0 : room < n ? room : n;
+    }
+    return n;
   }
 };
 
@@ -141,9 +145,11 @@ struct EstimateParams {
 
 // The pages that a sequence selects: its own budget, of `forced` to K pages, or K where there are no budgets.
 QUEST_HOST_DEVICE int32_t pages_to_select(const int32_t* budgets, int32_t b, int32_t forced, int32_t K) {
-  if (!budgets) return K;
-  const int32_t k = budgets[b];
-  return k < forced ? forced : k > K ? K : k;
+  if (budgets) [[unlikely]] {
+    const int32_t k = budgets[b];
+    return k < forced ? forced : k > K ? K : k;
+  }
+  return K;
 }
 
 struct TopkParams {

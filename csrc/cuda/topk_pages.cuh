@@ -156,7 +156,9 @@ __device__ __forceinline__ void select_pages(
   for (int j = 0; j < vecs; ++j) own.add(load(j));
   select_best<kTopkThreads>(
       count, row.K, forced, own, shared, load, [&](int place, int i) { pages[place] = page_of(i); });
-  for (int i = row.K + threadIdx.x; i < p.K; i += kTopkThreads) pages[i] = -1;
+  if (p.budgets) [[unlikely]]
+#pragma unroll 1
+    for (int i = row.K + threadIdx.x; i < p.K; i += kTopkThreads) pages[i] = -1;
 }
 
 // A block owns a split. kResident blocks share a multiprocessor: where there are few, one block gets more registers.
@@ -182,8 +184,9 @@ __global__ void __launch_bounds__(kTopkThreads, kResident) topk_pages_kernel(con
         params.keys + int64_t{index} * vecs_per_thread<kTopkThreads>(p.paging.P) * kVecKeys * kTopkThreads;
     select_pages(p, row, count, forced, global_keys, pages, [=](int i) { return first + i; });
   } else {
+    const int listed = min(count, row.K), from_start = count <= row.K ? count : p.sink_pages;
     for (int i = threadIdx.x; i < p.K; i += kTopkThreads)
-      pages[i] = i >= min(count, row.K) ? -1 : count <= row.K ? first + i : i < p.sink_pages ? i : row.n - row.K + i;
+      pages[i] = i >= listed ? -1 : i < from_start ? first + i : row.n - row.K + i;
   }
 }
 

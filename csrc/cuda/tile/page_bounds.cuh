@@ -53,10 +53,13 @@ struct PageBounds {
   // By all kThreads; those that are not active have added nothing.
   __device__ __forceinline__ void store(const Bounds& bounds, int64_t page, int head, Shared& shared) {
     float largest = 0.f;
+    Vec<T> low, high;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i)
+    for (int i = 0; i < kVec; ++i) {
+      low.at[i] = from_float<T>(lower[i]), high.at[i] = from_float<T>(upper[i]);
       if (has_key) largest = nan_max(largest, nan_max(fabsf(lower[i]), fabsf(upper[i])));
-    pack(shared, thread());
+    }
+    shared.lower[thread()] = low, shared.upper[thread()] = high;
     if (bounds.scales) {
 #pragma unroll
       for (int step = 1; step < kWarpSize; step *= 2)
@@ -65,32 +68,29 @@ struct PageBounds {
     }
     sync();
     for (int r = 1; row == 0 && r < rows; ++r) {
-      const Vec<T> low = shared.lower[r * vecs + vec], high = shared.upper[r * vecs + vec];
+      low = shared.lower[r * vecs + vec], high = shared.upper[r * vecs + vec];
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         lower[i] = nan_min(lower[i], to_float(low.at[i]));
         upper[i] = nan_max(upper[i], to_float(high.at[i]));
       }
     }
-    if (row == 0) pack(shared, vec);
+    if (row == 0) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) low.at[i] = from_float<T>(lower[i]), high.at[i] = from_float<T>(upper[i]);
+    }
     if (bounds.scales) {
+      if (row == 0) shared.lower[vec] = low, shared.upper[vec] = high;
       sync();
       store_int8(bounds, page, head, shared);
     } else if (row == 0) {
       T* const to = static_cast<T*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h + offset();
-      store_vec(to, shared.lower[vec], bounds.aligned);
-      store_vec(to + bounds.stride_c, shared.upper[vec], bounds.aligned);
+      store_vec(to, low, bounds.aligned);
+      store_vec(to + bounds.stride_c, high, bounds.aligned);
     }
   }
 
  private:
-  __device__ __forceinline__ void pack(Shared& shared, int at) const {
-    Vec<T> low, high;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) low.at[i] = from_float<T>(lower[i]), high.at[i] = from_float<T>(upper[i]);
-    shared.lower[at] = low, shared.upper[at] = high;
-  }
-
   // By all kThreads, since a directed division takes long.
   __device__ __forceinline__ void store_int8(const Bounds& bounds, int64_t page, int head, const Shared& shared) const {
     float largest = 0.f;
