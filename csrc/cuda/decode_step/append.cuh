@@ -47,17 +47,18 @@ using WarpBounds = PageBounds<T, kWarpSize>;
 
 // Renews the bounds of the pages that the new tokens are in, a warp for each row. Nothing reads these bounds in this
 // step, so it comes after all splits. The new key may not be in the cache yet.
-template <class T>
+template <class T, int D>
 struct BoundsRenewal {
   // A function of its own: cold code must not take registers from the loops.
   static __device__ __noinline__ void renew(
-      Cache cache, Bounds bounds, int D, int page, int head, int tokens, const T* newest,
+      Cache cache, Bounds bounds, int page, int head, int tokens, const T* newest,
       typename WarpBounds<T>::Shared& shared) {
+    cache.aligned = true;  // one launch needs it, and the compiler does not know
     renew_page_bounds<T, kWarpSize>(cache, bounds, D, page, head, tokens, newest, shared);
   }
 
   static __device__ __forceinline__ void run(
-      const Scheduler& scheduler, int D, int first_row, typename WarpBounds<T>::Shared* shared) {
+      const Scheduler& scheduler, int first_row, typename WarpBounds<T>::Shared* shared) {
     const DecodeStepParams& p = scheduler.p;
     const int row = first_row + scheduler.warp, b = row / p.size.Hkv, head = row - b * p.size.Hkv;
     if (b >= p.size.B) return;
@@ -66,7 +67,7 @@ struct BoundsRenewal {
     const T* const newest =
         static_cast<const T*>(p.append.k.data) + b * p.append.k.stride_b + head * p.append.k.stride_h;
     const int tokens = (start & (p.paging.page_size() - 1)) + 1;
-    renew(p.append.k_cache, p.append.k_bounds, D, page, head, tokens, newest, shared[scheduler.warp]);
+    renew(p.append.k_cache, p.append.k_bounds, page, head, tokens, newest, shared[scheduler.warp]);
   }
 };
 

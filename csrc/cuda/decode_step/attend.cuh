@@ -148,7 +148,7 @@ struct RowAttender {
       int next = 0;
       if (scheduler.is_second()) next = atomicAdd(&params.taken->attend, 1);
       if (split.row < 0) {
-        BoundsRenewal<T>::run(scheduler, D, renewed_row, reinterpret_cast<typename WarpBounds<T>::Shared*>(slots));
+        BoundsRenewal<T, D>::run(scheduler, renewed_row, reinterpret_cast<typename WarpBounds<T>::Shared*>(slots));
         __syncthreads();
         if (scheduler.is_second()) scheduler.describe_attend(next, stage ^ 1);
         __syncthreads();

@@ -34,10 +34,11 @@ struct Combine {
   T* out;      // [heads, D]
   float* lse;  // [heads]
 
-  // A slice is every kSlices-th supertile. Slices merge in parallel, then in order.
+  // A slice is every kSlices-th supertile. Slices merge in parallel, then in order. kLanes lanes take a slice.
   static constexpr int kVecs = D / 4, kSlices = kCombineThreads / kVecs;
-  static constexpr int kPasses = (kVecs + kWarpSize - 1) / kWarpSize, kWarps = kCombineThreads / kWarpSize;
-  static_assert(kWarps % kPasses == 0);
+  static constexpr int kLanes = kVecs <= kWarpSize / 2 ? kWarpSize / 2 : kWarpSize;
+  static constexpr int kPasses = (kVecs + kLanes - 1) / kLanes, kUnits = kCombineThreads / kLanes;
+  static_assert(kUnits % kPasses == 0 && kLanes >= 2 * kSupertile);
 
   template <int kHeads>
   struct Shared {
@@ -49,7 +50,8 @@ struct Combine {
   // computes one weight of SoftmaxState::merge() for all vectors.
   __device__ __forceinline__ SoftmaxState<1> merge_partials(
       SoftmaxState<1> total, int head, int first, int stride, int n, int vec, const Softmax& softmax) const {
-    const int lane = threadIdx.x % kWarpSize, partial = lane / 2;
+    const int lane = threadIdx.x % kLanes, partial = lane / 2;
+    const unsigned lanes = kLanes == kWarpSize ? kFullMask : 0xffffu << threadIdx.x % kWarpSize / kLanes * kLanes;
     const int64_t base = (first_head + head) * partials.count + first;
     float2 own{-INFINITY, 0.f};
     if (partial < n) own = __ldcg(partials.max_sum + base + partial * stride);
@@ -61,35 +63,35 @@ struct Combine {
     float both = fmaxf(total.max, own.x);  // the maximum up to this lane's partial
 #pragma unroll
     for (int step = 2; step < 2 * kSupertile; step *= 2) {
-      const float other = __shfl_up_sync(kFullMask, both, step);
+      const float other = __shfl_up_sync(lanes, both, step, kLanes);
       if (lane >= step) both = fmaxf(both, other);
     }
-    const float before = __shfl_up_sync(kFullMask, both, 2);
+    const float before = __shfl_up_sync(lanes, both, 2, kLanes);
     // Even lanes weigh the state so far, odd lanes the partial.
     const float weight = softmax.weight(lane % 2 ? own.x : lane ? before : total.max, both);
 #pragma unroll
     for (int i = 0; i < kSupertile; ++i) {
       if (i >= n) break;
       total.blend(
-          __shfl_sync(kFullMask, weight, 2 * i), __shfl_sync(kFullMask, weight, 2 * i + 1),
-          __shfl_sync(kFullMask, own.y, 2 * i), &values[i]);
+          __shfl_sync(lanes, weight, 2 * i, kLanes), __shfl_sync(lanes, weight, 2 * i + 1, kLanes),
+          __shfl_sync(lanes, own.y, 2 * i, kLanes), &values[i]);
     }
-    total.max = __shfl_sync(kFullMask, both, 2 * n - 2);
+    total.max = __shfl_sync(lanes, both, 2 * n - 2, kLanes);
     return total;
   }
 
-  // By a block of kCombineThreads: a warp takes a slice of a head, and up to 32 vectors.
+  // By a block of kCombineThreads: kLanes lanes take a slice of a head, and as many vectors.
   template <int kHeads>
   static __device__ __forceinline__ void run(const Combine& row, Shared<kHeads>& shared) {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int lane = threadIdx.x % kLanes, first_unit = threadIdx.x / kLanes;
     const int per_supertile = row.partials.per_supertile();
     const int supertiles = (row.count + per_supertile - 1) / per_supertile, slices = max(1, min(kSlices, supertiles));
     const Softmax softmax(row.scale);
 #pragma unroll 1
-    for (int unit = warp, h = 0, slice = warp / kPasses;; unit += kWarps, slice += kWarps / kPasses) {
+    for (int unit = first_unit, h = 0, slice = first_unit / kPasses;; unit += kUnits, slice += kUnits / kPasses) {
       for (; slice >= slices; slice -= slices) ++h;
       if (h >= row.heads) break;
-      const int vec = unit % kPasses * kWarpSize + lane;
+      const int vec = unit % kPasses * kLanes + lane;
       SoftmaxState<1> total;
       // Supertiles that are one partial merge like the tiles of one supertile: several loads wait together.
       const bool single = per_supertile == 1;
