@@ -288,6 +288,7 @@ def _decode_step(
 ) -> Tensor:
     cache.claim_step(layer, k)
     out, _, pages = cache.state.decode_step(layer, q, k, v, cache.start_lens, cache.seq_lens, config.selection, scale)
+    cache.step_written(layer)
     if cache.counts is not None:
         cache.counts.record(layer, pages, cache.seq_lens, q.shape[1])
     return out
