@@ -266,7 +266,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, config: QuestConfi
             raise ValueError(f"config.{name} must be the cache's, {getattr(cache, name)}, got {getattr(config, name)}")
     if q.dim() not in (3, 4):
         raise ValueError(f"q must have shape [B, Hq, D] or [B, T, Hq, D], got {list(q.shape)}")
-    B, Hkv, D = cache.batch_size, cache.num_kv_heads, cache.head_dim
+    B, Hkv, D = cache.page_table.shape[0], cache.num_kv_heads, cache.head_dim
     T = list(q.shape[1:-2])
     if q.shape[0] != B or q.shape[-1] != D or q.shape[-2] == 0 or q.shape[-2] % Hkv != 0:
         wanted = [B, *T, f"a multiple of {Hkv}", D]

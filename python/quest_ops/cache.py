@@ -96,7 +96,7 @@ class PagedKVCache(StepCache):
             page_table = torch.full((batch_size, pages_per_sequence), -1, dtype=torch.int32, device=device)
             seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
             super().__init__(KVState.allocate(pool, page_table, seq_lens, dtype=dtype, bounds=bounds), max_tokens)
-        self._mark_static()
+        self._mark_for_dynamo()
 
         self._allocator = PageAllocator(batch_size, num_pages, page_size, max_tokens)
         self._steps = LayerSteps(num_layers)
@@ -106,13 +106,16 @@ class PagedKVCache(StepCache):
         self._to_poison = set(range(num_pages)) if self.poison_freed else set()
         self._poison()
 
-    def _mark_static(self) -> None:
+    def _mark_for_dynamo(self) -> None:
         import torch._dynamo  # slow to import
 
         for pool in self.pools:
             # A symbolic N would make a layer's offset in the pool symbolic. Inductor (torch 2.13) takes the symbolic
             # offset of a view that an operator writes to for 0: the tokens of all layers would go to the first.
             torch._dynamo.mark_static(pool)
+        for tensor in (self.page_table, self.seq_lens, self.start_lens, self.new_lens):
+            # The batch is symbolic where that of q is, as after mark_dynamic(q, 0), and constant elsewhere.
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
         if self.device.type == "cuda":
             # Compiled CUDA graphs then need no copy of the cache.
             for tensor in (*self.pools, self.page_table, self.seq_lens, self.start_lens, self.new_lens):
@@ -418,12 +421,12 @@ class PagedKVCache(StepCache):
             # Lengths and page tables tell: bounds change only with them, and may hold NaN, which equals nothing.
             numbers = [(tensor, values) for tensor, values in writes if tensor.dtype == torch.int32]
             if numbers and all(torch.equal(tensor, values) for tensor, values in numbers):
-                self._account(account)
+                self._follow(account)
             raise
-        self._account(account)
+        self._follow(account)
         self._poison()
 
-    def _account(self, account: Callable[[], None]) -> None:
+    def _follow(self, account: Callable[[], None]) -> None:
         owned = self._owned() if self.poison_freed else set()
         self._torn = True
         account()
