@@ -414,6 +414,8 @@ class PagedKVCache(StepCache):
             writes: as in :func:`write_together`.
             account: changes the host's account, in plain Python.
         """
+        owned = self._owned() if self.poison_freed else set()
+        self._torn = True  # until both agree, or an interrupt between them would go unnoticed
         try:
             write_together(writes)
         except BaseException:
@@ -421,14 +423,13 @@ class PagedKVCache(StepCache):
             # Lengths and page tables tell: bounds change only with them, and may hold NaN, which equals nothing.
             numbers = [(tensor, values) for tensor, values in writes if tensor.dtype == torch.int32]
             if numbers and all(torch.equal(tensor, values) for tensor, values in numbers):
-                self._follow(account)
+                self._follow(account, owned)
+            self._torn = False
             raise
-        self._follow(account)
+        self._follow(account, owned)
         self._poison()
 
-    def _follow(self, account: Callable[[], None]) -> None:
-        owned = self._owned() if self.poison_freed else set()
-        self._torn = True
+    def _follow(self, account: Callable[[], None], owned: set[int]) -> None:
         account()
         self._torn = False
         if self.poison_freed:

@@ -162,8 +162,11 @@ def test_sync_lengths_that_fails_can_be_repeated(
     assert cache.sync_lengths() == cache.lengths == [24, 24, 17]
 
 
-def test_an_interrupt_within_the_account_refuses_everything_but_reset(
-    device: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("where", "name"), [(lambda c: c._allocator, "grow"), (lambda c: c, "_follow")], ids=["amid", "before"]
+)
+def test_an_interrupt_of_the_account_refuses_everything_but_reset(
+    device: str, where: Call, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     history = forked(device, "int8")
     cache = history.cache
@@ -172,7 +175,7 @@ def test_an_interrupt_within_the_account_refuses_everything_but_reset(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._allocator, "grow", interrupted)
+        patch.setattr(where(cache), name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache.advance(1)
     calls: list[Call] = [call for name, call in CALLS.items() if name != "reset"]
