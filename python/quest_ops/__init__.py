@@ -1,7 +1,15 @@
 """Quest sparse attention (Tang et al., ICML 2024) as PyTorch operators: the public names."""
 
 from ._library import build_info
-from .attention import QuestConfig, attention_path, attention_report, quest_attention, select_pages
+from .attention import (
+    LayerPages,
+    QuestConfig,
+    Selector,
+    attention_path,
+    attention_report,
+    quest_attention,
+    select_pages,
+)
 from .cache import PagedKVCache
 from .cache_view import CacheView
 from .ops import append_kv, decode_step, estimate, sparse_decode, topk_pages, update_bounds
@@ -13,9 +21,11 @@ __version__: str = build_info["version"]
 __all__ = [
     "CacheFullError",
     "CacheView",
+    "LayerPages",
     "PageView",
     "PagedKVCache",
     "QuestConfig",
+    "Selector",
     "__version__",
     "append_kv",
     "attention_path",

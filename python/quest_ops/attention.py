@@ -6,6 +6,7 @@ reads only the pages whose keys may score highest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -33,6 +34,35 @@ Path = Literal["prefill", "dense", "sparse"]
 _NAME = "quest_attention over a cache"
 
 
+class LayerPages(NamedTuple):
+    """The pages of a layer, as a selector gets them.
+
+    Attributes:
+        k_cache, v_cache: [N, Hkv, S, D], the step's tokens included.
+        k_bounds: [N, Hkv, 2, D].
+        k_scales: [N, Hkv] float32, or None where the bounds are not int8.
+        page_table: [B, P] int32.
+        seq_lens: [B] int32, the step's tokens included.
+        scale: the attention's softmax scale.
+    """
+
+    k_cache: Tensor
+    v_cache: Tensor
+    k_bounds: Tensor
+    k_scales: Tensor | None
+    page_table: Tensor
+    seq_lens: Tensor
+    scale: float
+
+
+#: Chooses the pages of a sparse layer in place of Quest: ``selector(layer, q, pages, config)``, with the layer's index,
+#: q [B, T, Hq, D], its :class:`LayerPages` and the configuration. It returns one of two tensors.
+#: Logical pages, int32 [B, T, Hs, K] with any K, are read as :func:`quest_ops.sparse_decode` takes them.
+#: Scores of all pages, float32 [B, T, Hq, P], go to :func:`quest_ops.topk_pages`, which keeps those of the budget.
+#: In a ragged step each token is a sequence of its own: B is then B * T, and T is 1.
+Selector = Callable[[int, Tensor, LayerPages, "QuestConfig"], Tensor]
+
+
 @dataclass(frozen=True)
 class QuestConfig:
     """How Quest selects pages.
@@ -48,6 +78,8 @@ class QuestConfig:
         bounds: how the cache stores a page's bounds.
             "int8" is bytes with a scale a page and head: half the size of 16-bit bounds, and a little looser.
             "cache" is the cache's dtype.
+        selector: chooses the pages in place of Quest, as :data:`Selector` says. It must not wait for the device. Dense
+            layers, prefills and caches that fit the budget do not call it.
 
     Raises:
         ValueError: an argument out of its range.
@@ -60,6 +92,7 @@ class QuestConfig:
     dense_layers: int = 2
     group_reduce: GroupReduce = "max"
     bounds: BoundsKind = "int8"
+    selector: Selector | None = None
 
     def __post_init__(self) -> None:
         check_choice("page_size", self.page_size, PAGE_SIZES)
@@ -76,6 +109,8 @@ class QuestConfig:
         for name, words in (("group_reduce", GroupReduce), ("bounds", BoundsKind)):
             if getattr(self, name) not in get_args(words):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}")
+        if self.selector is not None and not callable(self.selector):
+            raise ValueError(f"selector must be a function or None, got {self.selector!r}")
 
     @property
     def num_pages(self) -> int:
@@ -91,6 +126,11 @@ class QuestConfig:
     def is_window(self) -> bool:
         """Whether every page of the budget is forced, as in a recent window, so that no score changes the list."""
         return self.sink_pages + self.recent_pages == self.num_pages
+
+    @property
+    def reads_bounds(self) -> bool:
+        """Whether Quest scores the pages, so that a step is a single :func:`quest_ops.decode_step`."""
+        return self.selector is None and not self.is_window
 
 
 class Decision(NamedTuple):
@@ -143,6 +183,8 @@ def layer_plan(cache: StepCache, layer: int, config: QuestConfig) -> LayerPlan:
         "fits the budget": f"the budget of {config.budget} tokens holds the cache's {cache.max_tokens}",
         "over the budget": f"at most {config.budget} tokens of {cache.max_tokens}",
     }
+    if config.selector is not None:
+        reasons["over the budget"] = f"pages of config.selector, of {cache.max_tokens} tokens"
     return LayerPlan(layer, path, reasons[rule])
 
 
@@ -168,6 +210,8 @@ def select_pages(
 ) -> Tensor:
     """The pages that Quest reads: :func:`quest_ops.estimate`, then :func:`quest_ops.topk_pages`.
 
+    ``config.selector`` is not called, so that a selector may call this.
+
     Args:
         q: [B, Hq, D], or [B, T, Hq, D] for the last T (1 to 8) tokens of each sequence.
         k_bounds: [N, Hkv, 2, D].
@@ -188,16 +232,40 @@ def select_pages(
         scores = q.new_zeros((*q.shape[:-1], page_table.shape[1]), dtype=torch.float32)
     else:
         scores = estimate(q, k_bounds, page_table, seq_lens, config.page_size, k_scales)
+    return _best_pages(scores, seq_lens, k_bounds.shape[1], config, scale)
+
+
+def choose_pages(layer: int, q: Tensor, pages: LayerPages, config: QuestConfig) -> Tensor:
+    """The pages that a sparse layer reads: those of ``config.selector``, or Quest's.
+
+    Args:
+        layer: its index.
+        q: [B, T, Hq, D].
+        pages: of the layer.
+        config: of the selection.
+
+    Returns:
+        int32 [B, T, Hs, K].
+
+    Raises:
+        ValueError: the selector returned neither int32 pages nor float32 scores.
+        RuntimeError: as the operators.
+    """
+    _, _, k_bounds, k_scales, page_table, seq_lens, scale = pages
+    if config.selector is None:
+        return select_pages(q, k_bounds, page_table, seq_lens, config, scale, k_scales)
+    chosen = config.selector(layer, q, pages, config)
+    if chosen.dtype == torch.float32:
+        return _best_pages(chosen, seq_lens, k_bounds.shape[1], config, scale)
+    if chosen.dtype != torch.int32:
+        raise ValueError(f"config.selector must return int32 pages or float32 scores, got {chosen.dtype}")
+    return chosen
+
+
+def _best_pages(scores: Tensor, seq_lens: Tensor, num_kv_heads: int, config: QuestConfig, scale: float) -> Tensor:
+    num_pages, group_reduce, sink_pages, recent_pages = config.selection
     return topk_pages(
-        scores,
-        seq_lens,
-        config.page_size,
-        config.num_pages,
-        k_bounds.shape[1],
-        config.group_reduce,
-        config.sink_pages,
-        config.recent_pages,
-        scale,
+        scores, seq_lens, config.page_size, num_pages, num_kv_heads, group_reduce, sink_pages, recent_pages, scale
     )
 
 
@@ -215,9 +283,9 @@ def quest_attention(
     Call ``cache.advance(T)`` once a step, before the layers. No length is read on the host, so this works under
     torch.compile (fullgraph) and in CUDA graphs.
 
-    A step of 1 to 8 tokens is a decode step. Quest selects pages for each token. The first ``config.dense_layers``
-    layers are dense, and so is a cache whose capacity fits the budget. A sequence no longer than the budget reads all
-    its pages, with the dense result bit for bit.
+    A step of 1 to 8 tokens is a decode step. Quest, or ``config.selector``, selects pages for each token. The first
+    ``config.dense_layers`` layers are dense, and so is a cache whose capacity fits the budget. A sequence no longer
+    than the budget reads all its pages, with the dense result bit for bit.
 
     More tokens are a prefill and dense. Where all sequences start empty, PyTorch's causal attention runs on q, k and v
     as they are. Otherwise it runs over a contiguous copy of the layer's keys and values, with a mask for at most 512
@@ -237,14 +305,14 @@ def quest_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together, before anything is written.
-        RuntimeError: ``cache.advance`` was not called for this step; or as the operators. Backward raises it too, but
-            for the prefill of an empty cache.
+        RuntimeError: ``cache.advance`` was not called for this step, or the layer was left out of an earlier one; or as
+            the operators. Backward raises it too, but for the prefill of an empty cache.
     """
     _check(q, k, v, cache, config)
     if q.dim() == 3:
         return quest_attention(q[:, None], k[:, None], v[:, None], cache, layer, config, scale)[:, 0]
     path = attention_path(cache, layer, config, q.shape[1])
-    if path == "sparse" and not (cache.ragged or config.is_window):
+    if path == "sparse" and config.reads_bounds and not cache.ragged:
         out = _decode_step(q, k, v, cache, layer, config, scale)
         return refuse_backward(_NAME, out, q, k, v)
     cache.append(layer, k, v)
@@ -266,7 +334,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, config: QuestConfi
             raise ValueError(f"config.{name} must be the cache's, {getattr(cache, name)}, got {getattr(config, name)}")
     if q.dim() not in (3, 4):
         raise ValueError(f"q must have shape [B, Hq, D] or [B, T, Hq, D], got {list(q.shape)}")
-    B, Hkv, D = cache.batch_size, cache.num_kv_heads, cache.head_dim
+    B, Hkv, D = cache.page_table.shape[0], cache.num_kv_heads, cache.head_dim
     T = list(q.shape[1:-2])
     if q.shape[0] != B or q.shape[-1] != D or q.shape[-2] == 0 or q.shape[-2] % Hkv != 0:
         wanted = [B, *T, f"a multiple of {Hkv}", D]
@@ -288,6 +356,7 @@ def _decode_step(
 ) -> Tensor:
     cache.claim_step(layer, k)
     out, _, pages = cache.state.decode_step(layer, q, k, v, cache.start_lens, cache.seq_lens, config.selection, scale)
+    cache.step_written(layer)
     if cache.counts is not None:
         cache.counts.record(layer, pages, cache.seq_lens, q.shape[1])
     return out
@@ -302,10 +371,14 @@ def _decode(q: Tensor, cache: StepCache, layer: int, config: QuestConfig | None,
         # sequence that ends with it, and padding an empty one.
         seq_lens = torch.where(_is_real(q, cache), _positions(q, cache, first=1), 0).flatten()
         page_table = page_table.repeat_interleave(q.shape[1], 0)
-        rows, num_new = q.flatten(0, 1), 1
-    pages = None if config is None else select_pages(rows, k_bounds, page_table, seq_lens, config, scale, k_scales)
+        rows, num_new = q.flatten(0, 1)[:, None], 1
+    pages = None
+    if config is not None:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        view = LayerPages(k_cache, v_cache, k_bounds, k_scales, page_table, seq_lens, scale)
+        pages = choose_pages(layer, rows, view, config)
     if cache.counts is not None:
-        cache.counts.record(layer, pages, seq_lens, num_new)
+        cache.counts.record(layer, pages, seq_lens, num_new, config is not None and config.reads_bounds)
     out, _ = sparse_decode(rows, k_cache, v_cache, page_table, seq_lens, pages, scale)
     return out.view(q.shape)
 

@@ -5,14 +5,16 @@ The host assigns pages from an account of its own, so that no decode step waits 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from .bounds import BoundsKind
-from .kv_state import KVState, StepCache
+from .kv_state import KVState, StepCache, write_together
+from .layer_steps import LayerSteps
 from .ops import DTYPES, HEAD_DIMS, PAGE_SIZES, check_choice
 from .page_allocator import NewPage, PageAllocator
 
@@ -25,6 +27,10 @@ class PagedKVCache(StepCache):
     be inside. The host's account then stays as it is: call ``reserve`` for all the steps beforehand, and
     ``sync_lengths`` after them.
 
+    A method that raises has changed nothing, so it can be called again. An interrupt may also come after all is done;
+    ``lengths`` tells. A layer left out of a step raises at its next step, since it would read slots that were never
+    written. After an exception between the layers of a step, ``crop`` to the lengths before it, or ``reset``.
+
     Args:
         num_layers, num_kv_heads, head_dim: L, Hkv, D of the model; D one of :data:`quest_ops.ops.HEAD_DIMS`.
         max_tokens: the longest that a sequence may become.
@@ -34,6 +40,8 @@ class PagedKVCache(StepCache):
         dtype: float32, float16 or bfloat16.
         bounds: "int8" for page bounds in bytes with a scale a page and head, "cache" for bounds in ``dtype``.
         device: of all tensors.
+        poison_freed: fill pages with NaN when they are made and when they are freed, so that any read of them shows.
+            By default where ``QUEST_OPS_POISON=1`` is in the environment.
 
     Attributes:
         k_cache, v_cache: [L, N, Hkv, S, D].
@@ -63,6 +71,7 @@ class PagedKVCache(StepCache):
         dtype: torch.dtype = torch.bfloat16,
         bounds: BoundsKind = "int8",
         device: torch.device | str = "cpu",
+        poison_freed: bool | None = None,
     ) -> None:
         for choice, value, allowed in (
             ("head_dim", head_dim, HEAD_DIMS),
@@ -82,23 +91,31 @@ class PagedKVCache(StepCache):
         ):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
-        page_table = torch.full((batch_size, pages_per_sequence), -1, dtype=torch.int32, device=device)
-        seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
         pool = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
-        super().__init__(KVState.allocate(pool, page_table, seq_lens, dtype=dtype, bounds=bounds), max_tokens)
-        self._mark_static()
+        with torch.inference_mode(False):  # normal tensors, since later steps may run outside inference mode
+            page_table = torch.full((batch_size, pages_per_sequence), -1, dtype=torch.int32, device=device)
+            seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+            super().__init__(KVState.allocate(pool, page_table, seq_lens, dtype=dtype, bounds=bounds), max_tokens)
+        self._mark_for_dynamo()
 
         self._allocator = PageAllocator(batch_size, num_pages, page_size, max_tokens)
+        self._steps = LayerSteps(num_layers)
         self._stale = False  # an advance in compiled or captured code moved the lengths unseen by the host
-        self._step, self._step_of_layer, self._step_open, self._num_new = 0, [0] * num_layers, False, 0
+        self._torn = False  # an interrupt stopped a change of the host's account
+        self.poison_freed = os.environ.get("QUEST_OPS_POISON") == "1" if poison_freed is None else poison_freed
+        self._to_poison = set(range(num_pages)) if self.poison_freed else set()
+        self._poison()
 
-    def _mark_static(self) -> None:
+    def _mark_for_dynamo(self) -> None:
         import torch._dynamo  # slow to import
 
         for pool in self.pools:
             # A symbolic N would make a layer's offset in the pool symbolic. Inductor (torch 2.13) takes the symbolic
             # offset of a view that an operator writes to for 0: the tokens of all layers would go to the first.
             torch._dynamo.mark_static(pool)
+        for tensor in (self.page_table, self.seq_lens, self.start_lens, self.new_lens):
+            # The batch is symbolic where that of q is, as after mark_dynamic(q, 0), and constant elsewhere.
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
         if self.device.type == "cuda":
             # Compiled CUDA graphs then need no copy of the cache.
             for tensor in (*self.pools, self.page_table, self.seq_lens, self.start_lens, self.new_lens):
@@ -136,6 +153,7 @@ class PagedKVCache(StepCache):
         Raises:
             RuntimeError: the device advanced past the reserved pages, so tokens were lost. The host's account stays.
         """
+        self._require_whole()
         lengths: list[int] = self.seq_lens.tolist()
         for b, length in enumerate(lengths):
             reserved = self._allocator.reserved_tokens(b)
@@ -145,6 +163,8 @@ class PagedKVCache(StepCache):
                     f"reserve pages for all steps before replaying them"
                 )
         self._allocator.low, self._allocator.high, self._stale = list(lengths), list(lengths), False
+        for b, length in enumerate(lengths):
+            self._steps.keep(b, length)
         return lengths
 
     # A step
@@ -164,7 +184,9 @@ class PagedKVCache(StepCache):
             raise ValueError(f"tokens must be at least 0, got {tokens}")
         self._require_known_lengths()
         rows = range(self.batch_size) if sequence is None else (self._row(sequence, "sequence"),)
-        self._assign(self._allocator.reserve([tokens if b in rows else 0 for b in range(self.batch_size)]))
+        counts = [tokens if b in rows else 0 for b in range(self.batch_size)]
+        new = self._allocator.plan(counts)
+        self._change(self._pages_written(new), lambda: self._allocator.take(counts, new))
 
     def advance(self, num_new: int, new_lens: Tensor | Sequence[int] | None = None) -> None:
         """Begin a step of ``num_new`` tokens in each sequence: reserve their pages and move the lengths.
@@ -182,25 +204,51 @@ class PagedKVCache(StepCache):
         if self._host_is_blind():
             super().advance(num_new, new_lens)
             self._stale, self.starts_empty = True, False
-        else:
-            super().advance(num_new, self._advance_host(num_new, new_lens))
+            return
+        low, high, on_device = self._counts(num_new, new_lens)
+        new = self._allocator.plan(high)
+        start = self.seq_lens.clone()
+        lens = torch.full_like(start, num_new) if on_device is None else on_device.clamp(0, num_new)
+
+        def account() -> None:
+            self._steps.begin(num_new, self._allocator.low, high)
+            self.starts_empty = not any(self._allocator.high)
+            self.ragged = new_lens is not None
+            self._allocator.take(high, new)
+            self._allocator.grow(low, high)
+
+        lengths = [(self.start_lens, start), (self.new_lens, lens), (self.seq_lens, start + lens)]
+        self._change([*self._pages_written(new), *lengths], account)
 
     def claim_step(self, layer: int, k: Tensor) -> None:
-        """Note that a layer is about to write its keys ``k`` of the step, by ``append`` or otherwise.
+        """Check that a layer may write its keys ``k`` of the step. ``append`` does so, and calls ``step_written``.
 
         Raises:
-            RuntimeError: ``advance`` was not called since this layer last wrote, or T is not that of ``advance``.
-                Compiled and captured code is not checked.
+            RuntimeError: ``advance`` was not called since this layer last wrote, T is not that of ``advance``, or the
+                layer was left out of an earlier step. Compiled and captured code is not checked.
             ValueError: no such layer.
         """
         super().claim_step(layer, k)
         if self._host_is_blind() or self._stale:
             return
-        if not self._step_open or self._step_of_layer[layer] == self._step:
+        if not self._steps.expects(layer):
             raise RuntimeError(f"layer {layer} has no open step: call cache.advance(T) once a step, before the layers")
-        if k.dim() == 4 and k.shape[1] != self._num_new:
-            raise RuntimeError(f"k must have the T of cache.advance, {self._num_new}, in dimension 1, got {k.shape[1]}")
-        self._step_of_layer[layer] = self._step
+        if k.dim() == 4 and k.shape[1] != self._steps.num_new:
+            raise RuntimeError(
+                f"k must have the T of cache.advance, {self._steps.num_new}, in dimension 1, got {k.shape[1]}"
+            )
+        if lacking := self._steps.first_lacking(layer):
+            raise RuntimeError(
+                f"layer {layer} has not written sequence {lacking[0]} from token {lacking[1]} on, since it was left "
+                f"out of a step: crop the sequence to {lacking[1]} tokens, free it, or reset the cache"
+            )
+
+    def step_written(self, layer: int) -> None:
+        """Note that a layer has written its keys and values of the step."""
+        if self._host_is_blind():
+            self._steps.unseen = True
+        else:
+            self._steps.wrote(layer)
 
     # Sequences
 
@@ -217,20 +265,30 @@ class PagedKVCache(StepCache):
         if tokens < 0:
             raise ValueError(f"tokens must be at least 0, got {tokens}")
         self._require_known_lengths()
-        rows = range(self.batch_size) if sequence is None else (self._row(sequence, "sequence"),)
-        keep, cut = self._allocator.page_count(tokens), []
-        for b in rows:
-            if not self._allocator.crop(b, tokens):
-                continue
-            self.page_table[b, keep:].fill_(-1)
-            self.seq_lens[b].clamp_(max=tokens)
-            self.start_lens[b].clamp_(max=tokens)
-            if tokens % self.page_size and not self._allocator.shared(b, keep - 1):
-                cut.append(b)
-        self._step_open = False
-        if cut:
-            owners = [(b, self._allocator.tables[b][keep - 1]) for b in cut]
-            self.state.update_bounds_of_page(keep - 1, owners)
+        named = range(self.batch_size) if sequence is None else (self._row(sequence, "sequence"),)
+        rows = [b for b in named if self._allocator.high[b] > tokens]
+        keep, S = self._allocator.page_count(tokens), self.page_size
+        writes: list[tuple[Tensor, Tensor]] = []
+        if rows:
+            limits = [tokens if b in rows else self.max_tokens for b in range(self.batch_size)]
+            limit = torch.tensor(limits, dtype=torch.int32).to(self.device, non_blocking=True)
+            seq_lens = self.seq_lens.minimum(limit)
+            writes = [(self.seq_lens, seq_lens), (self.start_lens, self.start_lens.minimum(limit))]
+            if keep < self.pages_per_sequence:
+                none = torch.full_like(self.page_table[0, keep:], -1)
+                writes += [(self.page_table[b, keep:], none) for b in rows]
+            if tokens % S:
+                owners = [(b, self._allocator.tables[b][keep - 1]) for b in rows]
+                owners = [owner for owner in owners if not self._allocator.shared(owner[0], keep - 1)]
+                writes += self.state.bounds_of_page(keep - 1, owners, seq_lens) if owners else []
+
+        def account() -> None:
+            self._steps.end()
+            for b in rows:
+                self._allocator.crop(b, tokens)
+                self._steps.keep(b, tokens)
+
+        self._change(writes, account)
 
     def fork(self, source: int, target: int) -> None:
         """Make sequence ``target`` a copy of ``source``, after freeing its old tokens. Pages are shared until written.
@@ -246,27 +304,44 @@ class PagedKVCache(StepCache):
         if source == target:
             raise ValueError(f"target must be another sequence than source, got {target} for both")
         self._require_known_lengths()
-        count = self._allocator.fork(source, target)
-        self.page_table[target].fill_(-1)
-        self.page_table[target, :count].copy_(self.page_table[source, :count])
-        self.seq_lens[target].copy_(self.seq_lens[source])
-        self.start_lens[target].copy_(self.start_lens[source])
-        self._step_open = False
+        count = self._allocator.page_count(self._allocator.high[source])
+        row = torch.full_like(self.page_table[target], -1)
+        row[:count] = self.page_table[source, :count]
+
+        def account() -> None:
+            self._steps.end()
+            self._allocator.fork(source, target)
+            self._steps.fork(source, target)
+
+        lengths = [(lens[target], lens[source]) for lens in (self.seq_lens, self.start_lens)]
+        self._change([(self.page_table[target], row), *lengths], account)
 
     def free(self, sequence: int) -> None:
-        """Empty one sequence and give its pages back."""
+        """Empty one sequence and give its pages back.
+
+        Raises:
+            ValueError: no such sequence.
+        """
         b = self._row(sequence, "sequence")
-        self._allocator.release(b)
-        for tensor in (self.seq_lens, self.start_lens, self.new_lens):
-            tensor[b].zero_()
-        self.page_table[b].fill_(-1)
-        self._step_open = False
+        self._require_whole()
+
+        def account() -> None:
+            self._steps.end()
+            self._allocator.release(b)
+            self._steps.keep(b, 0)
+
+        self._change(self._emptied(slice(b, b + 1)), account)
 
     def reset(self) -> None:
         """Empty every sequence. Memory and addresses stay."""
-        for b in range(self.batch_size):
-            self.free(b)
-        self._stale = False
+
+        def account() -> None:
+            self._allocator = PageAllocator(self.batch_size, self.num_pages, self.page_size, self.max_tokens)
+            steps = LayerSteps(self.num_layers)
+            steps.unseen = self._steps.unseen
+            self._steps, self._stale = steps, False
+
+        self._change(self._emptied(slice(None)), account)
 
     # The host's account
 
@@ -282,44 +357,91 @@ class PagedKVCache(StepCache):
         return sequence
 
     def _require_known_lengths(self) -> None:
+        self._require_whole()
         if self._stale:
             raise RuntimeError(
                 "the lengths moved on the device, in a compiled or captured advance: call sync_lengths() first"
             )
 
-    def _advance_host(self, num_new: int, new_lens: Tensor | Sequence[int] | None) -> Tensor | None:
-        """The host's side of ``advance``. Returns new_lens as a tensor, or None."""
+    def _require_whole(self) -> None:
+        if self._torn:
+            raise RuntimeError("an interrupt stopped a change of the cache's pages and lengths: call reset()")
+
+    def _counts(
+        self, num_new: int, new_lens: Tensor | Sequence[int] | None
+    ) -> tuple[list[int], list[int], Tensor | None]:
+        """The fewest and the most tokens that a step gives each sequence, and new_lens as a tensor on the device."""
         if num_new < 1:
             raise ValueError(f"num_new must be at least 1, got {num_new}")
         self._require_known_lengths()
-        B, on_device = self.batch_size, None
-        low = high = [num_new] * B
+        B = self.batch_size
+        if new_lens is None:
+            return [num_new] * B, [num_new] * B, None
         if isinstance(new_lens, Tensor):
             if new_lens.shape != (B,) or new_lens.dtype != torch.int32:
                 raise ValueError(f"new_lens must be int32 [{B}], got {new_lens.dtype} {list(new_lens.shape)}")
-            if new_lens.device.type == "cpu":
-                new_lens = new_lens.tolist()
-            elif new_lens.device != self.device:
-                raise ValueError(f"new_lens must be on {self.device} like the cache, got {new_lens.device}")
-            else:
-                low, on_device = [0] * B, new_lens
-        if new_lens is not None and on_device is None:
-            low = high = list(new_lens)
-            if len(high) != B or not all(0 <= n <= num_new for n in high):
-                raise ValueError(f"new_lens must hold {B} numbers from 0 to num_new, {num_new}, got {high}")
-            on_device = torch.tensor(high, dtype=torch.int32)
-        starts_empty = not any(self._allocator.high)
-        self._assign(self._allocator.reserve(high))
-        self._allocator.grow(low, high)
-        self.starts_empty = starts_empty
-        self._step, self._step_open, self._num_new = self._step + 1, True, num_new
-        return on_device
+            if new_lens.device.type != "cpu":
+                if new_lens.device != self.device:
+                    raise ValueError(f"new_lens must be on {self.device} like the cache, got {new_lens.device}")
+                return [0] * B, [num_new] * B, new_lens
+            new_lens = new_lens.tolist()
+        counts = list(new_lens)
+        if len(counts) != B or not all(0 <= n <= num_new for n in counts):
+            raise ValueError(f"new_lens must hold {B} numbers from 0 to num_new, {num_new}, got {counts}")
+        return counts, counts, torch.tensor(counts, dtype=torch.int32).to(self.device, non_blocking=True)
 
-    def _assign(self, new: list[NewPage]) -> None:
-        """Copy the shared pages that are replaced, then write the new pages into the page table."""
-        if not new:
-            return
+    def _pages_written(self, new: list[NewPage]) -> list[tuple[Tensor, Tensor]]:
+        """Copy shared pages into the free pages that replace them. Returns the write of the page table."""
+        self._poison()
         copies = [(page.copy_of, page.page) for page in new if page.copy_of is not None]
         if copies:
+            if self.poison_freed:  # should this fail, the copies lie in free pages
+                self._to_poison.update(page for _, page in copies)
             self.state.copy_pages(copies)
-        self.state.set_pages([(page.sequence, page.logical, page.page) for page in new])
+        entries = [(page.sequence, page.logical, page.page) for page in new]
+        return [(self.page_table, self.state.with_pages(entries))] if entries else []
+
+    def _emptied(self, rows: slice) -> list[tuple[Tensor, Tensor]]:
+        """The writes that empty sequences."""
+        lengths = [lens[rows] for lens in (self.seq_lens, self.start_lens, self.new_lens)]
+        table = self.page_table[rows]
+        return [(table, torch.full_like(table, -1)), *((lens, torch.zeros_like(lens)) for lens in lengths)]
+
+    def _change(self, writes: list[tuple[Tensor, Tensor]], account: Callable[[], None]) -> None:
+        """Change the device's tensors and the host's account: both or none.
+
+        Args:
+            writes: as in :func:`write_together`.
+            account: changes the host's account, in plain Python.
+        """
+        owned = self._owned() if self.poison_freed else set()
+        self._torn = True  # until both agree, or an interrupt between them would go unnoticed
+        try:
+            write_together(writes)
+        except BaseException:
+            # An interrupt shows only after the operation, so the account follows if the device has its new values.
+            # Lengths and page tables tell: bounds change only with them, and may hold NaN, which equals nothing.
+            numbers = [(tensor, values) for tensor, values in writes if tensor.dtype == torch.int32]
+            if numbers and all(torch.equal(tensor, values) for tensor, values in numbers):
+                self._follow(account, owned)
+            self._torn = False
+            raise
+        self._follow(account, owned)
+        self._poison()
+
+    def _follow(self, account: Callable[[], None], owned: set[int]) -> None:
+        account()
+        self._torn = False
+        if self.poison_freed:
+            self._to_poison = (self._to_poison | owned) - self._owned()
+
+    def _owned(self) -> set[int]:
+        if self._torn:
+            return set(range(self.num_pages))
+        return {page for page, owners in enumerate(self._allocator.owners) if owners}
+
+    def _poison(self) -> None:
+        """Fill the pages freed since the last call with NaN."""
+        if self._to_poison:
+            self.state.poison(sorted(self._to_poison))
+            self._to_poison = set()

@@ -146,32 +146,60 @@ class KVState:
         for pool in self.pools:
             pool.index_copy_(1, destination, pool.index_select(1, source))
 
-    def set_pages(self, entries: list[tuple[int, int, int]]) -> None:
-        """Write entries of the page table, given as (sequence, logical page, physical page)."""
+    def with_pages(self, entries: list[tuple[int, int, int]]) -> Tensor:
+        """The page table with other entries, given as (sequence, logical page, physical page). A new tensor."""
         columns = self.page_table.shape[1]
         places = [(sequence * columns + logical, physical) for sequence, logical, physical in entries]
         place, value = self._to_device(places).T
-        self.page_table.view(-1).index_copy_(0, place, value.int())
+        return self.page_table.flatten().index_copy(0, place, value.int()).view_as(self.page_table)
 
-    def update_bounds_of_page(self, logical: int, owners: list[tuple[int, int]]) -> None:
-        """Recompute the bounds of one logical page of some sequences, in all layers.
+    def bounds_of_page(
+        self, logical: int, owners: list[tuple[int, int]], seq_lens: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The bounds of one logical page of some sequences, in all layers, computed from its keys.
 
         Args:
             logical: number of the page.
             owners: (sequence, physical page) for each.
+            seq_lens: [B] int32, the tokens to count.
+
+        Returns:
+            Pairs for :func:`write_together`.
         """
-        L, N, start = *self.k_cache.shape[:2], logical * self.k_cache.shape[3]
-        entries = [(layer * N + physical, sequence) for layer in range(L) for sequence, physical in owners]
-        page, sequence = self._to_device(entries).T
-        tokens = (self.seq_lens[sequence] - start).clamp_(min=0)
-        k_cache, k_bounds = self.k_cache.flatten(0, 1), self.k_bounds.flatten(0, 1)
-        k_scales = None if self.k_scales is None else self.k_scales.flatten(0, 1)
+        L, start = self.k_cache.shape[0], logical * self.k_cache.shape[3]
+        sequence, page = self._to_device(owners).T
+        pools = [self.k_bounds] if self.k_scales is None else [self.k_bounds, self.k_scales]
         # A single launch: each page of each layer goes in as a sequence of its own.
-        update_bounds(k_cache, k_bounds, page[:, None].int(), tokens, k_scales=k_scales)
+        keys, *bounds = (pool.index_select(1, page).flatten(0, 1) for pool in (self.k_cache, *pools))
+        tokens = (seq_lens[sequence] - start).clamp_(min=0).repeat(L)
+        table = torch.arange(len(tokens), dtype=torch.int32, device=tokens.device)[:, None]
+        update_bounds(keys, bounds[0], table, tokens, k_scales=bounds[1] if len(bounds) > 1 else None)
+        return [
+            (pool[:, physical], new.unflatten(0, (L, -1))[:, i])
+            for pool, new in zip(pools, bounds, strict=True)
+            for i, (_, physical) in enumerate(owners)
+        ]
+
+    def poison(self, pages: list[int]) -> None:
+        """Fill physical pages with NaN in all layers. Bytes of int8 bounds stay, since their scales become NaN."""
+        index = self._to_device([(page,) for page in pages]).flatten()
+        for pool in self.pools:
+            if pool.is_floating_point():
+                pool.index_fill_(1, index, torch.nan)
 
     def _to_device(self, numbers: Sequence[tuple[int, ...]]) -> Tensor:
         # Made on the host and sent without waiting: torch.tensor(device="cuda") would synchronise.
         return torch.tensor(numbers, dtype=torch.int64).to(self.page_table.device, non_blocking=True)
+
+
+def write_together(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write tensors in a single operation, so that a failure or an interrupt comes before all writes or after all.
+
+    Args:
+        writes: (tensor, new values) pairs. No pair may write what another reads.
+    """
+    if writes:
+        torch._foreach_copy_([tensor for tensor, _ in writes], [values for _, values in writes])
 
 
 class StepCache:
@@ -264,14 +292,18 @@ class StepCache:
         """
         self.claim_step(layer, k)
         self.state.append(layer, k, v, self.start_lens, self.new_lens if self.ragged else None)
+        self.step_written(layer)
 
     def claim_step(self, layer: int, k: Tensor) -> None:  # noqa: ARG002 - the host's account checks its T
-        """Note that a layer is about to write its keys ``k`` of the step, by ``append`` or otherwise.
+        """Check that a layer may write its keys ``k`` of the step. ``append`` does so, and calls ``step_written``.
 
         Raises:
             ValueError: no such layer.
         """
         self._check_layer(layer)
+
+    def step_written(self, layer: int) -> None:
+        """Note that a layer has written its keys and values of the step."""
 
     def start_report(self) -> None:
         """Count from now on the pages that each layer reads. Call it before compiling or capturing.
@@ -279,7 +311,8 @@ class StepCache:
         See :mod:`quest_ops.report`.
         """
         heads = (self.num_layers, self.num_kv_heads, self.head_dim, self.page_size)
-        self.counts = AttentionCounts(*heads, self.k_cache.dtype, self.device, self.bounds)
+        with torch.inference_mode(False):  # normal tensors, since later steps may run outside inference mode
+            self.counts = AttentionCounts(*heads, self.k_cache.dtype, self.device, self.bounds)
 
     def stop_report(self) -> None:
         """Count no more."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class CacheFullError(RuntimeError):
-    """The pool has too few free pages, or a sequence would outgrow ``max_tokens``. Nothing was changed."""
+    """The pool has too few free pages, or a sequence would outgrow ``max_tokens``. Nothing has changed."""
 
 
 class NewPage(NamedTuple):
@@ -52,11 +52,13 @@ class PageAllocator:
     def shared(self, sequence: int, logical: int) -> bool:
         return self.owners[self.tables[sequence][logical]] > 1
 
-    def reserve(self, counts: list[int]) -> list[NewPage]:
-        """Give each sequence pages for its count of new tokens, and copies of the shared pages they would write.
+    def plan(self, counts: list[int]) -> list[NewPage]:
+        """Pages for each sequence's count of new tokens, and copies of the shared pages they would write.
+
+        Nothing changes until ``take``.
 
         Raises:
-            CacheFullError: before anything has changed.
+            CacheFullError: the pages do not suffice.
         """
         wanted = self._missing_pages(counts)
         if len(wanted) > len(self.free):
@@ -64,10 +66,16 @@ class PageAllocator:
                 f"out of pages: {len(wanted)} needed, {len(self.free)} of num_pages = {self.num_pages} are free; "
                 f"free or crop a sequence, or make the cache with more pages"
             )
+        pages = reversed(self.free)
+        return [NewPage(b, logical, next(pages), old) for b, logical, old in wanted]
+
+    def take(self, counts: list[int], new: list[NewPage]) -> None:
+        """Give out the pages that ``plan(counts)`` returned."""
         for b, count in enumerate(counts):
             if count:
                 self._owned_from[b] = min(self._owned_from[b], self.low[b] // self.page_size)
-        return [NewPage(b, logical, self._assign(b, logical), old) for b, logical, old in wanted]
+        for page in new:
+            self._assign(page)
 
     def _missing_pages(self, counts: list[int]) -> list[tuple[int, int, int | None]]:
         missing: list[tuple[int, int, int | None]] = []
@@ -90,33 +98,30 @@ class PageAllocator:
             missing.extend((b, logical, None) for logical in range(len(table), self.page_count(end)))
         return missing
 
-    def _assign(self, sequence: int, logical: int) -> int:
-        page, table = self.free.pop(), self.tables[sequence]
-        self.owners[page] = 1
-        if logical == len(table):
-            table.append(page)
+    def _assign(self, new: NewPage) -> None:
+        table = self.tables[new.sequence]
+        self.free.pop()
+        self.owners[new.page] = 1
+        if new.copy_of is None:
+            table.append(new.page)
         else:
-            self.owners[table[logical]] -= 1  # shared, so it keeps an owner
-            table[logical] = page
-        return page
+            self.owners[new.copy_of] -= 1  # shared, so it keeps an owner
+            table[new.logical] = new.page
 
     def grow(self, low: list[int], high: list[int]) -> None:
         """Count new tokens, at least ``low`` and at most ``high``, whose pages are reserved."""
         self.low = [have + n for have, n in zip(self.low, low, strict=True)]
         self.high = [have + n for have, n in zip(self.high, high, strict=True)]
 
-    def crop(self, sequence: int, tokens: int) -> bool:
-        """Keep at most ``tokens`` tokens and their pages. False if the sequence was no longer than that."""
-        if self.high[sequence] <= tokens:
-            return False
+    def crop(self, sequence: int, tokens: int) -> None:
+        """Keep ``tokens`` tokens of a longer sequence, and their pages."""
         keep, table = self.page_count(tokens), self.tables[sequence]
         self._disown(table[keep:])
         del table[keep:]
         self.low[sequence], self.high[sequence] = min(self.low[sequence], tokens), tokens
-        return True
 
-    def fork(self, source: int, target: int) -> int:
-        """Let ``target`` share the pages that hold tokens of ``source``. Returns the number of shared pages."""
+    def fork(self, source: int, target: int) -> None:
+        """Let ``target`` share the pages that hold tokens of ``source``."""
         count = self.page_count(self.high[source])
         pages = self.tables[source][:count]
         for page in pages:
@@ -125,7 +130,6 @@ class PageAllocator:
         self.tables[target] = pages
         self.low[target], self.high[target] = self.low[source], self.high[source]
         self._owned_from[source] = self._owned_from[target] = count
-        return count
 
     def release(self, sequence: int) -> None:
         """Forget a sequence and give its pages back."""

@@ -58,7 +58,8 @@ class LayerCounts:
         prefills: calls with more new tokens than a decode step takes; always dense.
         steps: decoding calls.
         pages_read, pages_held: pages of the decoding calls.
-        bytes_read: of the keys and values of the pages read, and in sparse layers of the bounds of all pages held.
+        bytes_read: of the keys and values of the pages read, and of the bounds of all pages held where Quest selects.
+            The bytes that ``QuestConfig.selector`` reads are not known.
         bytes_dense: of the keys and values of the pages held.
     """
 
@@ -127,7 +128,9 @@ class AttentionCounts:
         """Count a decoding call of a layer that keeps no pages."""
         self._counts[layer, _PLACE.steps].add_(1)
 
-    def record(self, layer: int, pages: Tensor | None, seq_lens: Tensor, num_new: int) -> None:
+    def record(
+        self, layer: int, pages: Tensor | None, seq_lens: Tensor, num_new: int, reads_bounds: bool = True
+    ) -> None:
         """Count one decoding call.
 
         Args:
@@ -135,6 +138,7 @@ class AttentionCounts:
             pages: the pages read, int32 [B, Hs, K] or [B, T, Hs, K]; None: all.
             seq_lens: [B] int32, tokens in the cache.
             num_new: T.
+            reads_bounds: whether ``pages`` were selected by their bounds.
         """
         behind = torch.arange(num_new, dtype=torch.int32, device=seq_lens.device)
         visible = (seq_lens[:, None] - behind).clamp(min=0)
@@ -144,7 +148,7 @@ class AttentionCounts:
         counts[_PLACE.pages_read].add_(all_heads if pages is None else (pages >= 0).sum())
         counts[_PLACE.pages_held].add_(all_heads if pages is None else held * pages.shape[-2])
         counts[_PLACE.kv_head_pages_held].add_(all_heads)
-        if pages is not None:
+        if pages is not None and reads_bounds:
             counts[_PLACE.bounds_read].add_(all_heads)
 
     def reset(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.attention_model import BOUNDS, HKV, D, Model, S
 from helpers.operator_cases import assert_accurate, assert_same_bits
-from quest_ops import QuestConfig, quest_attention
+from quest_ops import PagedKVCache, QuestConfig, quest_attention
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
@@ -45,6 +45,39 @@ def test_compiled_steps(device: str, backend: str, inside: bool, bounds: str) ->
     if inside:
         assert compiled.cache.sync_lengths() == [50, 24]
     compiled.check()
+
+
+@BOUNDS
+@pytest.mark.parametrize("inside", [False, True], ids=["advance_before", "advance_inside"])
+def test_a_batch_marked_dynamic(device: str, inside: bool, bounds: str) -> None:
+    """Caches of the same number of pages share the code of all batch sizes."""
+    torch._dynamo.reset()
+    config = QuestConfig(24, S, dense_layers=1, bounds=bounds)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def step(q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache) -> Tensor:
+        if inside:
+            cache.advance(1)
+        return torch.stack([quest_attention(q[i], k[i], v[i], cache, i, config) for i in range(2)])
+
+    for batch in (3, 2, 5):
+        eager, compiled = (Model(device, batch=batch, bounds=bounds, num_pages=60) for _ in range(2))
+        for model in (eager, compiled):
+            model.attend(29, config)
+        compiled.cache.reserve(3)
+        for _ in range(3):
+            expected = eager.attend(1, config)
+            inputs = compiled.inputs(1)
+            for x in inputs:
+                torch._dynamo.mark_dynamic(x, 1)
+            if not inside:
+                compiled.cache.advance(1)
+            assert_same_bits(step(*inputs, compiled.cache), expected)
+        compiled.cache.sync_lengths()
+        compiled.check()
+    # The first cache is one of a kind to Dynamo. From the second on, its batch size is a symbol too.
+    assert counter.frame_count <= 2
 
 
 @BOUNDS

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from quest_ops import CacheFullError
-from quest_ops.page_allocator import PageAllocator
+from quest_ops.page_allocator import NewPage, PageAllocator
 
 
 @BOUNDS
@@ -71,11 +71,18 @@ def test_reserve_copies_all_of_a_shared_page(device: str, bounds: str) -> None:
 
 def test_an_unsure_length_copies_every_shared_page_it_may_write() -> None:
     account = PageAllocator(sequences=2, num_pages=8, page_size=S, max_tokens=64)
-    account.reserve([20, 0])
+
+    def reserve(counts: list[int]) -> list[NewPage]:
+        new = account.plan(counts)
+        account.take(counts, new)
+        return new
+
+    reserve([20, 0])
     account.grow([9, 0], [20, 0])  # 9 to 20 tokens: page 1 or 2 is being written
-    assert account.fork(0, 1) == 3
-    assert [(new.logical, new.copy_of) for new in account.reserve([0, 1])] == [(1, 1), (2, 2)]
-    assert account.reserve([1, 0]) == account.reserve([0, 1]) == []
+    account.fork(0, 1)
+    assert account.tables[1] == [0, 1, 2]
+    assert [(new.logical, new.copy_of) for new in reserve([0, 1])] == [(1, 1), (2, 2)]
+    assert reserve([1, 0]) == reserve([0, 1]) == []
 
 
 def test_the_last_owner_of_a_page_writes_it_in_place(device: str) -> None:

@@ -1,9 +1,11 @@
 """The pages hold: their Python runs, and the files, anchors and make targets that they name exist."""
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+import quest_ops
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -60,3 +62,21 @@ def test_make_targets(page: Path) -> None:
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
     named = re.findall(r"(?:^|[^\w-])make ([a-z]+)\b", code(page.read_text()))
     assert set(named) <= targets, set(named) - targets
+
+
+def names_of_section(heading: str) -> set[str]:
+    """The names in the first columns of the tables of a section of docs/api.md."""
+    page = (ROOT / "docs" / "api.md").read_text()
+    (section,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    cells = re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+
+@pytest.mark.parametrize("package", ["quest_ops", "quest_ops.transformers"])
+def test_the_api_page_has_all_public_names(package: str) -> None:
+    assert names_of_section(package) == set(importlib.import_module(package).__all__)
+
+
+def test_the_api_page_has_all_methods_of_the_cache() -> None:
+    public = {name for name in dir(quest_ops.PagedKVCache) if not name.startswith("_")}
+    assert names_of_section("PagedKVCache") == public - {"counts"}  # None until start_report, and the report's own

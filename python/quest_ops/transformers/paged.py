@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..attention import Decision, decide, select_pages
+from ..attention import Decision, LayerPages, choose_pages, decide
 from ..dense import Features, Past, attend_by_position, past_of_pages, prefill
 from ..kv_state import KVState
 from ..ops import HEAD_DIMS, MAX_NEW_TOKENS, check_choice, sparse_decode
@@ -68,7 +68,7 @@ class PagedLayer(QuestCacheLayer):
             if self.settings.counts is not None:
                 self.settings.counts.record_prefill(self.index)
             return self._prefill(q, k, v, real, features)
-        if path == "sparse" and not self.settings.config.is_window and (real is None or tokens == 1):
+        if path == "sparse" and self.settings.config.reads_bounds and (real is None or tokens == 1):
             return self._decode_step(q, k, v, real, features)
         self._append(k, v, real)
         if self._lacking is not None:
@@ -135,7 +135,9 @@ class PagedLayer(QuestCacheLayer):
         config, queries, selected = self.settings.config, q.transpose(1, 2), None
         paging = (self.state.page_table, self.seq_lens)
         if sparse:
-            selected = select_pages(queries, k_bounds, *paging, config, features.scale, k_scales)
+            scale = q.shape[-1] ** -0.5 if features.scale is None else features.scale
+            view = LayerPages(k_cache, v_cache, k_bounds, k_scales, *paging, scale)
+            selected = choose_pages(self.index, queries, view, config)
         self._observe(selected)
         self._count(selected, q.shape[2])
         out, lse = sparse_decode(queries, k_cache, v_cache, *paging, selected, features.scale)
@@ -154,7 +156,8 @@ class PagedLayer(QuestCacheLayer):
 
     def _count(self, selected: Tensor | None, tokens: int) -> None:
         if self.settings.counts is not None:
-            self.settings.counts.record(self.index, selected, self.seq_lens, tokens)
+            reads_bounds = self.settings.config.reads_bounds
+            self.settings.counts.record(self.index, selected, self.seq_lens, tokens, reads_bounds)
 
     def _note_features(self, features: Features) -> None:
         """Note a feature that makes this layer dense under any configuration, and log it once."""
