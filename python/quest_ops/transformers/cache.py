@@ -120,8 +120,7 @@ class QuestCache(Cache):  # type: ignore[misc]
         Raises:
             ValueError: the prompt ends before the held tokens do, or differs from those of the last ``generate``.
         """
-        held, before = int(self.get_seq_length()), self._prompt
-        self._prompt = None
+        held, before = self._held(), self._prompt
         given = ids if ids is not None else embeds
         if given is None:
             return
@@ -133,6 +132,7 @@ class QuestCache(Cache):  # type: ignore[misc]
                 "call cache.reset() before another prompt"
             )
         if ids is None or not whole:
+            self._prompt = None
             return
         if held and before is not None and before.shape[0] % ids.shape[0] == 0:
             known = min(held, before.shape[1])
@@ -152,7 +152,13 @@ class QuestCache(Cache):  # type: ignore[misc]
     def note_prompt(self, sequences: Tensor) -> None:
         """Note the sequences [B, L] that a ``generate`` over this cache returned."""
         if self._prompt is not None:
-            self._prompt = sequences
+            self._prompt = sequences[:, : self._held()]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens of each row. The number is negative, as in transformers."""
+        super().crop(tokens_to_remove)
+        if self._prompt is not None:
+            self._prompt = self._prompt[:, : self._held()]
 
     def note_replaced(self, reason: str) -> None:
         """Note that the model uses another cache, so that :meth:`plan` says so."""
@@ -205,6 +211,10 @@ class QuestCache(Cache):  # type: ignore[misc]
     def observer(self, observer: Observer | None) -> None:
         self._settings.observer = observer
 
+    def _held(self) -> int:
+        """Columns in the cache."""
+        return next((layer.columns for layer in self.layers if isinstance(layer, QuestCacheLayer)), 0)
+
     def _capacity(self, max_tokens: int) -> int:
         page_size = self._settings.config.page_size
         return -(-max_tokens // page_size) * page_size
@@ -233,8 +243,8 @@ def enable_quest(
         model: a transformers model.
         quest_config: budget, page size and the rest of the selection.
         max_tokens: tokens of prompt and answer together. None: each ``generate`` without a cache makes room for its
-            prompt and answer, and keeps the memory for calls that need no more. A cache that is passed then has room
-            for the model's ``max_position_embeddings``.
+            prompt and answer, and keeps the memory for calls that need no more. A cache that is passed has room for the
+            model's ``max_position_embeddings``, or for the last such call.
         batch_size: allocate the cache now, for this number of sequences; None: at the first step.
 
     Returns:
@@ -251,7 +261,9 @@ def enable_quest(
             raise ValueError(f"{type(model).__name__} has no max_position_embeddings: pass max_tokens")
     make_cache = functools.partial(QuestCache, config, quest_config, max_tokens=tokens)
     cache = make_cache(batch_size=batch_size, **kind)
-    restores = {name: getattr(config, name)._attn_implementation for name in config.sub_configs if hasattr(config, name)}
+    restores = {
+        name: getattr(config, name)._attn_implementation for name in config.sub_configs if hasattr(config, name)
+    }
     restores[""] = config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     if config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:

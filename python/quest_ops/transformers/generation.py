@@ -157,7 +157,9 @@ def _prepare_inputs_for_generation(
     if inputs.get(CACHE_NAME) is None:
         inputs = method(model, input_ids, *args, **{**kwargs, CACHE_NAME: None, "next_sequence_length": None})
         if int(cache.get_seq_length()) > 0:
-            say_once("the model dropped its cache, so the whole sequence was attended to again, into the same QuestCache")
+            say_once(
+                "the model dropped its cache, so the whole sequence was attended to again, into the same QuestCache"
+            )
         cache.reset()
         inputs[CACHE_NAME] = cache
     return inputs
