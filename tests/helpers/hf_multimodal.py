@@ -3,7 +3,6 @@
 import functools
 
 import torch
-from helpers.hf_models import COMMON, prompt
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -13,6 +12,8 @@ from transformers import (
     PaliGemmaForConditionalGeneration,
     SiglipVisionConfig,
 )
+
+from helpers.hf_models import COMMON, prompt
 
 IMAGE_TOKEN, IMAGE_TOKENS, WINDOW = 95, 4, 32
 VISION = {

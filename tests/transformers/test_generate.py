@@ -226,9 +226,13 @@ def long_rope_model(name, device):
 @pytest.mark.parametrize("length", [40, 60, 90])
 @pytest.mark.parametrize("passed", [False, True])
 def test_longrope_keeps_the_quest_cache_past_the_original_context(name, length, passed, device):
-    """From 60 tokens generation crosses the original context of 64."""
+    """From 60 tokens generation crosses the original context of 64.
+
+    Dense generation with a cache is wrong there before transformers 5.24: it drops the cache, and goes on with the last
+    token alone.
+    """
     model, inputs = long_rope_model(name, device), prompt(length, device, padding=(0, 7))
-    expected = tokens(model, inputs, max_new_tokens=10)
+    expected = tokens(model, inputs, max_new_tokens=10, use_cache=False)
     cache = enable_quest(model, FULL, max_tokens=200)
     cache.start_report()
     options = {CACHE_NAME: cache} if passed else {}

@@ -46,6 +46,8 @@ class QuestCache(Cache):  # type: ignore[misc]
         ValueError: a model or a number that is not supported; the error names it.
     """
 
+    layers: list[Any]
+
     def __init__(
         self,
         model_config: Any,
@@ -100,8 +102,7 @@ class QuestCache(Cache):  # type: ignore[misc]
 
         The memory stays where it fits. Otherwise it goes, and the next step allocates.
         """
-        layers = [layer for layer in self.layers if isinstance(layer, QuestCacheLayer)]
-        held = [layer for layer in layers if layer.is_initialized]
+        held = [layer for layer in self.layers if isinstance(layer, QuestCacheLayer) and layer.is_initialized]
         if held and held[0].batch_size == batch_size and held[0].max_cache_len >= max_tokens:
             return self.reset()
         self._prompt = self._replaced = None
@@ -144,8 +145,8 @@ class QuestCache(Cache):  # type: ignore[misc]
                 same = same | padding.repeat_interleave(repeats, 0)
             if not bool(same.all()):
                 raise ValueError(
-                    f"this QuestCache holds {held} tokens of another prompt: call cache.reset() first, or pass a prompt "
-                    "that begins with them"
+                    f"this QuestCache holds {held} tokens of another prompt: call cache.reset() first, or pass a "
+                    "prompt that begins with them"
                 )
         self._prompt = ids
 
@@ -236,8 +237,8 @@ def enable_quest(
 ) -> QuestCache:
     """Switch ``model`` to the attention "quest", and make a cache for it.
 
-    A later ``model.generate`` without a cache empties the returned cache and uses it, so each call starts anew. With the
-    cache passed it goes on where the cache ends. :func:`disable_quest` undoes all of it.
+    A later ``model.generate`` without a cache empties the returned cache and uses it, so each call starts anew. With
+    the cache passed it goes on where the cache ends. :func:`disable_quest` undoes all of it.
 
     Args:
         model: a transformers model.

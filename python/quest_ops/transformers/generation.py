@@ -101,14 +101,16 @@ def _active(model: Any) -> Generation | None:
     return state
 
 
-def _is_quest_cache(cache: Any) -> bool:
-    return hasattr(cache, "note_prompt")
+def _quest_cache(cache: Any) -> QuestCache | None:
+    from .cache import QuestCache
+
+    return cache if isinstance(cache, QuestCache) else None
 
 
 def _generate(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """``generate``: a prompt over a cache that holds tokens must continue them."""
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
-    if _active(model) is None or not _is_quest_cache(cache):
+    cache = _quest_cache(kwargs.get("cache", kwargs.get("past_key_values")))
+    if _active(model) is None or cache is None:
         return method(model, *args, **kwargs)
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     embeds = kwargs.get("inputs_embeds")
@@ -144,22 +146,21 @@ def _prepare_inputs_for_generation(
     Phi-3 with longrope drops its cache where the sequence outgrows the original context: keys before it have other
     rotations.
     """
-    state, cache = _active(model), kwargs.get(CACHE_NAME)
+    state, given = _active(model), kwargs.get(CACHE_NAME)
     inputs = method(model, input_ids, *args, **kwargs)
     if state is None:
         return inputs
-    if not _is_quest_cache(cache):
+    cache = _quest_cache(given)
+    if cache is None:
         current = state.current()
         if current is not None and not kwargs.get("is_first_iteration"):
-            current.note_replaced(f"the model replaced this cache by {type(cache).__name__}")
+            current.note_replaced(f"the model replaced this cache by {type(given).__name__}")
         return inputs
     state.current = weakref.ref(cache)
     if inputs.get(CACHE_NAME) is None:
         inputs = method(model, input_ids, *args, **{**kwargs, CACHE_NAME: None, "next_sequence_length": None})
         if int(cache.get_seq_length()) > 0:
-            say_once(
-                "the model dropped its cache, so the whole sequence was attended to again, into the same QuestCache"
-            )
+            say_once("the model dropped its cache, so the same QuestCache was filled again with the whole sequence")
         cache.reset()
         inputs[CACHE_NAME] = cache
     return inputs

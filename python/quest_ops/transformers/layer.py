@@ -83,7 +83,7 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
             k, v: [B, Hkv, T, D].
             real: int32 [B], the number of each row's real tokens, its last ones; None: all.
             features: of the layer.
-            visible: bool [B or 1, 1, T, T], the new tokens that each one sees; None: causal. With it, any step is dense.
+            visible: bool [B or 1, 1, T, T], the new tokens that each one sees; None: causal. Such a step is dense.
 
         Returns:
             [B, T, Hq, D].

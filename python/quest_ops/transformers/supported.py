@@ -15,8 +15,8 @@ def check_model(config: Any, kinds: list[str]) -> list[tuple[int, int]]:
         kinds: of attention, one for each layer, from ``get_layer_types_and_kwargs``.
 
     Raises:
-        ValueError: an encoder-decoder model, cross-attention, keys and values of different head_dim, or a full-attention
-            layer whose head_dim the operators lack.
+        ValueError: an encoder-decoder model, cross-attention, keys and values of different head_dim, or a layer of full
+            attention whose head_dim the operators lack.
     """
     text_config = config.get_text_config(decoder=True)
     name = type(config).__name__.removesuffix("Config")
