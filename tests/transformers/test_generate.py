@@ -9,10 +9,11 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from helpers.hf_models import COMMON, generate, make_model, prompt, step
+from helpers.hf_models import COMMON, compiled, generate, make_model, prompt, step
 from quest_ops import QuestConfig
 from quest_ops.transformers import QuestCache, disable_quest, enable_quest
 from quest_ops.transformers.generation import CACHE_NAME
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config, PhimoeConfig
 
 FULL = QuestConfig(budget=112, dense_layers=0)
@@ -95,6 +96,20 @@ def test_other_ways_to_generate_need_no_cache_either(options, device):
     assert int(cache.get_seq_length()) == 57
 
 
+def test_compiled_decoding_needs_no_cache_either(device):
+    model, inputs = make_model("gemma3", device), prompt(90, device, padding=(0, 37))
+    expected = tokens(model, inputs)
+    enable_quest(model, FULL, max_tokens=200)
+    torch._dynamo.reset()
+    model._compiled_call = model._last_compile_config = None
+    for graphs in (1, 0):
+        counters.clear()
+        assert torch.equal(tokens(model, inputs, **compiled("eager", device)), expected)
+        assert counters["stats"].get("unique_graphs", 0) == graphs
+        assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
 def test_assisted_decoding_needs_no_cache_either(device):
     model, assistant = make_model("gemma3", device), make_model("qwen3", device, intermediate_size=64)
     inputs = prompt(50, device)
@@ -116,9 +131,13 @@ def test_a_call_that_asks_for_another_cache_gets_it(device):
     model, inputs = make_model("qwen3", device), prompt(50, device)
     expected = tokens(model, inputs)
     cache = enable_quest(model, FULL, max_tokens=64)
+    plan = cache.plan()
+    tokens(model, inputs)
+    cache.reset()
     for options in ({"use_cache": False}, {"cache_implementation": "static"}, {CACHE_NAME: DynamicCache()}):
         assert torch.equal(tokens(model, inputs, **options), expected)
     assert int(cache.get_seq_length()) == 0
+    assert cache.plan() == plan
 
 
 def test_disable_quest_leaves_the_model_as_it_was(device):

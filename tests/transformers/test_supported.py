@@ -5,9 +5,10 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from helpers.hf_models import COMMON, generate, make_model, prompt, step
+from helpers.hf_models import COMMON, compiled, generate, make_model, prompt, step
 from quest_ops import QuestConfig
 from quest_ops.transformers import QuestCache, enable_quest
+from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -47,6 +48,21 @@ def test_attention_called_twice_a_step_equals_dense(padding, options, device):
         assert layer.seq_lens.shape == (rows,)
         assert layer.seq_lens.tolist() == lens
     assert {entry.path for entry in cache.plan()} == {"sparse"}
+
+
+def test_attention_called_twice_compiles_to_one_graph(device):
+    model, inputs = differential_model(device), prompt(90, device, padding=(0, 37))
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    cache = enable_quest(model, FULL, max_tokens=200)
+    torch._dynamo.reset()
+    for graphs in (1, 0):
+        counters.clear()
+        got = model.generate(**inputs, max_new_tokens=8, do_sample=False, **compiled("eager", device))
+        assert torch.equal(got, expected)
+        assert counters["stats"].get("unique_graphs", 0) == graphs
+        assert not counters["graph_break"]
+    assert [layer.columns for layer in cache.layers] == [97] * 3
+    torch._dynamo.reset()
 
 
 def test_attention_called_twice_can_be_cropped_and_reset(device):
@@ -126,9 +142,18 @@ def test_cross_attention_is_an_error():
         QuestCache(LlamaConfig(**COMMON, add_cross_attention=True), FULL, max_tokens=64)
 
 
-def test_keys_and_values_of_different_head_dim_are_an_error():
-    config = DeepseekV3Config(**NO_HEAD_DIM, qk_rope_head_dim=64, qk_nope_head_dim=64, v_head_dim=64, kv_lora_rank=32)
-    with pytest.raises(ValueError, match="keys and values of one head_dim, got 128 and 64 in layer 0 of DeepseekV3"):
+def test_multi_head_latent_attention_is_an_error():
+    config = DeepseekV3Config(**NO_HEAD_DIM, qk_rope_head_dim=64, qk_nope_head_dim=64, v_head_dim=128, kv_lora_rank=32)
+    with pytest.raises(
+        ValueError, match="got DeepseekV3, whose multi-head latent attention caches a latent of rank 32"
+    ):
+        QuestCache(config, FULL, max_tokens=64)
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_keys_and_values_of_different_head_dim_are_an_error(kind):
+    config = Qwen3Config(**COMMON, v_head_dim=128, layer_types=[kind] * 3, use_sliding_window=True, sliding_window=32)
+    with pytest.raises(ValueError, match="keys and values of one head_dim, got 64 and 128 in layer 0 of Qwen3"):
         QuestCache(config, FULL, max_tokens=64)
 
 

@@ -64,9 +64,11 @@ class QuestCache(Cache):  # type: ignore[misc]
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         text_config = model_config.get_text_config(decoder=True)
-        shapes = check_model(model_config, get_layer_types_and_kwargs(text_config)[0])
+        kinds, _ = get_layer_types_and_kwargs(text_config)
+        shapes = check_model(model_config, kinds)
         self._settings = Settings(quest_config)
-        self._made_with = (text_config, shapes[0][1])
+        paged = kinds.index("full_attention") if "full_attention" in kinds else 0
+        self._made_with = (text_config, shapes[paged][1])
         self._prompt: Tensor | None = None  # the sequences of the last generate()
         self._replaced: str | None = None
         super().__init__(layers=_make_layers(*self._made_with, self._capacity(max_tokens), self._settings))

@@ -129,12 +129,15 @@ def _prepare_cache_for_generation(
     batch_size: int,
     max_cache_length: int,
 ) -> Any:
-    """The step of ``generate`` that makes a cache where the call has none."""
+    """The part of ``generate`` that makes a cache where the call has none."""
     state = _active(model)
     asked = generation_config.use_cache is False or generation_config.cache_implementation is not None
     if state is not None and not asked and not generation_config.is_assistant and model_kwargs.get(CACHE_NAME) is None:
         rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch_size
         model_kwargs[CACHE_NAME] = state.empty_cache(rows, max_cache_length)
+    if state is not None:
+        cache = _quest_cache(model_kwargs.get(CACHE_NAME))
+        state.current = (lambda: None) if cache is None else weakref.ref(cache)
     return method(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
 
@@ -153,10 +156,9 @@ def _prepare_inputs_for_generation(
     cache = _quest_cache(given)
     if cache is None:
         current = state.current()
-        if current is not None and not kwargs.get("is_first_iteration"):
+        if current is not None:
             current.note_replaced(f"the model replaced this cache by {type(given).__name__}")
         return inputs
-    state.current = weakref.ref(cache)
     if inputs.get(CACHE_NAME) is None:
         inputs = method(model, input_ids, *args, **{**kwargs, CACHE_NAME: None, "next_sequence_length": None})
         if int(cache.get_seq_length()) > 0:

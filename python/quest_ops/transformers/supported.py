@@ -15,8 +15,8 @@ def check_model(config: Any, kinds: list[str]) -> list[tuple[int, int]]:
         kinds: of attention, one for each layer, from ``get_layer_types_and_kwargs``.
 
     Raises:
-        ValueError: an encoder-decoder model, cross-attention, keys and values of different head_dim, or a layer of full
-            attention whose head_dim the operators lack.
+        ValueError: an encoder-decoder model, cross-attention, multi-head latent attention, keys and values of different
+            head_dim, or a layer of full attention whose head_dim the operators lack.
     """
     text_config = config.get_text_config(decoder=True)
     name = type(config).__name__.removesuffix("Config")
@@ -24,17 +24,23 @@ def check_model(config: Any, kinds: list[str]) -> list[tuple[int, int]]:
         raise ValueError(f"QuestCache supports decoder-only models, got {name}, which is an encoder-decoder model")
     if getattr(text_config, "cross_attention_layers", None) or getattr(text_config, "add_cross_attention", False):
         raise ValueError(f"QuestCache supports self-attention alone, got {name}, which has cross-attention layers")
+    rank = getattr(text_config, "kv_lora_rank", None)
+    if rank:
+        raise ValueError(
+            f"QuestCache stores keys and values, got {name}, whose multi-head latent attention caches a latent of rank "
+            f"{rank} in their place"
+        )
     # Models with layers of several shapes keep a configuration for each layer.
     layers = getattr(text_config, "per_layer_config", None) or [text_config] * len(kinds)
     shapes = []
     for index, (kind, layer) in enumerate(zip(kinds, layers, strict=False)):
         key_dim, value_dim = _head_dims(layer)
+        if kind in ("full_attention", "sliding_attention") and value_dim != key_dim:
+            raise ValueError(
+                f"QuestCache needs keys and values of one head_dim, got {key_dim} and {value_dim} in layer {index} "
+                f"of {name}"
+            )
         if kind == "full_attention":
-            if value_dim != key_dim:
-                raise ValueError(
-                    f"QuestCache needs keys and values of one head_dim, got {key_dim} and {value_dim} in layer {index} "
-                    f"of {name}"
-                )
             check_choice("the model's head_dim", key_dim, HEAD_DIMS)
         heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         shapes.append((heads, key_dim))
@@ -44,8 +50,4 @@ def check_model(config: Any, kinds: list[str]) -> list[tuple[int, int]]:
 def _head_dims(layer: Any) -> tuple[int, int]:
     """The numbers of elements of a layer's keys and values, for each head."""
     key_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-    # Multi-head latent attention: a key is a part with positions and a part without.
-    parts = [getattr(layer, f"qk_{part}_head_dim", None) for part in ("nope", "rope")]
-    if None not in parts:
-        key_dim = sum(parts)
     return key_dim, getattr(layer, "v_head_dim", None) or key_dim
