@@ -14,19 +14,26 @@ from quest_ops import QuestConfig
 from quest_ops.transformers import QuestCache, disable_quest, enable_quest
 from quest_ops.transformers.generation import CACHE_NAME
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, DynamicCache, Phi3Config, PhimoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Phi3Config,
+    Phi4MultimodalConfig,
+    Phi4MultimodalForCausalLM,
+    PhimoeConfig,
+)
 
 FULL = QuestConfig(budget=112, dense_layers=0)
 SPARSE = QuestConfig(budget=32, dense_layers=1)
 
 
 @pytest.fixture(autouse=True)
-def models_are_left_as_they_were():
+def _models_are_left_as_they_were(device):
     yield
-    for name in ("qwen3", "gemma3", "llama"):
-        model = make_model(name)
-        for attribute in [key for key in vars(model) if key.startswith("_quest")]:
-            disable_quest(model) if attribute == "_quest_generation" else None
+    for name in ("qwen3", "gemma3"):
+        model = make_model(name, device)
+        if "generate" in vars(model):
+            disable_quest(model)
 
 
 def tokens(model, inputs, **options):
@@ -231,17 +238,30 @@ LONG_ROPE = {
 }
 
 
+ENCODER = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+SMALL_ENCODERS = {
+    "vision_config": {**ENCODER, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14, "crop_size": 28},
+    "audio_config": {**ENCODER, "num_blocks": 1, "nemo_conv_channels": 32, "ext_pw_out_channel": 32},
+}
+
+
 def long_rope_model(name, device):
     sizes = {key: value for key, value in COMMON.items() if key != "head_dim"}
-    config = {"phi3": Phi3Config, "phimoe": PhimoeConfig}[name](**{**sizes, **LONG_ROPE})
+    sizes.update(LONG_ROPE)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
+    if name == "phi4 multimodal":
+        rope = {**LONG_ROPE["rope_parameters"], "partial_rotary_factor": 1.0}
+        config = Phi4MultimodalConfig(**{**sizes, "rope_parameters": rope}, **SMALL_ENCODERS)
+        model = Phi4MultimodalForCausalLM(config).float().to(device).eval()
+    else:
+        config = {"phi3": Phi3Config, "phimoe": PhimoeConfig}[name](**sizes)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
     model.set_attn_implementation("sdpa")
     model.generation_config.disable_compile = True
     return model
 
 
-@pytest.mark.parametrize("name", ["phi3", "phimoe"])
+@pytest.mark.parametrize("name", ["phi3", "phimoe", "phi4 multimodal"])
 @pytest.mark.parametrize("length", [40, 60, 90])
 @pytest.mark.parametrize("passed", [False, True])
 def test_longrope_keeps_the_quest_cache_past_the_original_context(name, length, passed, device):

@@ -95,11 +95,14 @@ def test_a_mask_of_ones_own_that_hides_columns_is_an_error(device):
 # is_causal
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama", "gpt-oss"])
-@pytest.mark.parametrize("way", ["argument", "module", "config"])
+# gpt-oss is dense in eager attention, which knows masks and no is_causal.
+WAYS = [(name, way) for name in ("qwen3", "llama") for way in ("argument", "module", "config")] + [
+    ("gpt-oss", "config")
+]
+
+
+@pytest.mark.parametrize(("name", "way"), WAYS)
 def test_a_bidirectional_prefill_is_bidirectional(name, way, device, monkeypatch):
-    if name == "gpt-oss" and way != "config":
-        pytest.skip("dense transformers has sinks in eager attention alone, which knows masks and no is_causal")
     model, ids = make_model(name, device), prompt(30, device)["input_ids"]
     options = {"is_causal": False} if way == "argument" else {}
     with torch.no_grad():
@@ -155,3 +158,16 @@ def test_a_bidirectional_prefill_longer_than_a_window_is_an_error(device, monkey
     with pytest.raises(ValueError, match="is_causal=False is not supported for 40 tokens in layer 0.*window of 32"):
         step(model, ids, cache)
     assert int(cache.get_seq_length()) == 0
+
+
+@pytest.mark.parametrize("name", ["mistral sliding", "gemma3"])
+def test_a_bidirectional_window_is_that_of_the_model(name, device, monkeypatch):
+    model, ids = make_model(name, device), prompt(71, device)["input_ids"]
+    monkeypatch.setattr(model.config, "is_causal", False, raising=False)
+    dense, steps = DynamicCache(config=model.config), (ids[:, :70], ids[:, 70:])
+    expected = [step(model, new, dense) for new in steps]
+    cache = enable_quest(model, FULL, max_tokens=200)
+    for new, logits in zip(steps, expected, strict=True):
+        close(step(model, new, cache), logits)
+    with pytest.raises(ValueError, match="a bidirectional step of 4 tokens over a cache of 71 is not supported"):
+        step(model, ids[:, :4], cache)

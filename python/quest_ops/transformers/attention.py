@@ -85,10 +85,10 @@ def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
 
 def _check_window(layer: QuestCacheLayer, tokens: int, sliding_window: int | None) -> None:
     window = getattr(layer, "window", sliding_window)
-    if window is not None and tokens > window:
+    if window is not None and (tokens > window or not layer.known_empty):
         raise ValueError(
             f"is_causal=False is not supported for {tokens} tokens in layer {layer.index}, which has a sliding window "
-            f"of {window}"
+            f"of {window}, or over a cache that holds tokens"
         )
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+# Queries that are compared with a causal mask at a time, so that it need not have the size of the prompt squared.
+_BLOCK = 512
 _REMEDY = (
     "attention 'quest' honours left padding and nothing else: pad on the left (tokenizer.padding_side = 'left'), and "
     "pass a 2-D attention_mask with a column for each token in the cache and each new one"
@@ -60,12 +62,22 @@ def quest_mask(
     plain = plain and local_size in (None, getattr(kwargs.get("config"), "sliding_window", None))
     # QuestCache always returns the new keys alone. Other caches do so in a first step only, which looks the same.
     alone = kv_length == q_length and kv_offset == 0 and (isinstance(q_offset, Tensor) or q_offset == 0)
-    compiling = torch.compiler.is_compiling()
+    # Reading a mask on a GPU synchronises, which decoding must not.
+    on_gpu = attention_mask is not None and attention_mask.is_cuda
+    unchecked = q_length == 1 and on_gpu and os.environ.get("QUEST_OPS_CHECK") != "1"
+    checks = not (torch.compiler.is_compiling() or unchecked)
     if not (plain and alone):
         if alone and isinstance(q_offset, Tensor):
+            bidirectional_window = "allow_is_bidirectional_skip" in kwargs and local_size is not None
+            if bidirectional_window and q_length > 1 and int(q_offset) > 0:
+                # transformers' window reaches back one token further than its caches of sliding layers hold.
+                raise ValueError(
+                    f"a bidirectional step of {q_length} tokens over a cache of {int(q_offset)} is not supported in "
+                    f"layers with a sliding window of {local_size}"
+                )
             # Token types and the like come for the new tokens alone, so positions count from the first of them.
             if attention_mask is not None:
-                if not compiling:
+                if checks:
                     _check_lengths(attention_mask, q_length, q_offset)
                 attention_mask = attention_mask[:, -q_length:]
             q_offset = 0
@@ -82,15 +94,15 @@ def quest_mask(
             use_vmap=use_vmap,
             **kwargs,
         )
-        if not alone or compiling or mask is None or not _is_causal(mask, attention_mask):
+        single = q_length == 1 or torch.compiler.is_compiling()
+        if not alone or single or mask is None or not _is_causal(mask, attention_mask):
             return mask
         # Token types of text alone leave the mask causal.
         return None if attention_mask is None or bool(attention_mask.all()) else _count(attention_mask)
     if attention_mask is None:
         return None
     real = attention_mask[:, -q_length:]
-    unchecked = q_length == 1 and real.is_cuda and os.environ.get("QUEST_OPS_CHECK") != "1"
-    if not (compiling or unchecked):
+    if checks:
         _check_lengths(attention_mask, q_length, q_offset)
         _check_left(real)
         if bool(real.all()):
@@ -107,8 +119,8 @@ def step_mask(mask: Tensor | None, query: Tensor, causal: bool) -> tuple[Tensor 
         causal: whether the new tokens see no later ones, where the mask does not say.
 
     Returns:
-        The number of each row's real tokens, int32 [B], or None where all are real; and the new tokens that each one
-        sees, bool [B or 1, 1, T, T], or None where it sees the earlier ones.
+        real: int32 [B], the number of each row's real tokens; None: all.
+        visible: bool [B or 1, 1, T, T], the new tokens that each new token sees; None: the earlier ones.
 
     Raises:
         ValueError: any other mask, or one that hides tokens behind or between those of a row.
@@ -122,9 +134,10 @@ def step_mask(mask: Tensor | None, query: Tensor, causal: bool) -> tuple[Tensor 
             raise ValueError(f"{_REMEDY}, got a mask of shape {tuple(mask.shape)}, {mask.dtype}")
         visible = mask.to(query.device)
         seen = visible[:, 0].any(1).expand(batch, -1)  # padding is what no token sees
-        if not torch.compiler.is_compiling():
+        checks = tokens > 1 and not torch.compiler.is_compiling()
+        if checks:
             _check_left(seen)
-        real = None if not torch.compiler.is_compiling() and bool(seen.all()) else _count(seen).view(-1)
+        real = None if checks and bool(seen.all()) else _count(seen).view(-1)
     if visible is None and not causal:
         visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device).expand(1, 1, tokens, tokens)
     return real, None if tokens == 1 else visible
@@ -143,8 +156,13 @@ def _is_causal(mask: Tensor, real: Tensor | None) -> bool:
     tokens = mask.shape[-1]
     if real is not None and (real.shape[1] != tokens or bool((real[:, :-1] & ~real[:, 1:]).any())):
         return False
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()[None, None]
-    return torch.equal(mask, (causal if real is None else causal & real[:, None, None]).expand_as(mask))
+    place, same = torch.arange(tokens, device=mask.device), torch.ones((), dtype=torch.bool, device=mask.device)
+    for start in range(0, tokens, _BLOCK):
+        causal = place <= place[start : start + _BLOCK, None]
+        if real is not None:
+            causal = causal & real[:, None, None]
+        same &= (mask[:, :, start : start + _BLOCK] == causal).all()
+    return bool(same)
 
 
 def _check_left(real: Tensor) -> None:
