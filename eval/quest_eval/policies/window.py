@@ -26,10 +26,8 @@ class WindowReader(PageReader):
     def select(self, q: Tensor) -> Tensor:
         """Every page of the list is forced, so that no score decides."""
         count, kv_heads = self.policy.num_pages, self.kv.k.shape[1]
-        forced = {"sink_pages": 1, "recent_pages": count - 1}
-        return topk_pages(
-            self.scores(q), self.kv.length.seq_lens, self.policy.page_size, count, kv_heads, "max", **forced
-        )
+        lengths = self.kv.length.seq_lens
+        return topk_pages(self.scores(q), lengths, self.policy.page_size, count, kv_heads, "max", 1, count - 1)
 
 
 @dataclass(frozen=True)
