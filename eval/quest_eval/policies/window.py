@@ -25,8 +25,8 @@ class WindowReader(PageReader):
 
     def select(self, q: Tensor) -> Tensor:
         """Every page of the list is forced, so that no score decides."""
-        count, kv_heads = self.policy.num_pages, self.kv.k.shape[1]
-        forced = {"sink_pages": 1, "recent_pages": count - 1}
+        count, kv_heads, sinks = self.policy.num_pages, self.kv.k.shape[1], self.policy.sink_pages
+        forced = {"sink_pages": sinks, "recent_pages": count - sinks}
         return topk_pages(
             self.scores(q), self.kv.length.seq_lens, self.policy.page_size, count, kv_heads, "max", **forced
         )
@@ -34,12 +34,12 @@ class WindowReader(PageReader):
 
 @dataclass(frozen=True)
 class Window(PagePolicy):
+    """The budget without the sinks is recent, so ``recent_pages`` has no effect."""
+
+    sink_pages: int = 1
+
     def label(self) -> str:
-        return "window"
+        return "window" if self.sink_pages == 1 else f"window{self.forced_label()}"
 
     def start(self, kv: LayerKV) -> WindowReader:
         return WindowReader(kv, self)
-
-    @property
-    def least_budget(self) -> int:
-        return 2 * self.page_size
