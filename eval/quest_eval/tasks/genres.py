@@ -68,7 +68,7 @@ def _licences() -> str:
 
 def _readmes() -> str:
     """The pages with which packages introduce themselves."""
-    return "\n\n".join(str(importlib.metadata.metadata(name).get_payload()) for name in _PACKAGES)
+    return "\n\n".join(importlib.metadata.metadata(name)["Description"] or "" for name in _PACKAGES)
 
 
 _GENRES: dict[str, Callable[[], str]] = {

@@ -12,60 +12,12 @@ if TYPE_CHECKING:
 
 #: Tokens of an answer: a sentence.
 ANSWER_TOKENS = 32
-_PEOPLE = (
-    "Anna",
-    "Carlos",
-    "Emily",
-    "George",
-    "Helen",
-    "James",
-    "Laura",
-    "Maria",
-    "Peter",
-    "Sarah",
-    "Thomas",
-    "Victor",
-)
-_PLACES = (
-    "bakery",
-    "boat house",
-    "church",
-    "garden shed",
-    "hotel",
-    "library",
-    "museum",
-    "old mill",
-    "school",
-    "theatre",
-)
-_CITIES = (
-    "Amsterdam",
-    "Boston",
-    "Cairo",
-    "Dublin",
-    "Helsinki",
-    "Lisbon",
-    "Madrid",
-    "Nairobi",
-    "Oslo",
-    "Prague",
-    "Tokyo",
-)
-_THINGS = (
-    "basket",
-    "blanket",
-    "bucket",
-    "candle",
-    "carpet",
-    "hammer",
-    "lantern",
-    "mirror",
-    "pillow",
-    "umbrella",
-    "violin",
-)
-_FRUITS = ("apricot", "banana", "cherry", "coconut", "grapefruit", "mango", "papaya", "peach", "pineapple", "raspberry")
-_ANIMALS = ("camel", "dolphin", "donkey", "eagle", "elephant", "giraffe", "hedgehog", "octopus", "penguin", "squirrel")
+_PEOPLE = ("Anna", "Carlos", "Emily", "George", "Helen", "James", "Laura", "Maria", "Peter", "Sarah", "Victor")
+_PLACES = ("bakery", "castle", "church", "garage", "hotel", "library", "museum", "office", "school", "theatre")
+_CITIES = ("Amsterdam", "Boston", "Cairo", "Dublin", "Helsinki", "Lisbon", "Madrid", "Nairobi", "Oslo", "Prague")
+_THINGS = ("basket", "blanket", "bucket", "candle", "carpet", "hammer", "lantern", "mirror", "pillow", "violin")
+_FRUITS = ("apricot", "banana", "cherry", "coconut", "grapefruit", "mango", "papaya", "peach", "raspberry")
+_ANIMALS = ("camel", "dolphin", "donkey", "eagle", "elephant", "giraffe", "hedgehog", "penguin", "squirrel")
 
 
 class Template(NamedTuple):
