@@ -21,9 +21,9 @@ def summarise(keys: Tensor, kind: Summary, factor: float, bits: int | None) -> T
 
     Args:
         keys: [..., n, D], the n keys of each page.
-        kind: with centre c and half width w of each dimension, those of the box of the keys or their mean and standard
-            deviation (divided by n). Boxes are stored as ``c - factor * w`` and ``c + factor * w``, "mean_var" as mean
-            and ``factor * std``.
+        kind: "minmax" has as centre c and half width w those of the keys' box, the others mean and standard deviation
+            (divided by n). Boxes are stored as ``c - factor * w`` and ``c + factor * w``, "mean_var" as c and
+            ``factor * w``.
         factor: of the half width.
         bits: 8 or 4: whole numbers with one float32 scale a page, see :func:`quantise`; None: the dtype of the keys.
 
@@ -66,8 +66,8 @@ def quantise(pair: Tensor, bits: int, outward: bool) -> Tensor:
 def score(q: Tensor, summaries: Tensor, kind: Summary) -> Tensor:
     """A score for each page: q [B, Hq, D], summaries [B, Hkv, P, 2, D] -> float32 [B, Hq, P].
 
-    A box scores ``sum_d max(q_d * lower_d, q_d * upper_d)``, which is ``q . centre + |q| . width``. "mean_var" scores
-    ``q . mean + sqrt(q^2 . std^2)``.
+    A box scores ``sum_d max(q_d * lower_d, q_d * upper_d)``, which is ``q . centre + |q| . width``.
+    "mean_var" scores ``q . mean + sqrt(q^2 . std^2)``.
     """
     first, second = summaries.unbind(3)
     grouped = q.float().unflatten(1, (first.shape[1], -1))  # [B, Hkv, G, D]
