@@ -2,6 +2,7 @@
 #
 #   make demo     a language model finds facts in a long text (ARGS="--text FILE --tokens 8192" and so on)
 #   make test     the tests (ARGS="tests/operators/test_estimate.py -k ties" and so on)
+#   make eval-model  fetches SmolLM2, a real model for the evaluation (93 MB, 538 MB on disk)
 #   make bench    the kernels against dense attention, on a GPU
 #   make library  after a change in csrc/: rebuilds and installs the libraries, in seconds
 #   make lint, make format, make wheel, make clean
@@ -36,7 +37,7 @@ CUTLASS := $(if $(CUDACXX)$(shell command -v nvcc),$(STAMPS)/cutlass)
 EXTRA_demo := [transformers]
 EXTRA_dev := [dev]
 EVAL_demo := ./eval
-EVAL_dev := ./eval[data]
+EVAL_dev := ./eval[data,gguf]
 # The CMake build is a folder that stays, so that only what changed is compiled again.
 EDITABLE := --no-build-isolation -C build-dir=build -C cmake.define.QUEST_CUDA=$(QUEST_CUDA) \
   -C 'cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDAARCHS)'
@@ -48,7 +49,7 @@ define build
 @cmake --install build --prefix "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
 endef
 
-.PHONY: demo test bench lint format library wheel clean
+.PHONY: demo test eval-model bench lint format library wheel clean
 
 demo: $(STAMPS)/demo
 	$(build)
@@ -57,6 +58,10 @@ demo: $(STAMPS)/demo
 test: $(STAMPS)/dev
 	$(build)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+eval-model: $(STAMPS)/dev
+	$(build)
+	$(VENV)/bin/python -m quest_eval.smollm2
 
 bench: $(STAMPS)/dev
 	$(build)

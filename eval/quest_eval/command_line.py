@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import tasks
 from .errors import InputError
 from .library import PAGE_SIZES
+from .tasks import genres
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +30,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--facts", type=int, metavar="N", help="number of facts to hide (8)")
     run = commands.add_parser("run", help="the accuracy that policies keep of a model's, by task, length and budget")
     run.add_argument("tasks", nargs="+", choices=tasks.NAMES, metavar="TASK", help=", ".join(tasks.NAMES))
-    run.add_argument("--policies", nargs="+", metavar="NAME", help="dense, quest, h2o, ... (docs/evaluation.md)")
+    run.add_argument(
+        "--policies", nargs="+", metavar="NAME", help="dense, quest, quest,sink_pages=1, h2o, ... (docs/evaluation.md)"
+    )
     run.add_argument(
         "--policy", action="append", metavar="MODULE:CLASS", help="a policy of your own beside them; may be repeated"
     )
@@ -38,16 +41,22 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--data", type=Path, metavar="DIR", help="files of LongBench or PG19 (the hub)")
     run.add_argument("--depths", type=float, nargs="+", metavar="D", help="of the fact, 0 to 1 (10 of them)")
     run.add_argument("--needles", type=int, metavar="N", help="facts in a text of the task needles (8)")
-    run.add_argument("--scored", type=int, metavar="N", help="tokens that perplexity and pg19 decode (256)")
+    run.add_argument("--scored", type=int, metavar="N", help="tokens that perplexity, loss and pg19 decode (256)")
+    run.add_argument(
+        "--genres", nargs="+", choices=genres.NAMES, metavar="NAME", help=f"{', '.join(genres.NAMES)}; of loss"
+    )
     run.add_argument("--batch", type=int, metavar="N", help="contexts at a time (all that fit)")
     run.add_argument("--chat", action="store_true", default=None, help="use the model's chat template")
     advise = commands.add_parser("advise", help="the attention mass that each budget keeps on your text, by layer")
     advise.add_argument("--target", type=float, metavar="X", help="mass to keep in every layer (0.99)")
-    advise.add_argument("--policy", metavar="NAME", help="a name or MODULE:CLASS (quest-int8, QuestConfig's default)")
+    advise.add_argument("--policy", metavar="NAME", help="a name, with fields or not, or MODULE:CLASS (quest-int8)")
     advise.add_argument("--length", type=int, metavar="N", help="tokens of the text (4096)")
     advise.add_argument("--tokens", type=int, metavar="N", help="decoded tokens that are measured (64)")
     for command in (run, advise):
-        command.add_argument("--model", metavar="NAME", help="a folder or a name on the hub (the bundled model)")
+        command.add_argument(
+            "--model", metavar="NAME", help="smollm2, a .gguf, a folder or a name on the hub (bundled)"
+        )
+        command.add_argument("--prefills", type=float, metavar="GIB", help="kept on disk for later runs (8; cuda: 0)")
         command.add_argument("--dense-layers", type=int, metavar="N", help="first layers that read everything (2)")
     three = "64 256 1024"
     for command, name, budgets in ((demo, "demo", three), (run, "run", three), (advise, "advise", "64 128 ... 2048")):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import models
 from .decoding import attention_function
 from .decoding.policy_decoder import PolicyDecoder
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from .decoding.prefill_store import PrefillStore
     from .models import Tokenizer
     from .policies import Policy
     from .results.journal import Journal
@@ -35,6 +37,7 @@ def run_grid(
     policies: Sequence[Policy],
     journal: Journal,
     batch: int | None = None,
+    store: PrefillStore | None = None,
     progress: Callable[[int, str], None] = lambda *_: None,
 ) -> None:
     """Run the samples that ``journal`` does not have yet, and write them there batch by batch.
@@ -46,8 +49,10 @@ def run_grid(
         policies: each on all of them.
         journal: of this run.
         batch: contexts at a time; by default as many as a share of the memory holds.
+        store: keeps prefills for later runs; None: they are forgotten.
         progress: told the number of samples just finished under a policy, and the name of the next work.
     """
+    fingerprint = "" if store is None else models.fingerprint(model)
     for task, length, samples in cells:
         missing = {policy: {s.index for s in samples} - journal.done(task.name, length, policy) for policy in policies}
         left = sum(map(len, missing.values()))
@@ -55,7 +60,13 @@ def run_grid(
         if not left:
             continue
         size = batch or _batch_size(model, length)
-        decoder = PolicyDecoder(model, max_tokens=length + 1, batch_size=min(size, len(samples)))
+        decoder = PolicyDecoder(
+            model,
+            max_tokens=length + 1,
+            batch_size=min(size, len(samples)),
+            store=store,
+            fingerprint=fingerprint,
+        )
         for group, tail in _batches(samples, size):
             wanted = [policy for policy in policies if missing[policy] & {sample.index for sample in group}]
             if not wanted:
@@ -89,7 +100,12 @@ def _outcome(
     if task.answer_tokens == 0:
         losses = -decoder.score(policy, tail).cpu()
         return [
-            {"index": sample.index, "score": float(row.mean()), "curve": _curve(row, len(sample.ids) - len(row))}
+            {
+                "index": sample.index,
+                "score": float(row.mean()),
+                "curve": _curve(row, len(sample.ids) - len(row)),
+                "genre": sample.genre,
+            }
             for sample, row in zip(group, losses, strict=True)
         ]
     answers = decoder.generate(policy, tail, task.answer_tokens, tokenizer.eos).tolist()

@@ -15,7 +15,12 @@ __all__ = ["HEAD_DIMS", "PAGE_SIZES", "GroupReduce", "cuda_missing", "dense_pref
 
 
 def dense_prefill(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, past: tuple[Tensor, Tensor, Tensor] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None = None,
+    past: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Causal dense attention of new tokens to earlier ones and to themselves.
 
@@ -23,6 +28,7 @@ def dense_prefill(
         q: [B, Hq, T, D].
         k, v: [B, Hkv, T, D], of the new tokens.
         scale: of the scores before the softmax.
+        window: tokens that a token sees, itself included; None: all.
         past: the earlier tokens' keys and values [B, Hkv, L, D], and their number int32 [B]; None: there are none.
 
     Returns:
@@ -35,4 +41,4 @@ def dense_prefill(
     if past is not None:
         keys, values, lengths = past
         earlier = Past(keys, values, torch.arange(keys.shape[2], device=q.device)[None], lengths)
-    return prefill(q, k, v, None, Features(scale), earlier)
+    return prefill(q, k, v, None, Features(scale, window), earlier)

@@ -47,7 +47,7 @@ def test_a_budget_that_holds_all_gives_the_dense_scores(device, name):
     torch.testing.assert_close(decoder.score(policy, ids[:, CONTEXT:]), wanted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
 def test_dense_answers_are_transformers_own(device, kind):
     model, ids = make_model(kind, device), ids_of(2, device=device)
     wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
@@ -247,8 +247,10 @@ def test_bad_input_is_an_error(device):
 
 
 def test_models_that_do_not_fit_are_errors():
-    with pytest.raises(ValueError, match="models with full attention in all layers, got Gemma3"):
-        PolicyDecoder(make_model("gemma3"), max_tokens=10)
+    with pytest.raises(ValueError, match="full attention in all layers, .* got MistralForCausalLM with sliding_attent"):
+        PolicyDecoder(make_model("mistral sliding"), max_tokens=10)
+    with pytest.raises(ValueError, match="GptOssForCausalLM has learned attention sinks"):
+        PolicyDecoder(make_model("gpt-oss"), max_tokens=10)
     with pytest.raises(ValueError, match="head_dim of .* must be one of 64, 80, .* got 32"):
         PolicyDecoder(make_model(head_dim=32), max_tokens=10)
 

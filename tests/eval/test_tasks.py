@@ -124,7 +124,7 @@ def test_prompts_do_not_depend_on_the_hash_seed():
         subprocess.check_output([sys.executable, "-c", HASHED], env=os.environ | {"PYTHONHASHSEED": seed}, text=True)
         for seed in ("1", "2")
     ]
-    assert runs[0].count("\n") == 5
+    assert runs[0].count("\n") == 6
     assert runs[0] == runs[1]
 
 

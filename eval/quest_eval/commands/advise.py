@@ -18,7 +18,7 @@ from ..decoding.policy_decoder import PolicyDecoder
 from ..errors import InputError
 from ..plots import maps
 from ..tasks.text import read_text
-from .checks import check_lengths, make_folder, make_policies
+from .checks import check_lengths, make_folder, make_policies, make_store
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +37,7 @@ class Options:
     out: Path = Path("results/advise")
     page_size: int = 16
     dense_layers: int = 2
+    prefills: float | None = None
     seed: int = 0
 
 
@@ -58,10 +59,12 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     text = read_text(options.text, files.tokenizer)
     setup = tasks.Setup(files.tokenizer, text, tries=1, seed=options.seed, scored=options.tokens)
     sample = tasks.make("perplexity", setup).samples(options.length)[0]
+    store = make_store(options.prefills, options.device)
     make_folder(options.out)
 
     model = models.load(files, options.device, models.DTYPES[options.device])
-    decoder = PolicyDecoder(model, max_tokens=options.length + 1)
+    fingerprint = "" if store is None else models.fingerprint(model)
+    decoder = PolicyDecoder(model, max_tokens=options.length + 1, store=store, fingerprint=fingerprint)
     if options.dense_layers >= decoder.num_layers:
         raise InputError(f"--dense-layers must be below the model's {decoder.num_layers}, got {options.dense_layers}")
     ids = torch.tensor([sample.ids])
@@ -111,14 +114,16 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
 
 def _table(advice: dict[str, Any]) -> Table:
+    """Layers by budgets: as wide for a model of many layers as for one of few."""
+    rows = advice["budgets"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("budget", *(f"layer {i}" for i in range(len(advice["budgets"][0]["mass_by_layer"]))), "perplexity"):
-        table.add_column(name, justify="right")
-    for row in advice["budgets"]:
-        table.add_row(
-            f"{row['budget']:,}", *(f"{mass:.3f}" for mass in row["mass_by_layer"]), f"{row['perplexity']:.3f}"
-        )
-    table.add_row("dense", *("1" for _ in advice["budgets"][0]["mass_by_layer"]), f"{advice['dense_perplexity']:.3f}")
+    for name in ("budget", *(f"{row['budget']:,}" for row in rows), "dense"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in range(len(rows[0]["mass_by_layer"])):
+        table.add_row(f"layer {layer}", *(f"{row['mass_by_layer'][layer]:.3f}" for row in rows), "1")
+    table.add_section()
+    table.add_row("weakest", *(f"{row['weakest_layer']:.3f}" for row in rows), "1")
+    table.add_row("perplexity", *(f"{row['perplexity']:.3f}" for row in rows), f"{advice['dense_perplexity']:.3f}")
     return table
 
 

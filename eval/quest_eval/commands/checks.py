@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import policies
+from ..cache_folder import cache_folder
+from ..decoding.prefill_store import PrefillStore
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +33,12 @@ def make_policies(
         ]
     except ValueError as error:
         raise InputError(f"--policies and --budgets: {error}") from error
+    for policy in made:
+        if policy.budget is not None and policy.budget % policy.page_size:
+            raise InputError(
+                f"--budgets must be multiples of the page size, {policy.page_size} of {policy.name}, "
+                f"got {policy.budget}"
+            )
     if not made:
         raise InputError("--policies and --budgets must name at least one each")
     return list(dict.fromkeys(made))
@@ -39,6 +47,15 @@ def make_policies(
 def check_lengths(lengths: Sequence[int], files: ModelFiles) -> None:
     if files.max_tokens is not None and max(lengths) > files.max_tokens:
         raise InputError(f"--lengths must be at most {files.max_tokens}, which the model knows, got {max(lengths)}")
+
+
+def make_store(gibibytes: float | None, device: str) -> PrefillStore | None:
+    """The store of prefills. By default it has room for 8 GiB on a CPU, and on a GPU, which prefills fast, none."""
+    if gibibytes is None:
+        gibibytes = 8 if device == "cpu" else 0
+    if gibibytes < 0:
+        raise InputError(f"--prefills must be at least 0, got {gibibytes}")
+    return PrefillStore(cache_folder() / "prefills", int(gibibytes * 2**30)) if gibibytes else None
 
 
 def make_folder(folder: Path) -> None:

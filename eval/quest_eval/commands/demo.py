@@ -167,7 +167,7 @@ def ask(decoder: PolicyDecoder, policy: Policy, fact: Fact) -> Answer:
 
 def _column(decoder: PolicyDecoder, policy: Policy, length: int, answers: list[Answer]) -> Column:
     # The step that reads the text's last token.
-    usage = kv_usage(policy, decoder.shape, decoder.num_layers, length - 1, length)
+    usage = kv_usage(policy, decoder.shape, decoder.full_layers, length - 1, length)
     return Column(
         policy=policy,
         answers=answers,

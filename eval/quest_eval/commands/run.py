@@ -23,12 +23,14 @@ from ..policies import PagePolicy
 from ..results import cells as results
 from ..results.journal import Journal
 from ..results.tables import markdown, tables
+from ..tasks import genres
 from ..tasks.text import read_text
-from .checks import check_lengths, make_policies
+from .checks import check_lengths, make_policies, make_store
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..decoding.prefill_store import PrefillStore
     from ..policies import Policy
 
 DEFAULT_POLICIES = ("dense", "quest", "quest-head", "h2o", "tova", "streaming", "page-oracle")
@@ -54,7 +56,9 @@ class Options:
     chat: bool = False
     page_size: int = 16
     dense_layers: int = 2
+    genres: tuple[str, ...] = genres.NAMES
     batch: int | None = None
+    prefills: float | None = None
     seed: int = 0
 
 
@@ -67,6 +71,9 @@ def run(options: Options, console: Console) -> list[results.Cell]:
     models.check_device(options.device)
     names = (*options.policies, *options.policy)
     policies = make_policies(names, options.budgets, options.page_size, options.dense_layers)
+    if "loss" in options.tasks and "dense" not in options.policies:
+        raise InputError("task loss compares with dense attention: add dense to --policies")
+    store = make_store(options.prefills, options.device)
     files = models.find(options.model)
     check_lengths(options.lengths, files)
     setup, digest = make_setup(options, files)
@@ -82,7 +89,7 @@ def run(options: Options, console: Console) -> list[results.Cell]:
         def tell(samples: int, next_work: str) -> None:
             progress.update(bar, advance=samples, description=next_work)
 
-        run_grid(model, files.tokenizer, cells, policies, journal, options.batch, tell)
+        run_grid(model, files.tokenizer, cells, policies, journal, options.batch, store, tell)
     found = results.cells(journal.records)
     results.write(options.out, settings, found)
     (options.out / "results.md").write_text(markdown(found))
@@ -93,7 +100,7 @@ def run(options: Options, console: Console) -> list[results.Cell]:
     if watched:
         # The first policy that selects pages, at its middle budget.
         watched = [policy for policy in watched if policy.name == watched[0].name]
-        pictures += _watch(model, files.tokenizer, cells[-1], watched[len(watched) // 2], options.out)
+        pictures += _watch(model, files.tokenizer, cells[-1], watched[len(watched) // 2], options.out, store)
     console.print(
         f"Written to {options.out}: results.json, results.csv, results.md, {', '.join(pictures)}", highlight=False
     )
@@ -102,13 +109,19 @@ def run(options: Options, console: Console) -> list[results.Cell]:
 
 def _watch(
     model: Any, tokenizer: models.Tokenizer, cell: tuple[tasks.Task, int, list[tasks.Sample]],
-    policy: Policy, folder: Path,
+    policy: Policy, folder: Path, store: PrefillStore | None,
 ) -> list[str]:  # fmt: skip
     """Plots of a policy's selection for the first sample: attention mass by layer and head, and pages over time."""
     task, length, samples = cell
     ids = torch.tensor([samples[0].ids])
     context, tail = ids[:, : -samples[0].tail], ids[:, -samples[0].tail :]
-    decoder = PolicyDecoder(model, max_tokens=length + 1, page_size=policy.page_size)
+    decoder = PolicyDecoder(
+        model,
+        max_tokens=length + 1,
+        page_size=policy.page_size,
+        store=store,
+        fingerprint="" if store is None else models.fingerprint(model),
+    )
     decoder.prefill(context, policies=[policy])
     title = f"{policy.label()}, budget {policy.budget}: {task.name}, {length:,} tokens"
     recall, pages = Recall(), PagesRead()
@@ -139,22 +152,31 @@ def make_setup(options: Options, files: models.ModelFiles) -> tuple[tasks.Setup,
     text = read_text(options.text, files.tokenizer) if set(options.tasks) & set(tasks.NEEDS_TEXT) else None
     setup = tasks.Setup(
         files.tokenizer, text, options.tries, options.seed, options.chat,
-        needles=options.needles, scored=options.scored, data=options.data,
+        needles=options.needles, scored=options.scored, genres=options.genres, data=options.data,
     )  # fmt: skip
     files.tokenizer.frame(options.chat)
     if options.depths:
         setup = replace(setup, depths=options.depths)
-    return setup, hashlib.sha256(text.text.encode()).hexdigest()[:16] if text else ""
+    return setup, _digest(text.text) if text else ""
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _settings(options: Options, digest: str) -> dict[str, Any]:
     """The settings that decide the results: a journal with others belongs to another run."""
     names = ("model", "tries", "device", "needles", "scored", "chat", "page_size", "dense_layers", "seed")
-    return {name: getattr(options, name) for name in names} | {
-        "depths": options.depths and list(options.depths),
-        "text": "the Python standard library" if options.text is None else options.text.name,
-        "text_sha256": digest,
-        "dtype": str(models.DTYPES[options.device]).removeprefix("torch."),
-        "torch": torch.__version__,
-        "quest_ops": quest_ops.__version__,
-    }
+    of_loss = {name: _digest(genres.read(name)) for name in options.genres} if "loss" in options.tasks else {}
+    return (
+        {name: getattr(options, name) for name in names}
+        | ({"genres": of_loss} if of_loss else {})
+        | {
+            "depths": options.depths and list(options.depths),
+            "text": "the Python standard library" if options.text is None else options.text.name,
+            "text_sha256": digest,
+            "dtype": str(models.DTYPES[options.device]).removeprefix("torch."),
+            "torch": torch.__version__,
+            "quest_ops": quest_ops.__version__,
+        }
+    )

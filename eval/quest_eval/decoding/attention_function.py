@@ -6,6 +6,7 @@ The model gets positions, and neither a mask nor a cache: both are the LayerAtte
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,8 +26,11 @@ IMPLEMENTATION = "quest_eval"
 class LayerAttention(Protocol):
     """The attention of every layer in one forward pass."""
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """A layer's new queries [B, Hq, T, D], keys and values [B, Hkv, T, D], with RoPE -> [B, T, Hq, D]."""
+    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """A layer's attention: new queries [B, Hq, T, D], keys and values [B, Hkv, T, D], with RoPE -> [B, T, Hq, D].
+
+        A token of a sliding layer sees ``window`` tokens, itself included; None: all.
+        """
 
 
 def install(model: Any) -> Any:
@@ -39,9 +43,14 @@ def install(model: Any) -> Any:
 
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"the evaluation is for models with full attention in all layers, got {name} with {kinds}")
+    kinds = set(layer_kinds(config))
+    if "full_attention" not in kinds or not kinds <= {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            "the evaluation is for models with full attention in all layers, or in some beside sliding ones, "
+            f"got {name} with {', '.join(sorted(kinds))}"
+        )
+    if any(parameter.endswith("sinks") for parameter, _ in model.named_parameters()):
+        raise ValueError(f"the evaluation's policies are for plain attention, and {name} has learned attention sinks")
     if head_dim(config) not in HEAD_DIMS:
         raise ValueError(f"head_dim of {name} must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim(config)}")
     AttentionInterface.register(IMPLEMENTATION, _forward)
@@ -50,6 +59,15 @@ def install(model: Any) -> Any:
     if config._attn_implementation != IMPLEMENTATION:
         raise ValueError(f"{name} does not let its attention implementation be set")
     return config
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kind of each layer, such as "full_attention" or "sliding_attention", of a text configuration."""
+    kinds: list[str] | None = getattr(config, "layer_types", None)
+    if kinds:
+        return kinds
+    sliding = getattr(config, "sliding_window", None) is not None
+    return ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
 
 
 def head_dim(config: Any) -> int:
@@ -76,17 +94,20 @@ def forward(model: Any, attention: LayerAttention, ids: Tensor, start: int) -> T
 def rotation(model: Any) -> Callable[[Tensor, int], Tensor] | None:
     """A function that rotates keys [B, H, n, D] as if they were a number of tokens later; None where there is no RoPE.
 
-    A rotation by a, then by b, is one by a + b: so keys that are rotated already can be moved.
+    A rotation by a, then by b, is one by a + b: so keys that are rotated already can be moved. Models with sliding
+    layers may have a RoPE for each kind of layer: it is that of full attention.
     """
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     apply = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or apply is None:
         return None
+    kind = ("full_attention",) if "layer_type" in inspect.signature(rotary.forward).parameters else ()
+    factor = "_".join((*kind, "attention_scaling"))
 
     def rotate(keys: Tensor, positions: int) -> Tensor:
         where = torch.full((1, 1), positions, device=keys.device)
         # Scaled variants of RoPE multiply queries and keys by a factor, which these keys have already.
-        cos, sin = (table / getattr(rotary, "attention_scaling", 1.0) for table in rotary(keys, where))
+        cos, sin = (table / getattr(rotary, factor, 1.0) for table in rotary(keys, where, *kind))
         turned: Tensor = apply(keys, keys, cos, sin)[1]
         return turned
 
@@ -112,8 +133,8 @@ def _forward(
             "without one or does not hand keywords on: "
             "call model.set_attn_implementation('sdpa') to use the model by itself"
         )
-    for name, feature in (("sliding_window", sliding_window), ("softcap", softcap), ("s_aux", s_aux)):
+    for name, feature in (("softcap", softcap), ("s_aux", s_aux)):
         if feature is not None:
             raise ValueError(f"the evaluation's policies are for plain attention, and this model's has {name}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return quest_eval_attention.attend(module, query, key, value, scale), None
+    return quest_eval_attention.attend(module, query, key, value, scale, sliding_window), None

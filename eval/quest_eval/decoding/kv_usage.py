@@ -7,6 +7,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..policies import KVShape, Policy
 
 
@@ -16,8 +18,9 @@ class KVUsage:
 
     Attributes:
         tokens_attended: tokens a head attends to in the layers that the policy rules, a mean over the decoding steps.
-        kv_bytes_read: keys, values and metadata (bounds) read, a mean over steps and layers, dense ones included.
-        kv_bytes_held: keys, values and metadata that are kept at the end, a mean over layers.
+        kv_bytes_read: keys, values and metadata (bounds) read, a mean over steps and full-attention layers, dense ones
+            included.
+        kv_bytes_held: keys, values and metadata that are kept at the end, a mean over full-attention layers.
         kv_bytes_dense: keys and values that dense attention reads in a layer, a mean over steps.
     """
 
@@ -27,14 +30,17 @@ class KVUsage:
     kv_bytes_dense: float
 
 
-def kv_usage(policy: Policy, shape: KVShape, num_layers: int, context: int, length: int) -> KVUsage:
+def kv_usage(policy: Policy, shape: KVShape, layers: Sequence[int], context: int, length: int) -> KVUsage:
     """The usage of the steps that take a sequence from ``context`` tokens to ``length``.
+
+    ``layers`` are the numbers of the full-attention layers, the only ones that count: a sliding layer reads its window
+    under every policy.
 
     Without a step (the score of a single token) nothing is read: it counts as a first step would.
     """
     lengths = range(context + 1, max(length, context + 1) + 1)
     end = lengths[-1]
-    dense_share = min(policy.dense_layers, num_layers) / num_layers
+    dense_share = sum(layer < policy.dense_layers for layer in layers) / len(layers)
 
     def mean_over_layers(dense: float, ruled: float) -> float:
         return dense_share * dense + (1 - dense_share) * ruled

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..library import dense_prefill
 from ..policies.column_sums import add_column_sums
 from .observers import StepInfo
@@ -22,20 +24,22 @@ class PrefillAttention:
 
     def __init__(self, layers: Sequence[LayerKV], row: int, start: int) -> None:
         self._layers, self._row, self._start = layers, slice(row, row + 1), start
+        self._before = torch.full_like(layers[0].length.seq_lens[:1], start)
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         kv, row, start = self._layers[module.layer_idx], self._row, self._start
         end = start + q.shape[2]
-        past = (kv.k[row, :, :start], kv.v[row, :, :start], kv.length.seq_lens[row]) if start else None
-        out = dense_prefill(q, k, v, scale, past)
-        kv.scale = scale
+        # The length of what was read before, which the windows of sliding layers are counted from.
+        past = (kv.k[row, :, :start], kv.v[row, :, :start], self._before) if start else None
+        out = dense_prefill(q, k, v, scale, window, past)
+        kv.scale, kv.window = scale, window
         kv.k[row, :, start:end] = k
         kv.v[row, :, start:end] = v
         first = kv.context - kv.last_queries.shape[2]
         if end > first:
             begin = max(first, start)
             kv.last_queries[row, :, begin - first : end - first] = q[:, :, begin - start :]
-        if kv.column_sums is not None:
+        if kv.column_sums is not None:  # of full-attention layers alone
             add_column_sums(kv.column_sums[row], q, kv.k[row, :, :end], scale)
         return out
 
@@ -46,7 +50,9 @@ class DecodeAttention:
     def __init__(self, readers: Sequence[LayerReader], policy: Policy, observer: Observer | None) -> None:
         self._readers, self._policy, self._observer = readers, policy, observer
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:  # noqa: ARG002
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None  # noqa: ARG002
+    ) -> Tensor:  # fmt: skip
         reader = self._readers[module.layer_idx]
         kv, length = reader.kv, reader.kv.length.tokens
         kv.k[:, :, length - 1] = k[:, :, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +16,14 @@ from ..policies.snapkv import WINDOW
 from . import attention_function
 from .kv_usage import KVUsage, kv_usage
 from .layer_attention import DecodeAttention, PrefillAttention
+from .sliding_window import SlidingWindow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from ..policies import LayerReader
     from .observers import Observer
+    from .prefill_store import PrefillStore
 
 # Tokens decoded between two checks that all answers have ended. Each check waits for the device.
 _STEPS_PER_LOOK = 16
@@ -35,10 +40,12 @@ class PolicyDecoder:
     back.
 
     Args:
-        model: a transformers causal language model with full attention in all layers.
+        model: a transformers causal language model. Its sliding layers, if any, read their window under every policy.
         max_tokens: context, question and answer together.
         batch_size: the most contexts at a time.
         page_size: S of the dense layers, which they read all of.
+        store: keeps prefills on disk, and gives back those that it has; None: each context is read anew.
+        fingerprint: tells the model from others in the store, see :func:`quest_eval.models.fingerprint`.
 
     Raises:
         ValueError: a model or number that is not supported.
@@ -47,14 +54,29 @@ class PolicyDecoder:
     #: Called in each layer and decoding step of the next call; None costs nothing.
     observer: Observer | None = None
 
-    def __init__(self, model: Any, *, max_tokens: int, batch_size: int = 1, page_size: int = 16) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_tokens: int,
+        batch_size: int = 1,
+        page_size: int = 16,
+        store: PrefillStore | None = None,
+        fingerprint: str = "",
+    ) -> None:
         if max_tokens < 1 or batch_size < 1:
             raise ValueError(f"max_tokens and batch_size must be at least 1, got {max_tokens} and {batch_size}")
         if page_size not in PAGE_SIZES:
             raise ValueError(f"page_size must be one of {', '.join(map(str, PAGE_SIZES))}, got {page_size}")
+        if store is not None and not fingerprint:
+            raise ValueError("a store of prefills needs the model's fingerprint, see quest_eval.models.fingerprint")
         config = attention_function.install(model)
         self.model, self.max_tokens, self.batch_size, self.page_size = model, max_tokens, batch_size, page_size
+        self._store, self._fingerprint = store, fingerprint
         self.num_layers: int = config.num_hidden_layers
+        kinds = attention_function.layer_kinds(config)
+        #: The layers that policies rule, dense ones included: all but sliding ones.
+        self.full_layers = tuple(index for index, kind in enumerate(kinds) if kind == "full_attention")
         D = attention_function.head_dim(config)
         self.shape = KVShape(config.num_attention_heads, config.num_key_value_heads, D, model.dtype.itemsize)
         capacity = -(-max_tokens // max(PAGE_SIZES)) * max(PAGE_SIZES)
@@ -100,7 +122,7 @@ class PolicyDecoder:
                     f"policy {policy.name} numbers rotary positions anew, and {type(self.model).__name__} has none"
                 )
         first = min((policy.dense_layers for policy in policies if policy.needs_column_sums), default=self.num_layers)
-        self._noted = frozenset(range(first, self.num_layers))
+        self._noted = frozenset(index for index in self.full_layers if index >= first)
         ids = ids.to(self.model.device)
         length = Length(B, L, ids.device)
         self._usage.clear()
@@ -116,12 +138,64 @@ class PolicyDecoder:
         return LayerKV(k, v, length, L, heads.head_dim**-0.5, last_queries, sums, self._rotate)
 
     def _read_row(self, row: int, ids: Tensor, chunk: int, progress: Callable[[int], None] | None) -> Tensor:
+        if self._store is None:
+            return self._read_ids(row, ids, chunk, progress)
+        key = self._key(ids, chunk)
+        found = self._store.load(key)
+        if found is None:
+            logits = self._read_ids(row, ids, chunk, progress)
+            self._store.save(key, self._tensors(row) | {"logits": logits}, self._notes())
+            return logits
+        if progress is not None:
+            progress(len(ids))
+        return self._restore(row, *found)
+
+    def _read_ids(self, row: int, ids: Tensor, chunk: int, progress: Callable[[int], None] | None) -> Tensor:
         for start in range(0, len(ids), chunk):
             tokens = ids[None, start : start + chunk]
             logits = attention_function.forward(self.model, PrefillAttention(self._layers, row, start), tokens, start)
             if progress is not None:
                 progress(tokens.shape[1])
         return logits[0]
+
+    # A context on disk
+
+    def _key(self, ids: Tensor, chunk: int) -> dict[str, Any]:
+        """All that decides the bits of a prefill. Threads are left out: their rounding is noise."""
+        return {
+            "model": self._fingerprint,
+            "tokens": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(),
+            "length": len(ids),
+            "dtype": str(self.model.dtype),
+            "device": self.model.device.type,
+            "torch": torch.__version__,
+            "chunk": min(chunk, len(ids)),
+            "noted": sorted(self._noted),
+        }
+
+    def _tensors(self, row: int) -> dict[str, Tensor]:
+        """One context's keys, values and notes. The tensors of all layers are copies, but for those in the storage."""
+        sums = [kv.column_sums[row] for kv in self._layers if kv.column_sums is not None]
+        return {
+            "keys_and_values": self._storage[:, :, row, :, : self._layers[0].context],
+            "last_queries": torch.stack([kv.last_queries[row] for kv in self._layers]),
+        } | ({"column_sums": torch.stack(sums)} if sums else {})
+
+    def _notes(self) -> dict[str, str]:
+        return {"layers": json.dumps([(kv.scale, kv.window) for kv in self._layers])}
+
+    def _restore(self, row: int, tensors: dict[str, Tensor], notes: dict[str, str]) -> Tensor:
+        """Fill one context's row; returns the logits behind it, [V]."""
+        self._storage[:, :, row, :, : self._layers[0].context].copy_(tensors["keys_and_values"])
+        sums = iter(tensors.get("column_sums", ()))
+        for kv, queries, (scale, window) in zip(
+            self._layers, tensors["last_queries"], json.loads(notes["layers"]), strict=True
+        ):
+            kv.scale, kv.window = scale, window
+            kv.last_queries[row].copy_(queries)
+            if kv.column_sums is not None:
+                kv.column_sums[row].copy_(next(sums))
+        return tensors["logits"].to(self.model.device)
 
     # Behind the contexts
 
@@ -218,10 +292,7 @@ class PolicyDecoder:
         """A function that takes the next tokens [B] and gives the logits behind them, [B, V]."""
         length = self._layers[0].length
         length.set(self._layers[0].context)
-        readers = [
-            DenseReader(kv, self.page_size) if index < policy.dense_layers else policy.start(kv)
-            for index, kv in enumerate(self._layers)
-        ]
+        readers = [self._reader(index, kv, policy) for index, kv in enumerate(self._layers)]
         attention = DecodeAttention(readers, policy, self.observer)
 
         def step(tokens: Tensor) -> Tensor:
@@ -233,6 +304,11 @@ class PolicyDecoder:
 
         return step
 
+    def _reader(self, index: int, kv: LayerKV, policy: Policy) -> LayerReader:
+        if kv.window is not None:
+            return SlidingWindow(kv)
+        return DenseReader(kv, self.page_size) if index < policy.dense_layers else policy.start(kv)
+
     def _finish(self, policy: Policy) -> None:
         kv = self._layers[0]
-        self._usage[policy] = kv_usage(policy, self.shape, self.num_layers, kv.context, kv.length.tokens)
+        self._usage[policy] = kv_usage(policy, self.shape, self.full_layers, kv.context, kv.length.tokens)

@@ -46,9 +46,9 @@ def against_budget(cells: list[Cell], path: Path) -> None:
     first.set_xscale("log", base=2)
     first.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
     first.minorticks_off()
-    if metric != "perplexity":
+    if not metric.startswith("perplexity"):
         first.set_ylim(-0.03, 1.03)
-    bars = "" if metric == "perplexity" else " (bars: standard error over the tries)"
+    bars = "" if metric.startswith("perplexity") else " (bars: standard error over the tries)"
     figure.supxlabel(f"budget in tokens{bars}", fontsize=10)
     save(figure, path)
 

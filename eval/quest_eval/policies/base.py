@@ -55,6 +55,8 @@ class LayerKV:
     context: int
     #: Of the scores before the softmax.
     scale: float
+    #: Tokens that a token of a sliding layer sees, itself included. None in full-attention layers, which policies rule.
+    window: int | None = field(default=None, kw_only=True)
     #: [B, Hq, W, D]: the queries of the context's last tokens.
     last_queries: Tensor
     #: float32 [B, Hkv, context]: the attention that each token received from all of the context's queries, summed over

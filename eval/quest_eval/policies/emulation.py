@@ -1,7 +1,7 @@
 """Quest without its operators, in float64 and plain PyTorch: the kernels are compared with it on whole answers.
 
 The maths are those of :mod:`quest_ops.reference`, which loops. Here they are vectorised, for equally long sequences in
-a contiguous cache. :class:`QuestEmulation` is a policy like any other, so that model, task and decoder are the same.
+a contiguous cache. :class:`QuestEmulation` is a policy like any other: model, task and decoder are the same.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class PageOracle(PagePolicy):
     group_reduce: GroupReduce = "none"
 
     def label(self) -> str:
-        return "oracle, pages"
+        return f"oracle, pages{self.forced_label()}"
 
     def start(self, kv: LayerKV) -> PageOracleReader:
         return PageOracleReader(kv, self)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .base import KVShape
 
-Bounds = Literal["minmax", "meanstd", "int8"]
+Bounds = Literal["cache", "meanstd", "int8"]
 
 
 class PageBounds:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from quest_ops import sparse_decode, topk_pages
 
+from ..library import PAGE_SIZES
 from .base import KVShape, LayerKV, LayerReader, Policy
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class PageReader(LayerReader):
     def scores(self, q: Tensor) -> Tensor:
         """A score for each page, higher is better: q [B, Hq, D] -> [B, Hq, P].
 
-        P counts the pages of the capacity. Scores of the last page and of pages past it have no effect: the last page
-        is always selected.
+        P counts the pages of the capacity, or those in use. Scores of pages past the last have no effect. Those of
+        sinks and recent pages have none either: the policy forces them, by default the last page.
         """
 
     def select(self, q: Tensor) -> Tensor:
@@ -46,22 +47,43 @@ class PageReader(LayerReader):
             policy.num_pages,
             kv.k.shape[1],
             policy.group_reduce,
-            scale=kv.scale,
+            policy.sink_pages,
+            policy.recent_pages,
+            kv.scale,
         )
 
 
 @dataclass(frozen=True)
 class PagePolicy(Policy):
-    """A policy whose budget is a number of pages, the last page among them.
+    """A policy whose budget is a number of pages.
 
     Args:
         group_reduce: how the query heads of a KV head agree on pages, see :func:`quest_ops.topk_pages`.
+        sink_pages: first pages that are always read, counted in the budget.
+        recent_pages: last pages that are always read, counted in the budget; 1 keeps the page being written.
+
+    Raises:
+        ValueError: a page size that the operators lack, or a negative number of forced pages.
     """
 
     group_reduce: GroupReduce = "max"
+    sink_pages: int = 0
+    recent_pages: int = 1
+
+    def __post_init__(self) -> None:
+        if self.page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size must be one of {', '.join(map(str, PAGE_SIZES))}, got {self.page_size}")
+        for name in ("sink_pages", "recent_pages"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
     @abstractmethod
     def start(self, kv: LayerKV) -> PageReader: ...
+
+    def forced_label(self) -> str:
+        """The forced pages, where they are not the default's, as the end of a label."""
+        sinks = f", sink {self.sink_pages}" if self.sink_pages else ""
+        return sinks + (f", recent {self.recent_pages}" if self.recent_pages != 1 else "")
 
     @property
     def num_pages(self) -> int:
@@ -69,7 +91,7 @@ class PagePolicy(Policy):
 
     @property
     def least_budget(self) -> int:
-        return self.page_size
+        return max(1, self.sink_pages + self.recent_pages) * self.page_size
 
     def page_bytes(self, shape: KVShape) -> int:  # noqa: ARG002
         """Bytes that are kept of a page to score it by, and read in each step, all KV heads; 0 by default."""
@@ -81,7 +103,7 @@ class PagePolicy(Policy):
 
     def tokens_attended(self, context: int, length: int) -> int:  # noqa: ARG002
         pages = math.ceil(length / self.page_size)
-        # The last page is always among them, and only the tokens it has are read.
+        # The last page is among them, and only the tokens it has are read. With ``recent_pages=0`` it may not be.
         return length - max(0, pages - self.num_pages) * self.page_size
 
     def bytes_read(self, shape: KVShape, context: int, length: int) -> int:

@@ -39,8 +39,9 @@ class QuestReader(PageReader):
         # The mean query of each group scores the pages of its KV head, and the scores of all heads add up.
         kv_heads = self.kv.k.shape[1]
         scores = self.scores(q.unflatten(1, (kv_heads, -1)).mean(2))
-        page_size, num_pages = self.policy.page_size, self.policy.num_pages
-        pages = topk_pages(scores, self.kv.length.seq_lens, page_size, num_pages, 1, "sum")
+        policy = self.policy
+        forced = policy.sink_pages, policy.recent_pages
+        pages = topk_pages(scores, self.kv.length.seq_lens, policy.page_size, policy.num_pages, 1, "sum", *forced)
         return pages.expand(-1, kv_heads, -1).contiguous()
 
 
@@ -51,22 +52,25 @@ class Quest(PagePolicy):
     Args:
         shared: one list for all heads: of the scores of the groups' mean queries, summed over the KV heads. SGLang's
             QuestAlgorithm does the same.
-        bounds: "minmax" (the paper's), "meanstd" (mean and standard deviation) or "int8".
+        bounds: "cache" (the paper's, in the cache's dtype), "int8", as in :class:`quest_ops.QuestConfig`; or "meanstd":
+            mean and standard deviation in the cache's dtype.
 
     Raises:
         ValueError: a budget, page size or selection that :class:`quest_ops.QuestConfig` refuses.
     """
 
     shared: bool = False
-    bounds: Bounds = "minmax"
+    bounds: Bounds = "cache"
 
     def __post_init__(self) -> None:
-        QuestConfig(self.limit, self.page_size, group_reduce=self.group_reduce, dense_layers=self.dense_layers)
+        forced = self.sink_pages, self.recent_pages
+        QuestConfig(self.limit, self.page_size, *forced, self.dense_layers, self.group_reduce)
 
     def label(self) -> str:
         who = "one list" if self.shared else {"none": "per head"}.get(self.group_reduce, self.group_reduce)
-        bounds = {"minmax": "", "meanstd": ", mean ± std", "int8": ", int8"}[self.bounds]
-        return f"Quest, {who}{bounds}{'' if self.dense_layers else ', no dense layers'}"
+        bounds = {"cache": "", "meanstd": ", mean ± std", "int8": ", int8"}[self.bounds]
+        dense = "" if self.dense_layers else ", no dense layers"
+        return f"Quest, {who}{bounds}{self.forced_label()}{dense}"
 
     def start(self, kv: LayerKV) -> QuestReader:
         return QuestReader(kv, self)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from .. import library
+from . import page_bounds, summaries
 from .base import Policy
 from .dense import Dense
 from .h2o import H2O
 from .oracle import PageOracle, TokenOracle
+from .page_summary import PageSummaryPolicy
 from .quest import Quest
 from .snapkv import SnapKV
 from .sparq import SparQ
@@ -23,6 +26,10 @@ from .window import Window
 
 #: A package adds policies by entry points of this group, each a name and a subclass of Policy.
 ENTRY_POINTS = "quest_eval.policies"
+
+
+# Types of fields that the policies' modules import for type checkers alone.
+_TYPES = {"GroupReduce": library.GroupReduce, "Bounds": page_bounds.Bounds, "Summary": summaries.Summary}
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,14 @@ _BUILT_IN = {
     ),
     "quest-int8": _BuiltIn(Quest, "quest, with bounds of 8 bits, as QuestConfig has it by default", {"bounds": "int8"}),
     "quest-nodense": _BuiltIn(Quest, "quest, in the first layers as well", {"dense_layers": 0}),
+    "summary": _BuiltIn(
+        PageSummaryPolicy, "pages by mean and standard deviation of 8 bits, the first page forced; emulated"
+    ),
+    "two-stage": _BuiltIn(
+        PageSummaryPolicy,
+        "summary keeps a quarter of the pages, keys of 2 bits choose among them; emulated",
+        {"keep": 0.25, "code_bits": 2},
+    ),
     "h2o": _BuiltIn(H2O, "H2O: the tokens that received most attention, and the latest; others are evicted"),
     "tova": _BuiltIn(TOVA, "TOVA: the token that the newest attends to least is evicted"),
     "streaming": _BuiltIn(Streaming, "StreamingLLM: 4 first tokens and the latest, positions numbered anew"),
@@ -70,24 +85,62 @@ def make(name: str, budget: int | None, *, page_size: int = 16, dense_layers: in
 
     Args:
         name: one of :data:`NAMES`, an entry point of the group "quest_eval.policies", or ``module:Class``. The module
-            may lie in the current folder.
+            may lie in the current folder. Fields of the policy may follow, as in ``quest,sink_pages=1,bounds=int8``.
         budget: tokens a head may attend to, the one being decoded included. "dense" has none: it may be None.
-        page_size: S of the policies that read pages.
-        dense_layers: first layers that read everything; 0 for "quest-nodense" whatever is given.
+        page_size: S of the policies that read pages, unless the name sets it.
+        dense_layers: first layers that read everything, unless the name sets it; 0 for "quest-nodense".
 
     Raises:
-        ValueError: an unknown name, a class that is no policy, or a budget or page size out of range.
+        ValueError: an unknown name or field, a class that is no policy, or a value out of range.
     """
-    built_in = _BUILT_IN.get(name) or _BuiltIn(_of_others(name), "")
-    if dense_layers < 0:
-        raise ValueError(f"dense_layers must be at least 0, got {dense_layers}")
+    kind_name, *settings = name.split(",")
+    built_in = _BUILT_IN.get(kind_name) or _BuiltIn(_of_others(kind_name), "")
+    options = {"page_size": page_size, "dense_layers": dense_layers} | built_in.options
+    options |= _fields(built_in.kind, name, settings)
+    if options["dense_layers"] < 0:
+        raise ValueError(f"dense_layers must be at least 0, got {options['dense_layers']}")
     if built_in.kind.has_budget and budget is None:
         raise ValueError(f"policy {name} needs a budget, a number of tokens")
-    options = {"page_size": page_size, "dense_layers": dense_layers} | built_in.options
     policy = built_in.kind(name, budget if built_in.kind.has_budget else None, **options)
     if policy.budget is not None and policy.budget < policy.least_budget:
         raise ValueError(f"the budget of {name} must be at least {policy.least_budget} tokens, got {budget}")
     return policy
+
+
+def _fields(kind: type[Policy], name: str, settings: list[str]) -> dict[str, Any]:
+    """The fields that ``name`` sets, each as ``field=value``, with values of the fields' types."""
+    if not settings:
+        return {}
+    types = get_type_hints(kind, localns=_TYPES)
+    known = [one.name for one in fields(kind) if one.name not in ("name", "budget")]
+    result: dict[str, Any] = {}
+    for setting in settings:
+        field_name, _, text = setting.partition("=")
+        if field_name not in known:
+            raise ValueError(f"{setting!r} in {name} must be field=value with a field of {', '.join(known)}")
+        result[field_name] = _value(types[field_name], text, f"{field_name} in {name}")
+    return result
+
+
+def _value(kind: Any, text: str, what: str) -> Any:
+    """``text`` as a value of a field's type: a number, a truth value, one of some words, or None."""
+    choices = {str(choice): choice for choice in get_args(kind)} if get_origin(kind) is Literal else None
+    optional = type(None) in get_args(kind)
+    if optional:
+        (kind,) = (one for one in get_args(kind) if one is not type(None))
+        if text == "none":
+            return None
+        return _value(kind, text, what)
+    if kind is bool:
+        choices = {"true": True, "false": False}
+    if choices is not None:
+        if text not in choices:
+            raise ValueError(f"{what} must be one of {', '.join(choices)}, got {text!r}")
+        return choices[text]
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"{what} must be a number ({kind.__name__}), got {text!r}") from error
 
 
 def _of_others(name: str) -> type[Policy]:

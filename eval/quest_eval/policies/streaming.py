@@ -23,8 +23,8 @@ SINKS = 4
 class StreamingReader(LayerReader):
     """Positions count the kept tokens alone, as in the paper, which caches keys before RoPE.
 
-    Scores depend on distances alone. Those within the window stay as they were, so only the sinks are rotated: later by
-    the number of tokens between them and the window.
+    Scores depend on distances alone. Those within the window stay as they were, so only the sinks are rotated. They
+    move later by the number of tokens between them and the window.
     """
 
     def __init__(self, kv: LayerKV, budget: int) -> None:

@@ -25,19 +25,19 @@ class WindowReader(PageReader):
 
     def select(self, q: Tensor) -> Tensor:
         """Every page of the list is forced, so that no score decides."""
-        count, kv_heads = self.policy.num_pages, self.kv.k.shape[1]
-        lengths = self.kv.length.seq_lens
-        return topk_pages(self.scores(q), lengths, self.policy.page_size, count, kv_heads, "max", 1, count - 1)
+        count, kv_heads, sinks = self.policy.num_pages, self.kv.k.shape[1], self.policy.sink_pages
+        lengths, page_size = self.kv.length.seq_lens, self.policy.page_size
+        return topk_pages(self.scores(q), lengths, page_size, count, kv_heads, "max", sinks, count - sinks)
 
 
 @dataclass(frozen=True)
 class Window(PagePolicy):
+    """The budget without the sinks is recent, so ``recent_pages`` has no effect."""
+
+    sink_pages: int = 1
+
     def label(self) -> str:
-        return "window"
+        return "window" if self.sink_pages == 1 else f"window{self.forced_label()}"
 
     def start(self, kv: LayerKV) -> WindowReader:
         return WindowReader(kv, self)
-
-    @property
-    def least_budget(self) -> int:
-        return 2 * self.page_size

@@ -14,10 +14,15 @@ if TYPE_CHECKING:
 
 
 def tables(cells: list[Cell]) -> Iterator[Table]:
-    """For each task and length a table: policies by budgets, and the KV cache read and held at the largest."""
+    """For each task and length a table: policies by budgets, and the KV cache read and held at the largest.
+
+    A second table has the genres of a task that has several.
+    """
     for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in cells):
         found = [cell for cell in cells if (cell["task"], cell["length"]) == (task, length)]
         yield _table(f"{task}, {length:,} tokens: {found[0]['metric']} ({found[0]['tries']} tries)", found)
+        if "genres" in found[0]:
+            yield _genres(f"{task}, {length:,} tokens: {found[0]['metric']}, by genre", found)
 
 
 def markdown(cells: list[Cell]) -> str:
@@ -58,4 +63,16 @@ def _table(title: str, cells: list[Cell]) -> Table:
         shares = (f"{largest[name] / largest['kv_bytes_dense']:.1%}" for name in ("kv_bytes_read", "kv_bytes_held"))
         values = (f"{row[budget]['value']:.2f}" if budget in row else "" for budget in (*budgets, None))
         table.add_row(label, *values, *shares)
+    return table
+
+
+def _genres(title: str, cells: list[Cell]) -> Table:
+    """Policies and budgets by genres."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("policy")
+    for name in ("budget", *cells[0]["genres"]):
+        table.add_column(name, justify="right", no_wrap=True)
+    for cell in cells:
+        budget = "all" if cell["budget"] is None else f"{cell['budget']:,}"
+        table.add_row(cell["label"], budget, *(f"{value:.2f}" for value in cell["genres"].values()))
     return table

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .base import Sample, Setup, Task
 from .common_words import CommonWords
+from .hidden_facts import HiddenFacts
 from .longbench import DATA_SETS, LongBench
+from .loss import Loss
 from .passkey import Needles, Passkey
 from .perplexity import PG19, Perplexity
 from .variable_tracking import VariableTracking
@@ -15,10 +17,11 @@ _IN_TEXT: dict[str, type[Task]] = {
     "variable-tracking": VariableTracking,
     "common-words": CommonWords,
     "perplexity": Perplexity,
+    "facts": HiddenFacts,
 }
 #: Tasks that are made from a text, and names on the command line.
 NEEDS_TEXT = tuple(_IN_TEXT)
-NAMES = (*NEEDS_TEXT, "pg19", *DATA_SETS)
+NAMES = (*NEEDS_TEXT, "loss", "pg19", *DATA_SETS)
 
 
 def make(name: str, setup: Setup) -> Task:
@@ -29,7 +32,8 @@ def make(name: str, setup: Setup) -> Task:
     """
     if name in DATA_SETS:
         return LongBench(name, setup)
-    return PG19(setup) if name == "pg19" else _IN_TEXT[name](setup)
+    of_texts: dict[str, type[Task]] = {"loss": Loss, "pg19": PG19}
+    return (of_texts | _IN_TEXT)[name](setup)
 
 
 __all__ = ["NAMES", "NEEDS_TEXT", "Sample", "Setup", "Task", "make"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from . import genres
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +27,7 @@ class Sample:
         tail: tokens at the end that are decoded under the policy: the question, or the tokens that are scored.
         references: right answers.
         depth: where in the text the answer stands, from 0 to 1; None: in no one place.
+        genre: of the text, where a task has several.
     """
 
     index: int
@@ -33,6 +35,7 @@ class Sample:
     tail: int
     references: tuple[str, ...] = ()
     depth: float | None = None
+    genre: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Setup:
         chat: put prompts into the model's chat template.
         depths: where the fact that is asked for stands, one after the other.
         needles: facts in a text of the task "needles".
-        scored: tokens at the end of a text that "perplexity" and "pg19" decode and score.
+        scored: tokens at the end of a text that "perplexity", "loss" and "pg19" decode and score.
+        genres: texts of the task "loss", see :mod:`quest_eval.tasks.genres`.
         data: a folder with the files of LongBench or PG19; None: from the Hugging Face hub.
     """
 
@@ -59,6 +63,7 @@ class Setup:
     depths: tuple[float, ...] = tuple((i + 0.5) / 10 for i in range(10))
     needles: int = 8
     scored: int = 256
+    genres: tuple[str, ...] = genres.NAMES
     data: Path | None = None
 
     def rng(self, task: str, length: int, index: int) -> random.Random:
@@ -69,7 +74,7 @@ class Setup:
 class Task(ABC):
     """A task. A ``length`` counts everything: text, question, chat template and answer."""
 
-    #: "accuracy", "F1", "ROUGE-L" (all from 0 to 1, higher is better) or "perplexity".
+    #: "accuracy", "F1", "ROUGE-L" (all from 0 to 1, higher is better), "perplexity" or "perplexity over dense".
     metric: str = "accuracy"
     name: str
     #: Tokens of an answer; 0: nothing is answered, the tail itself is scored.
@@ -90,9 +95,14 @@ class Task(ABC):
         """The score of an answer, from 0 to 1."""
         raise InputError(f"task {self.name} scores texts and takes no answers")
 
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are put into the chat template."""
+        return self.setup.chat
+
     def frame(self) -> tuple[list[int], list[int]]:
         """Tokens before the context and behind the question."""
-        return self.setup.tokenizer.frame(self.setup.chat)
+        return self.setup.tokenizer.frame(self.chats)
 
     def room(self, length: int, question: list[int]) -> int:
         """Tokens of context that go with a question into a sequence of ``length``."""

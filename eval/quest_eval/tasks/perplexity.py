@@ -24,13 +24,13 @@ class Perplexity(Task):
         room = length - len(self.frame()[0])
         return self.setup.text.window(room, self.setup.rng(self.name, length, index))[0]
 
-    def _sample(self, index: int, text: list[int], length: int) -> Sample:
+    def _sample(self, index: int, text: list[int], length: int, genre: str | None = None) -> Sample:
         if self.setup.chat:
             raise InputError(f"task {self.name} scores plain text: leave --chat away")
         if self.setup.scored < 1 or length < 2:
             raise InputError(f"--scored must be at least 1 and --lengths 2, got {self.setup.scored} and {length}")
         ids = self.frame()[0] + text
-        return Sample(index, ids, min(self.setup.scored, len(ids) - 1))
+        return Sample(index, ids, min(self.setup.scored, len(ids) - 1), genre=genre)
 
 
 class PG19(Perplexity):

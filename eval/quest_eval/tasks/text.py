@@ -104,12 +104,17 @@ def read_bytes(path: Path | None, most: int) -> tuple[bytes, str]:
 
 def standard_library_text(num_bytes: int) -> bytes:
     """The sources of the running Python's standard library, in the order of their paths."""
-    root = Path(sysconfig.get_path("stdlib"))
     sources, missing = [], num_bytes
-    for path in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py")):
+    for path in standard_library_files():
         if missing <= 0:
             break
-        if "site-packages" not in path.parts:
-            sources.append(path.read_bytes())
-            missing -= len(sources[-1])
+        sources.append(path.read_bytes())
+        missing -= len(sources[-1])
     return b"".join(sources)[:num_bytes]
+
+
+def standard_library_files() -> list[Path]:
+    """The source files of the running Python's standard library: modules, then packages, by their paths."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py"))
+    return [path for path in paths if "site-packages" not in path.parts]
