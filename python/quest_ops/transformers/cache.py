@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.cache_utils import DummyLayer, LinearAttentionLayer, get_layer_types_and_kwargs
 
 from ..attention import QuestConfig
 from ..ops import HEAD_DIMS, check_choice
 from ..report import LayerPlan, Report
 from ._say import say_once
+from .hybrid import NO_KEYS, PagedLayerWithState, SlidingLayerWithState, check_croppable
 from .layer import QuestCacheLayer, Settings
 from .paged import Observer, PagedLayer
 from .sliding import SlidingLayer
@@ -60,10 +61,13 @@ class QuestCache(Cache):  # type: ignore[misc]
         capacity = -(-max_tokens // quest_config.page_size) * quest_config.page_size
         text_config = model_config.get_text_config(decoder=True)
         self._settings = Settings(quest_config)
+        layers = _make_layers(text_config, capacity, self._settings)
         head_dim = getattr(text_config, "head_dim", None) or (
             text_config.hidden_size // text_config.num_attention_heads
         )
-        super().__init__(layers=_make_layers(text_config, head_dim, capacity, self._settings))
+        if any(isinstance(layer, PagedLayer) for layer in layers):
+            check_choice("the model's head_dim", head_dim, HEAD_DIMS)
+        super().__init__(layers=layers)
         self._settings.num_layers = len(self.layers)
         self._say_plan()
         if not (batch_size is None and dtype is None and device is None):
@@ -80,13 +84,26 @@ class QuestCache(Cache):  # type: ignore[misc]
 
         Features that only the model's attention calls show, such as logit soft-capping, are known after a first step.
         """
-        return [layer.plan() for layer in self.layers]
+        return [
+            layer.plan() if isinstance(layer, QuestCacheLayer) else LayerPlan(index, "none", NO_KEYS[type(layer)])
+            for index, layer in enumerate(self.layers)
+        ]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens of each row. The number is negative, as in transformers.
+
+        Raises:
+            ValueError: more tokens than there are, or a layer whose state cannot go back. Nothing has changed then.
+        """
+        if tokens_to_remove:
+            check_croppable(self.layers)
+        super().crop(tokens_to_remove)
 
     def start_report(self) -> None:
         """Count from now on the pages that each layer reads. Call it before compiling. See :mod:`quest_ops.report`."""
         self._settings.counting, self._settings.counts = True, None
         for layer in self.layers:
-            if layer.is_initialized:
+            if isinstance(layer, QuestCacheLayer) and layer.is_initialized:
                 self._settings.begin_counting(layer.num_heads, layer.k_head_dim, layer.dtype, layer.device)
 
     def stop_report(self) -> None:
@@ -164,20 +181,33 @@ def enable_quest(
     return cache
 
 
-def _make_layers(text_config: Any, head_dim: int, max_tokens: int, settings: Settings) -> list[QuestCacheLayer]:
+def _make_layers(text_config: Any, max_tokens: int, settings: Settings) -> list[Any]:
+    """The layers of a cache, each for the kind of its layer in the model."""
     kinds, arguments = get_layer_types_and_kwargs(text_config)
-    layers: list[QuestCacheLayer] = []
+    sharing = getattr(text_config, "kv_sharing_modes", None) or ()
+    layers: list[Any] = []
     for index, kind in enumerate(kinds):
+        # Arguments for all layers, or in later versions of transformers a list with those of each.
+        options = dict(arguments if isinstance(arguments, dict) else arguments[index])
+        window, states = options.get("sliding_window"), options.get("number_of_states", 1)
         if kind == "full_attention":
             layers.append(PagedLayer(index, max_tokens, settings))
         elif kind == "sliding_attention":
-            # Arguments for all layers, or in later versions of transformers a list with those of each.
-            window = (arguments if isinstance(arguments, dict) else arguments[index])["sliding_window"]
             layers.append(SlidingLayer(index, max_tokens, settings, window))
+        elif kind == "hybrid":
+            layers.append(PagedLayerWithState(index, max_tokens, settings, states))
+        elif kind == "hybrid_sliding":
+            layers.append(SlidingLayerWithState(index, max_tokens, settings, window, states))
+        elif kind in ("conv", "linear_attention"):
+            layers.append(LinearAttentionLayer(states))
+        elif kind == "dummy" and "reuse" not in sharing:
+            layers.append(DummyLayer())
         else:
+            what = "the keys of another layer" if kind == "dummy" else kind
             raise ValueError(
-                f"QuestCache supports layers of full_attention and sliding_attention, got {kind} in layer {index}"
+                f"QuestCache supports layers of full and sliding attention, and states without keys, got {what} in "
+                f"layer {index}"
             )
-    if any(isinstance(layer, PagedLayer) for layer in layers):
-        check_choice("the model's head_dim", head_dim, HEAD_DIMS)
+    if not any(isinstance(layer, QuestCacheLayer) for layer in layers):
+        raise ValueError(f"a QuestCache serves layers of attention, and {text_config.model_type} has none")
     return layers
