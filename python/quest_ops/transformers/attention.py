@@ -56,6 +56,8 @@ def quest_attention_forward(
     if layer is None:
         return _other_cache(module, query, key, value, attention_mask, features, kwargs), None
     layer.arrived()
+    if torch.is_autocast_enabled(query.device.type):
+        query = query.to(key.dtype)
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"attention 'quest' does not support position_bias, which layer {layer.index} asks for")
     if dropout:

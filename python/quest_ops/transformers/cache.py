@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import DummyLayer, LinearAttentionLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, get_layer_types_and_kwargs
 
 from ..attention import QuestConfig
 from ..ops import HEAD_DIMS, check_choice
 from ..report import LayerPlan, Report
 from ._say import say_once
-from .hybrid import NO_KEYS, PagedLayerWithState, SlidingLayerWithState, check_croppable
+from .hybrid import PagedLayerWithState, SlidingLayerWithState, check_croppable, plan_without_keys
 from .layer import QuestCacheLayer, Settings
 from .paged import Observer, PagedLayer
 from .sliding import SlidingLayer
+from .trial import TRIAL_CONFIG, TRIAL_TOKENS, check_runs
 
 #: The name under which transformers knows this attention.
 IMPLEMENTATION = "quest"
@@ -62,18 +63,14 @@ class QuestCache(Cache):  # type: ignore[misc]
         text_config = model_config.get_text_config(decoder=True)
         self._settings = Settings(quest_config)
         layers = _make_layers(text_config, capacity, self._settings)
-        head_dim = getattr(text_config, "head_dim", None) or (
-            text_config.hidden_size // text_config.num_attention_heads
-        )
-        if any(isinstance(layer, PagedLayer) for layer in layers):
-            check_choice("the model's head_dim", head_dim, HEAD_DIMS)
+        heads, head_dim = _heads(text_config, layers)
         super().__init__(layers=layers)
         self._settings.num_layers = len(self.layers)
         self._say_plan()
         if not (batch_size is None and dtype is None and device is None):
             self.early_initialization(
                 batch_size or 1,
-                text_config.num_key_value_heads,
+                heads,
                 head_dim,
                 dtype or torch.get_default_dtype(),
                 torch.device(device or "cpu"),
@@ -85,7 +82,7 @@ class QuestCache(Cache):  # type: ignore[misc]
         Features that only the model's attention calls show, such as logit soft-capping, are known after a first step.
         """
         return [
-            layer.plan() if isinstance(layer, QuestCacheLayer) else LayerPlan(index, "none", NO_KEYS[type(layer)])
+            layer.plan() if isinstance(layer, QuestCacheLayer) else plan_without_keys(index, layer)
             for index, layer in enumerate(self.layers)
         ]
 
@@ -161,6 +158,8 @@ def enable_quest(
 ) -> QuestCache:
     """Switch ``model`` to the attention "quest" and make a cache for it.
 
+    Two short steps try the model: :mod:`quest_ops.transformers.trial`.
+
     Args:
         model: a transformers model.
         quest_config: budget, page size and the rest of the selection.
@@ -178,6 +177,7 @@ def enable_quest(
     model.set_attn_implementation(IMPLEMENTATION)
     if model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
         raise ValueError(f"{type(model).__name__} does not let its attention implementation be set")
+    check_runs(model, QuestCache(model.config, TRIAL_CONFIG, max_tokens=TRIAL_TOKENS))
     return cache
 
 
@@ -198,16 +198,40 @@ def _make_layers(text_config: Any, max_tokens: int, settings: Settings) -> list[
             layers.append(PagedLayerWithState(index, max_tokens, settings, states))
         elif kind == "hybrid_sliding":
             layers.append(SlidingLayerWithState(index, max_tokens, settings, window, states))
-        elif kind in ("conv", "linear_attention"):
-            layers.append(LinearAttentionLayer(states))
-        elif kind == "dummy" and "reuse" not in sharing:
-            layers.append(DummyLayer())
+        elif kind != "dummy" or "reuse" not in sharing:
+            layers.append(_without_keys(index, kind, options))
         else:
-            what = "the keys of another layer" if kind == "dummy" else kind
-            raise ValueError(
-                f"QuestCache supports layers of full and sliding attention, and states without keys, got {what} in "
-                f"layer {index}"
-            )
+            raise ValueError(f"QuestCache supports no layer that attends to the keys of another one, as layer {index}")
     if not any(isinstance(layer, QuestCacheLayer) for layer in layers):
         raise ValueError(f"a QuestCache serves layers of attention, and {text_config.model_type} has none")
     return layers
+
+
+def _without_keys(index: int, kind: str, options: dict[str, Any]) -> Any:
+    """transformers' own layer for a kind that keeps no keys."""
+    layer_class = STATIC_LAYER_TYPE_MAPPING.get(kind)
+    if layer_class is None or issubclass(layer_class, CacheLayerMixin):
+        raise ValueError(
+            f"QuestCache supports layers of full_attention and sliding_attention, beside a state or not, and layers "
+            f"without keys, got {kind} in layer {index}"
+        )
+    return layer_class(**{name: value for name, value in options.items() if name == "number_of_states"})
+
+
+def _heads(text_config: Any, layers: list[Any]) -> tuple[int, int]:
+    """The number of KV heads and the head_dim of the layers that keep keys."""
+    configs = getattr(text_config, "per_layer_config", None) or [text_config] * len(layers)
+    found = set()
+    for config, layer in zip(configs, layers, strict=False):
+        if isinstance(layer, QuestCacheLayer):
+            query_heads = getattr(config, "num_attention_heads", None)
+            if query_heads is None:
+                raise ValueError(f"a QuestCache serves layers of attention, and {text_config.model_type} has none")
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+            found.add((getattr(config, "num_key_value_heads", None) or query_heads, head_dim))
+    if len(found) > 1:
+        pairs = ", ".join(f"{heads} of {head_dim}" for heads, head_dim in sorted(found))
+        raise ValueError(f"the layers of a QuestCache must have the same KV heads and head_dim, got {pairs}")
+    if any(isinstance(layer, PagedLayer) for layer in layers):
+        check_choice("the model's head_dim", head_dim, HEAD_DIMS)
+    return found.pop()

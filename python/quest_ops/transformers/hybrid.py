@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
+from ..report import LayerPlan
 from .layer import Settings
 from .paged import PagedLayer
 from .sliding import SlidingLayer
 
-#: The reason that a plan gives for a layer without keys, by the layer's class.
-NO_KEYS = {
-    LinearAttentionLayer: "no attention: its state of a fixed size is transformers' own",
-    DummyLayer: "no attention and no state",
-}
+
+def plan_without_keys(index: int, layer: Any) -> LayerPlan:
+    """The plan of a layer that keeps no keys."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return LayerPlan(index, "none", "no attention; any state, of a fixed size, is transformers' own")
+    return LayerPlan(index, "none", "neither attention nor a state")
 
 
 class _WithState(LinearAttentionLayer):  # type: ignore[misc]

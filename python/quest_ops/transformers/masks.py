@@ -44,7 +44,8 @@ def quest_mask(
             kwargs: as transformers calls mask functions.
 
     Returns:
-        int32 [B, 1, 1, 1], the number of each row's real new tokens; None where all are real.
+        int32 [B, 1, 1, 1], the number of each row's real new tokens. None where they are all real, and where the step
+        is of one token, those of the cache too.
 
     Raises:
         ValueError: padding that is not on the left, or a mask that contradicts the cache. On a GPU a step of one token
@@ -75,7 +76,9 @@ def quest_mask(
     unchecked = q_length == 1 and real.is_cuda and os.environ.get("QUEST_OPS_CHECK") != "1"
     if not (torch.compiler.is_compiling() or unchecked):
         _check(attention_mask, q_length, q_offset)
-        if bool(real.all()):
+        # Some models, such as BioGPT, take None for a mask of ones. So in the steps of a padded batch None is left out
+        # for their single tokens. A prefill whose tokens are all real needs None: it then runs without a mask.
+        if bool((attention_mask if q_length == 1 else real).all()):
             return None
     return real.sum(-1, dtype=torch.int32)[:, None, None, None]
 
