@@ -183,7 +183,10 @@ def enable_quest(
 
 def _make_layers(text_config: Any, max_tokens: int, settings: Settings) -> list[Any]:
     """The layers of a cache, each for the kind of its layer in the model."""
-    kinds, arguments = get_layer_types_and_kwargs(text_config)
+    try:
+        kinds, arguments = get_layer_types_and_kwargs(text_config)
+    except AttributeError as error:  # no number of layers, or no window: transformers has no cache for it either
+        raise ValueError(f"the configuration of {text_config.model_type} does not tell its layers: {error}") from error
     sharing = getattr(text_config, "kv_sharing_modes", None) or ()
     layers: list[Any] = []
     for index, kind in enumerate(kinds):

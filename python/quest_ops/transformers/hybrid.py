@@ -62,9 +62,7 @@ class PagedLayerWithState(_WithState, PagedLayer):
 class SlidingLayerWithState(_WithState, SlidingLayer):
     """A layer of sliding-window attention beside a state."""
 
-    def __init__(
-        self, index: int, max_tokens: int, settings: Settings, window: int, number_of_states: int = 1
-    ) -> None:
+    def __init__(self, index: int, max_tokens: int, settings: Settings, window: int, number_of_states: int = 1) -> None:
         SlidingLayer.__init__(self, index, max_tokens, settings, window)
         LinearAttentionLayer.__init__(self, number_of_states)
 
@@ -79,7 +77,9 @@ def check_croppable(layers: list[Any]) -> None:
         if not isinstance(layer, LinearAttentionCacheLayerMixin):
             continue
         if any(layer.is_recurrent_states_initialized.values()):
-            raise ValueError(f"this QuestCache cannot be cropped: the recurrent state of layer {index} does not go back")
+            raise ValueError(
+                f"this QuestCache cannot be cropped: the recurrent state of layer {index} does not go back"
+            )
         if any(layer.is_conv_states_initialized.values()) and not layer.record_past:
             raise ValueError(
                 f"the convolution state of layer {index} goes back only if it was recorded: call "

@@ -41,6 +41,12 @@ class SlidingLayer(QuestCacheLayer):
         return LayerPlan(self.index, self.decide().path, f"sliding window of {self.window} tokens")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
+        if features.window is None:
+            # Moshi attends to the whole prompt and keeps a window of it: its tokens depend on the chunks of the prefill.
+            raise ValueError(
+                f"the configuration gives layer {self.index} a sliding window of {self.window} tokens, and its attention "
+                "has none"
+            )
         features, counts = features._replace(window=self.window), self.settings.counts
         is_prefill = self.decide(q.shape[2]).path == "prefill"
         if counts is not None:

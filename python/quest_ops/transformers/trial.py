@@ -48,7 +48,9 @@ def check_runs(model: Any, cache: Any) -> None:
         except Exception as error:
             if _runs_without_cache(model, ids):
                 name = type(model).__name__
-                raise ValueError(f"{name} cannot run with a QuestCache, as a trial of two steps shows: {error}") from error
+                raise ValueError(
+                    f"{name} cannot run with a QuestCache, as a trial of two steps shows: {error}"
+                ) from error
 
 
 def _cache_argument(model: Any) -> str:
