@@ -34,12 +34,12 @@ def page(verdicts, version):
         + "; ".join(f"{len(rows)} are {result}" for result, rows in by_result.items())
         + ".",
         "",
-        "Each model generates under a budget that holds everything, from one row and from a batch with left padding. It "
-        "must give the tokens and logits of dense attention. Under a smaller budget its sparse layers must read fewer "
+        "Each model generates under a budget that holds everything, from one row and from a batch with left padding. "
+        "It must give the tokens and logits of dense attention. Under a smaller budget its sparse layers must read fewer "
         "pages than they hold. A model that cannot is refused when `enable_quest` makes the cache.",
         "",
-        "A checkpoint may differ from the small model in what decides, such as its head_dim, its window, or the kinds of "
-        "its layers. `cache.plan()` tells how its layers decode.",
+        "A checkpoint may differ from the small model in its head_dim, its window or the kinds of its layers, which "
+        "decide. `cache.plan()` tells how its layers decode.",
         "",
         f"`{COMMAND}` writes this page, and `tests/transformers/test_sweep.py` holds it to the models.",
     ]
@@ -57,7 +57,7 @@ def read():
     for line in text.splitlines():
         if line.startswith("## "):
             result = titles[line[3:]]
-        elif result and (row := re.fullmatch(r"\| (\S+) \| (.*) \|", line)) and row[1] not in ("type",):
+        elif result and (row := re.fullmatch(r"\| (\S+) \| (.*) \|", line)) and row[1] != "type":
             verdicts[row[1]] = Verdict(row[1], result, row[2])
     return verdicts, re.search(r"in transformers (\S+?)\. ", text)[1]
 

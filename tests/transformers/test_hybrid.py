@@ -23,7 +23,7 @@ PATHS = {
     "nemotron_h": ["none", "none", "sparse", "none"],
     "falcon_h1": ["sparse"] * 4,
     "zamba2": ["none", "sparse", "none", "sparse"],
-    "recurrent_gemma": ["none", "none", "dense", "none"],
+    "zaya": ["dense", "sparse", "dense", "sparse"],
 }
 FAMILIES = pytest.mark.parametrize("name", PATHS)
 

@@ -192,7 +192,8 @@ def _make_layers(text_config: Any, max_tokens: int, settings: Settings) -> list[
     for index, kind in enumerate(kinds):
         # Arguments for all layers, or in later versions of transformers a list with those of each.
         options = dict(arguments if isinstance(arguments, dict) else arguments[index])
-        window, states = options.get("sliding_window"), options.get("number_of_states", 1)
+        window: Any = options.get("sliding_window")
+        states = options.get("number_of_states", 1)
         if kind == "full_attention":
             layers.append(PagedLayer(index, max_tokens, settings))
         elif kind == "sliding_attention":
@@ -211,7 +212,7 @@ def _make_layers(text_config: Any, max_tokens: int, settings: Settings) -> list[
 
 
 def _without_keys(index: int, kind: str, options: dict[str, Any]) -> Any:
-    """transformers' own layer for a kind that keeps no keys."""
+    """The layer of transformers' own for a kind that keeps no keys."""
     layer_class = STATIC_LAYER_TYPE_MAPPING.get(kind)
     if layer_class is None or issubclass(layer_class, CacheLayerMixin):
         raise ValueError(

@@ -42,10 +42,10 @@ class SlidingLayer(QuestCacheLayer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
         if features.window is None:
-            # Moshi attends to the whole prompt and keeps a window of it: its tokens depend on the chunks of the prefill.
+            # Moshi, for one, attends to the whole prompt, and later to what the cache has left of it.
             raise ValueError(
-                f"the configuration gives layer {self.index} a sliding window of {self.window} tokens, and its attention "
-                "has none"
+                f"the configuration gives layer {self.index} a sliding window of {self.window} tokens, and its "
+                "attention has none"
             )
         features, counts = features._replace(window=self.window), self.settings.counts
         is_prefill = self.decide(q.shape[2]).path == "prefill"

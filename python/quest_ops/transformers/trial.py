@@ -18,7 +18,6 @@ from ..attention import QuestConfig
 from ..ops import MAX_NEW_TOKENS
 from .layer import QuestCacheLayer
 
-
 #: A small budget in a cache of two pages, so that layers which can be sparse are sparse.
 TRIAL_CONFIG = QuestConfig(budget=16, page_size=16, dense_layers=0)
 TRIAL_TOKENS = 32
