@@ -38,8 +38,8 @@ def page(verdicts, version):
         "It must give the tokens and logits of dense attention. Under a smaller budget its sparse layers must read fewer "
         "pages than they hold. A model that cannot is refused when `enable_quest` makes the cache.",
         "",
-        "A checkpoint may differ from the small model in its head_dim, its window or the kinds of its layers, which "
-        "decide. `cache.plan()` tells how its layers decode.",
+        "A checkpoint decides by its own head_dim, windows and kinds of layers, which may differ from the small "
+        "model's. `cache.plan()` tells how its layers decode.",
         "",
         f"`{COMMAND}` writes this page, and `tests/transformers/test_sweep.py` holds it to the models.",
     ]

@@ -37,6 +37,8 @@ def verdict(model_type):
     except Exception as error:
         return Verdict(model_type, NOT_BUILT, _sentence(error))
     dense = model.config._attn_implementation
+    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        dense = "eager"  # in some versions of transformers the others leave out the soft-capping
     try:
         cache = enable_quest(model, FULL, max_tokens=MAX_TOKENS)
     except ValueError as error:
