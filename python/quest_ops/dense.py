@@ -70,9 +70,15 @@ def past_of_pages(keys_and_values: Iterable[Tensor], seq_lens: Tensor) -> Past:
 
 
 def prefill(
-    q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, past: Past | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    real: Tensor | None,
+    features: Features,
+    past: Past | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of new tokens to themselves and to earlier tokens.
+    """Attention of new tokens to themselves, causal unless ``visible`` is given, and to earlier tokens.
 
     Args:
         q: [B, Hq, T, D], the new tokens' queries.
@@ -81,6 +87,7 @@ def prefill(
             so that no row of a mask is empty.
         features: of the layer.
         past: earlier tokens, or None.
+        visible: bool [B or 1, 1, T, T], the new tokens that each new token sees; None: causal, within the window.
 
     Returns:
         [B, T, Hq, D].
@@ -91,7 +98,8 @@ def prefill(
         before = past.k.shape[2]
         k, v = torch.cat([past.k, k], 2), torch.cat([past.v, v], 2)
     block = _block_size(q, k, features)
-    needs_mask = past is not None or real is not None or (window is not None and tokens > window)
+    needs_mask = past is not None or real is not None or visible is not None
+    needs_mask = needs_mask or (window is not None and tokens > window)
     if not needs_mask and (tokens <= block or not features.materialises_scores):
         return attend(q, k, v, None, features)
     place = torch.arange(tokens, device=q.device)
@@ -99,18 +107,23 @@ def prefill(
     outs = []
     for start in range(0, tokens, block):
         end = min(start + block, tokens)
-        first = 0 if window is None else max(0, start - window + 1)
-        query, key = place[start:end, None], place[first:end]
-        mask = (key <= query)[None]
-        if window is not None:
-            mask = mask & (key > query - window)
+        first, last = 0, tokens
+        if visible is None:
+            first, last = 0 if window is None else max(0, start - window + 1), end
+        query, key = place[start:end, None], place[first:last]
+        if visible is not None:
+            mask = visible[:, 0, start:end]
+        else:
+            mask = (key <= query)[None]
+            if window is not None:
+                mask = mask & (key > query - window)
         if padding is not None:
             mask = (mask & (key >= padding)) | (key == query)
         if past is not None and first == 0:
             mask = torch.cat(_same_rows(_visible_past(past, query, padding, window), mask), -1)
-            keys, values = k[:, :, : before + end], v[:, :, : before + end]
+            keys, values = k[:, :, : before + last], v[:, :, : before + last]
         else:
-            keys, values = k[:, :, before + first : before + end], v[:, :, before + first : before + end]
+            keys, values = k[:, :, before + first : before + last], v[:, :, before + first : before + last]
         outs.append(attend(q[:, :, start:end], keys, values, mask[:, None], features))
     return torch.cat(outs, 1)
 

@@ -1,11 +1,11 @@
 """Small random Hugging Face models, prompts for them, and their attention by the reference."""
 
 import functools
-import inspect
 
 import torch
 from quest_ops import reference, update_bounds
 from quest_ops.bounds import new_bounds
+from quest_ops.transformers.generation import CACHE_NAME
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -15,7 +15,6 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
@@ -88,9 +87,8 @@ def prompt(tokens, device="cpu", seed=1, padding=(0,)):
 
 
 def passing(cache):
-    """The argument that takes a cache: ``past_key_values``, or in later versions of transformers ``cache``."""
-    name = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-    return {name: cache}
+    """The argument that takes a cache."""
+    return {CACHE_NAME: cache}
 
 
 def generate(model, inputs, cache=None, new=8, **options):

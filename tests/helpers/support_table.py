@@ -35,8 +35,8 @@ def page(verdicts, version):
         + ".",
         "",
         "Each model generates under a budget that holds everything, from one row and from a batch with left padding. "
-        "It must give the tokens and logits of dense attention. Under a smaller budget its sparse layers must read fewer "
-        "pages than they hold. A model that cannot is refused when `enable_quest` makes the cache.",
+        "It must give the tokens and logits of dense attention. Under a smaller budget its sparse layers must read "
+        "fewer pages than they hold. A model that cannot is refused when `enable_quest` makes the cache.",
         "",
         "A checkpoint decides by its own head_dim, windows and kinds of layers, which may differ from the small "
         "model's. `cache.plan()` tells how its layers decode.",

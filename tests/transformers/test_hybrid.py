@@ -135,7 +135,7 @@ def test_the_plan_says_which_layers_keep_no_keys():
 
 
 def test_models_without_attention_are_refused():
-    with pytest.raises(ValueError, match="serves layers of attention, and mamba has none"):
+    with pytest.raises(ValueError, match="serves layers of attention, and Mamba has none"):
         QuestCache(MambaConfig(num_hidden_layers=2), max_tokens=64)
 
 
@@ -149,7 +149,6 @@ def test_unknown_kinds_of_layers_are_refused():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("diffllama", "layer 0 stored 18 tokens in a step of 9"),
         ("jetmoe", "layer 0 stored 0 tokens in a step of 9"),
         ("moshi", "a sliding window of 32 tokens, and its attention has none"),
         ("minimax", "MiniMax uses cache of its own"),

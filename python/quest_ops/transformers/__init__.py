@@ -2,8 +2,9 @@
 
 ::
 
-    cache = enable_quest(model, QuestConfig(budget=1024), max_tokens=32768)
-    model.generate(input_ids, past_key_values=cache, max_new_tokens=100)
+    cache = enable_quest(model, QuestConfig(budget=1024))
+    model.generate(input_ids, max_new_tokens=100)
+    cache.plan()
 
 Importing this package registers the attention implementation ``"quest"`` with its mask function.
 """
@@ -16,7 +17,7 @@ except ImportError as error:
     ) from error
 
 from .attention import quest_attention_forward
-from .cache import IMPLEMENTATION, QuestCache, enable_quest
+from .cache import IMPLEMENTATION, QuestCache, disable_quest, enable_quest
 from .continuous import paged_quest_forward
 from .masks import quest_mask
 from .paged import Observer
@@ -25,4 +26,4 @@ AttentionInterface.register(IMPLEMENTATION, quest_attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, quest_mask)
 AttentionInterface.register(f"paged|{IMPLEMENTATION}", paged_quest_forward)
 
-__all__ = ["IMPLEMENTATION", "Observer", "QuestCache", "enable_quest"]
+__all__ = ["IMPLEMENTATION", "Observer", "QuestCache", "disable_quest", "enable_quest"]

@@ -1,21 +1,24 @@
-"""QuestCache, the cache of the attention "quest", and ``enable_quest``, which sets up both."""
+"""QuestCache, the cache of the attention "quest", and ``enable_quest`` and ``disable_quest``, which set up both."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from ..attention import QuestConfig
-from ..ops import HEAD_DIMS, check_choice
 from ..report import LayerPlan, Report
 from ._say import say_once
+from .generation import Generation, install, uninstall
 from .hybrid import PagedLayerWithState, SlidingLayerWithState, check_croppable, plan_without_keys
 from .layer import QuestCacheLayer, Settings
 from .paged import Observer, PagedLayer
 from .sliding import SlidingLayer
+from .supported import check_model, layer_kinds
 from .trial import TRIAL_CONFIG, TRIAL_TOKENS, check_runs
 
 #: The name under which transformers knows this attention.
@@ -44,6 +47,8 @@ class QuestCache(Cache):  # type: ignore[misc]
         ValueError: a model or a number that is not supported; the error names it.
     """
 
+    layers: list[Any]
+
     def __init__(
         self,
         model_config: Any,
@@ -59,19 +64,21 @@ class QuestCache(Cache):  # type: ignore[misc]
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        capacity = -(-max_tokens // quest_config.page_size) * quest_config.page_size
         text_config = model_config.get_text_config(decoder=True)
         self._settings = Settings(quest_config)
-        layers = _make_layers(text_config, capacity, self._settings)
-        heads, head_dim = _heads(text_config, layers)
+        self._text_config = text_config
+        self._prompt: Tensor | None = None  # the sequences of the last generate()
+        self._replaced: str | None = None
+        layers = _make_layers(text_config, self._capacity(max_tokens), self._settings)
+        shapes = check_model(model_config, layer_kinds(text_config)[0])
         super().__init__(layers=layers)
         self._settings.num_layers = len(self.layers)
         self._say_plan()
         if not (batch_size is None and dtype is None and device is None):
             self.early_initialization(
                 batch_size or 1,
-                heads,
-                head_dim,
+                [heads for heads, _ in shapes],
+                [head_dim for _, head_dim in shapes],
                 dtype or torch.get_default_dtype(),
                 torch.device(device or "cpu"),
             )
@@ -80,21 +87,96 @@ class QuestCache(Cache):  # type: ignore[misc]
         """How each layer decodes, sparse or dense, and why.
 
         Features that only the model's attention calls show, such as logit soft-capping, are known after a first step.
+        After a ``generate`` that replaced this cache by another one, every layer is dense.
         """
-        return [
+        plan = [
             layer.plan() if isinstance(layer, QuestCacheLayer) else plan_without_keys(index, layer)
             for index, layer in enumerate(self.layers)
         ]
+        if self._replaced is not None:
+            return [x if x.path == "none" else LayerPlan(x.layer, "dense", self._replaced) for x in plan]
+        return plan
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self._prompt = self._replaced = None
+        super().reset()
+
+    def prepare(self, batch_size: int, max_tokens: int) -> None:
+        """Empty the cache for ``batch_size`` sequences of ``max_tokens`` tokens.
+
+        The memory stays where it fits. Otherwise it goes, and the next step allocates.
+        """
+        held = [layer for layer in self.layers if isinstance(layer, QuestCacheLayer) and layer.is_initialized]
+        if held and held[0].batch_size == batch_size and held[0].max_cache_len >= max_tokens:
+            return self.reset()
+        self._prompt = self._replaced = None
+        self.layers = []  # before the new ones: both need not lie in memory
+        self.layers = _make_layers(self._text_config, self._capacity(max_tokens), self._settings)
+        return None
+
+    def check_prompt(self, ids: Tensor | None, embeds: Tensor | None, attention_mask: Tensor | None) -> None:
+        """Refuse a prompt that does not continue the tokens of this cache. Synchronises if it holds any.
+
+        Args:
+            ids: int64 [B, L], the whole sequence, or the new tokens where the mask covers all; None: embeddings.
+            embeds: [B, L, hidden size], or None.
+            attention_mask: [B, L], or None.
+
+        Raises:
+            ValueError: the prompt ends before the held tokens do, or differs from those of the last ``generate``.
+        """
+        held, before = self._held(), self._prompt
+        given = ids if ids is not None else embeds
+        if given is None:
+            return
+        new, columns = given.shape[1], (given if attention_mask is None else attention_mask).shape[1]
+        whole = columns == new
+        if held and (columns <= held or not (whole or columns == held + new)):
+            raise ValueError(
+                f"this QuestCache holds {held} tokens, which a prompt of {columns} does not continue: "
+                "call cache.reset() before another prompt"
+            )
+        if ids is None or not whole:
+            self._prompt = None
+            return
+        if held and before is not None and before.shape[0] % ids.shape[0] == 0:
+            known = min(held, before.shape[1])
+            repeats = before.shape[0] // ids.shape[0]
+            prompt = ids[:, :known].to(before.device).repeat_interleave(repeats, 0)
+            same = prompt == before[:, :known]
+            if attention_mask is not None:
+                padding = attention_mask[:, :known].to(before.device) == 0
+                same = same | padding.repeat_interleave(repeats, 0)
+            if not bool(same.all()):
+                raise ValueError(
+                    f"this QuestCache holds {held} tokens of another prompt: call cache.reset() first, or pass a "
+                    "prompt that begins with them"
+                )
+        self._prompt = ids
+
+    def note_prompt(self, sequences: Tensor) -> None:
+        """Note the sequences [B, L] that a ``generate`` over this cache returned."""
+        if self._prompt is not None:
+            self._prompt = sequences[:, : self._held()]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens of each row. The number is negative, as in transformers.
 
         Raises:
-            ValueError: more tokens than there are, or a layer whose state cannot go back. Nothing has changed then.
+            ValueError: more tokens than there are, or a layer whose state cannot go back, which changes nothing.
         """
         if tokens_to_remove:
             check_croppable(self.layers)
         super().crop(tokens_to_remove)
+        if self._prompt is not None:
+            self._prompt = self._prompt[:, : self._held()]
+
+    def note_replaced(self, reason: str) -> None:
+        """Note that the model uses another cache, so that :meth:`plan` says so."""
+        if self._replaced is None:
+            say_once(f"attention 'quest' runs dense: {reason}")
+            self._replaced = reason
 
     def start_report(self) -> None:
         """Count from now on the pages that each layer reads. Call it before compiling. See :mod:`quest_ops.report`."""
@@ -141,6 +223,14 @@ class QuestCache(Cache):  # type: ignore[misc]
     def observer(self, observer: Observer | None) -> None:
         self._settings.observer = observer
 
+    def _held(self) -> int:
+        """Columns in the cache."""
+        return next((layer.columns for layer in self.layers if isinstance(layer, QuestCacheLayer)), 0)
+
+    def _capacity(self, max_tokens: int) -> int:
+        page_size = self._settings.config.page_size
+        return -(-max_tokens // page_size) * page_size
+
     def _say_plan(self) -> None:
         plan = self.plan()
         windows = {layer.window for layer in self.layers if isinstance(layer, SlidingLayer)}
@@ -154,39 +244,68 @@ class QuestCache(Cache):  # type: ignore[misc]
 
 
 def enable_quest(
-    model: Any, quest_config: QuestConfig | None = None, *, max_tokens: int, batch_size: int | None = None
+    model: Any, quest_config: QuestConfig | None = None, *, max_tokens: int | None = None, batch_size: int | None = None
 ) -> QuestCache:
-    """Switch ``model`` to the attention "quest" and make a cache for it.
+    """Switch ``model`` to the attention "quest", and make a cache for it.
+
+    A later ``model.generate`` without a cache empties the returned cache and uses it, so each call starts anew. With
+    the cache passed it goes on where the cache ends. :func:`disable_quest` undoes all of it.
 
     Two short steps try the model: :mod:`quest_ops.transformers.trial`.
 
     Args:
         model: a transformers model.
         quest_config: budget, page size and the rest of the selection.
-        max_tokens: tokens of prompt and answer together.
+        max_tokens: tokens of prompt and answer together. None: each ``generate`` without a cache makes room for its
+            prompt and answer, and keeps the memory for calls that need no more. A cache that is passed has room for the
+            model's ``max_position_embeddings``, or for the last such call.
         batch_size: allocate the cache now, for this number of sequences; None: at the first step.
 
     Returns:
-        An empty cache, to be passed as ``past_key_values``. ``reset()`` empties it for another prompt.
+        An empty cache, with the plan and the report of these calls.
 
     Raises:
         ValueError: a model or a number that is not supported; the error names it.
     """
     kind = {} if batch_size is None else {"dtype": model.dtype, "device": model.device}
-    cache = QuestCache(model.config, quest_config, max_tokens=max_tokens, batch_size=batch_size, **kind)
+    tokens, config = max_tokens, model.config
+    if tokens is None:
+        tokens = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if tokens is None:
+            raise ValueError(f"{type(model).__name__} has no max_position_embeddings: pass max_tokens")
+    make_cache = functools.partial(QuestCache, config, quest_config, max_tokens=tokens)
+    cache = make_cache(batch_size=batch_size, **kind)
+    restores = {
+        name: getattr(config, name)._attn_implementation for name in config.sub_configs if hasattr(config, name)
+    }
+    restores[""] = config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
-    if model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
+    if config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
         raise ValueError(f"{type(model).__name__} does not let its attention implementation be set")
-    check_runs(model, QuestCache(model.config, TRIAL_CONFIG, max_tokens=TRIAL_TOKENS))
+    try:
+        check_runs(model, QuestCache(config, TRIAL_CONFIG, max_tokens=TRIAL_TOKENS))
+    except ValueError:
+        model.set_attn_implementation(restores)
+        raise
+    install(model, Generation(make_cache, max_tokens, IMPLEMENTATION, restores), cache)
     return cache
+
+
+def disable_quest(model: Any) -> None:
+    """Undo :func:`enable_quest`: the attention and ``generate`` of ``model`` are as before it.
+
+    Raises:
+        ValueError: the model is not under ``enable_quest``.
+    """
+    state = uninstall(model)
+    if state is None:
+        raise ValueError(f"this {type(model).__name__} is not under enable_quest")
+    model.set_attn_implementation(state.restores)
 
 
 def _make_layers(text_config: Any, max_tokens: int, settings: Settings) -> list[Any]:
     """The layers of a cache, each for the kind of its layer in the model."""
-    try:
-        kinds, arguments = get_layer_types_and_kwargs(text_config)
-    except AttributeError as error:  # no number of layers, or no window: transformers has no cache for it either
-        raise ValueError(f"the configuration of {text_config.model_type} does not tell its layers: {error}") from error
+    kinds, arguments = layer_kinds(text_config)
     sharing = getattr(text_config, "kv_sharing_modes", None) or ()
     layers: list[Any] = []
     for index, kind in enumerate(kinds):
@@ -206,8 +325,6 @@ def _make_layers(text_config: Any, max_tokens: int, settings: Settings) -> list[
             layers.append(_without_keys(index, kind, options))
         else:
             raise ValueError(f"QuestCache supports no layer that attends to the keys of another one, as layer {index}")
-    if not any(isinstance(layer, QuestCacheLayer) for layer in layers):
-        raise ValueError(f"a QuestCache serves layers of attention, and {text_config.model_type} has none")
     return layers
 
 
@@ -220,22 +337,3 @@ def _without_keys(index: int, kind: str, options: dict[str, Any]) -> Any:
             f"without keys, got {kind} in layer {index}"
         )
     return layer_class(**{name: value for name, value in options.items() if name == "number_of_states"})
-
-
-def _heads(text_config: Any, layers: list[Any]) -> tuple[int, int]:
-    """The number of KV heads and the head_dim of the layers that keep keys."""
-    configs = getattr(text_config, "per_layer_config", None) or [text_config] * len(layers)
-    found = set()
-    for config, layer in zip(configs, layers, strict=False):
-        if isinstance(layer, QuestCacheLayer):
-            query_heads = getattr(config, "num_attention_heads", None)
-            if query_heads is None:
-                raise ValueError(f"a QuestCache serves layers of attention, and {text_config.model_type} has none")
-            head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-            found.add((getattr(config, "num_key_value_heads", None) or query_heads, head_dim))
-    if len(found) > 1:
-        pairs = ", ".join(f"{heads} of {head_dim}" for heads, head_dim in sorted(found))
-        raise ValueError(f"the layers of a QuestCache must have the same KV heads and head_dim, got {pairs}")
-    if any(isinstance(layer, PagedLayer) for layer in layers):
-        check_choice("the model's head_dim", head_dim, HEAD_DIMS)
-    return found.pop()

@@ -62,7 +62,10 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         self._columns = 0  # by the host's count
         self._unseen = 0  # columns announced since that count; compiled steps add no more than these
         self._stale = False  # a compiled step moved the lengths unseen by the host
+        self._updates = 0  # of eager steps; marks the keys of a step
         self._expected = False  # update() returned keys that have not reached the attention yet
+        self._calls = 0  # calls of the attention since the last update()
+        self._next: QuestCacheLayer | None = None  # stores the next call of a model that calls the attention again
 
     # Implemented by subclasses
 
@@ -70,7 +73,9 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         """Make the storage. Returns the buffers whose addresses stay."""
         raise NotImplementedError
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, visible: Tensor | None = None
+    ) -> Tensor:
         """Store the step's keys and values, and attend.
 
         Args:
@@ -78,10 +83,19 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
             k, v: [B, Hkv, T, D].
             real: int32 [B], the number of each row's real tokens, its last ones; None: all.
             features: of the layer.
+            visible: bool [B or 1, 1, T, T], the new tokens that each one sees; None: causal. Such a step is dense.
 
         Returns:
             [B, T, Hq, D].
         """
+        raise NotImplementedError
+
+    def twin(self) -> QuestCacheLayer:
+        """An empty layer of the same kind."""
+        raise NotImplementedError
+
+    def reorder_rows(self, rows: Tensor) -> None:
+        """Let row b be row ``rows[b]`` of before, in place."""
         raise NotImplementedError
 
     def decide(self, num_new: int = 1) -> Decision:
@@ -131,9 +145,12 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
                 "QuestCache: call model.set_attn_implementation('quest'), then cache.reset()"
             )
         self._check(key_states, value_states)
-        self._expected = True
+        self._expected, self._calls = True, 0
         keys = key_states.view_as(key_states)
         keys._quest_layer = self  # type: ignore[attr-defined]
+        if not torch.compiler.is_compiling():
+            self._updates += 1
+            keys._quest_update = self._updates  # type: ignore[attr-defined]
         return keys, value_states
 
     def _under_autocast(self, *states: Tensor) -> tuple[Tensor, ...]:
@@ -147,9 +164,50 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         dtype = self.dtype if self.is_initialized else torch.get_autocast_dtype(device)
         return tuple(x.to(dtype) for x in states)
 
-    def arrived(self) -> None:
-        """Note that the keys of the last ``update`` have reached the attention function."""
+    def serving(self, q: Tensor, keys: Tensor, values: Tensor) -> QuestCacheLayer:
+        """The layer that stores this call of the attention function: this one for the first call after ``update``.
+
+        DiffLlama calls the attention twice with the keys of one update, and with other values each time. The second
+        call has a layer of its own, of the same size, so neither call stores anything twice.
+
+        Args:
+            q: [B, Hq, T, D].
+            keys: [B, Hkv, T, D], as ``update`` returned them.
+            values: [B, Hkv, T, D].
+
+        Raises:
+            RuntimeError: keys of an earlier step, or a call that earlier steps lacked.
+            ValueError: keys of another shape than the values, or for other tokens than the queries.
+        """
+        if not torch.compiler.is_compiling() and getattr(keys, "_quest_update", self._updates) != self._updates:
+            raise RuntimeError(
+                f"attention 'quest' got keys that layer {self.index} returned in an earlier step: a QuestCache stores "
+                "the keys of each step once"
+            )
         self._expected = False
+        if values.shape != keys.shape or q.shape[2] != keys.shape[2]:
+            raise ValueError(
+                f"layer {self.index} needs a key and a value of the same head_dim for each query, got queries "
+                f"{list(q.shape)}, keys {list(keys.shape)} and values {list(values.shape)}"
+            )
+        layer = self
+        for _ in range(self._calls):
+            layer = layer._next_call(keys, values)
+        self._calls += 1
+        return layer
+
+    def _next_call(self, keys: Tensor, values: Tensor) -> QuestCacheLayer:
+        """The layer of the call after this layer's, which this step has already advanced."""
+        if self._next is None:
+            self._next = self.twin()
+        if not self._next.is_initialized:
+            self._next.lazy_initialization(keys, values)
+        if not torch.compiler.is_compiling() and self._next.columns + keys.shape[2] != self.columns:
+            raise RuntimeError(
+                f"layer {self.index} called the attention more often in this step than in earlier ones of this "
+                "QuestCache, which so lacks values that the call needs: call cache.reset()"
+            )
+        return self._next
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # The number of keys that update() returns. No other call comes before each step, compiled or not.
@@ -174,14 +232,26 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         self.cumulative_length.add_(tokens_to_remove)
         self.seq_lens.add_(tokens_to_remove).clamp_(min=0)
         self._forget_cropped()
+        if self._next is not None:
+            self._next.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row b be row ``beam_idx[b]`` of before, in place."""
+        if self.is_initialized:
+            self.reorder_rows(beam_idx.to(self.device))
+        if self._next is not None:
+            self._next.reorder_cache(beam_idx)
 
     def reset(self) -> None:
         """Forget everything; the storage stays."""
         self._columns = self._unseen = 0
         self._stale = self._expected = False
+        self._calls = 0
         if self.is_initialized:
             self.cumulative_length.zero_()
             self.seq_lens.zero_()
+        if self._next is not None:
+            self._next.reset()
 
     # Lengths
 

@@ -58,16 +58,21 @@ class PagedLayer(QuestCacheLayer):
         }
         return LayerPlan(self.index, path, reasons[rule])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
+    def twin(self) -> PagedLayer:
+        return PagedLayer(self.index, self.max_cache_len, self.settings)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, visible: Tensor | None = None
+    ) -> Tensor:
         if features.window is not None and features.window >= self.max_cache_len:
             features = features._replace(window=None)
         self._note_features(features)
         tokens = q.shape[2]
         path = self.decide(tokens).path
-        if path == "prefill":
+        if path == "prefill" or visible is not None:
             if self.settings.counts is not None:
                 self.settings.counts.record_prefill(self.index)
-            return self._prefill(q, k, v, real, features)
+            return self._prefill(q, k, v, real, features, visible)
         if path == "sparse" and not self.settings.config.is_window and (real is None or tokens == 1):
             return self._decode_step(q, k, v, real, features)
         self._append(k, v, real)
@@ -75,11 +80,7 @@ class PagedLayer(QuestCacheLayer):
             return self._decode_densely(q, features)
         return self._decode(q, features, path == "sparse")
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row b be row ``beam_idx[b]`` of before, in place."""
-        if not self.is_initialized:
-            return
-        rows = beam_idx.to(self.device)
+    def reorder_rows(self, rows: Tensor) -> None:
         used = self._used_pages(self.columns)
         for pool in self.state.pools:
             pages = pool[0].unflatten(0, (self.batch_size, -1))[:, :used]
@@ -90,18 +91,20 @@ class PagedLayer(QuestCacheLayer):
         # The bounds of a last page still cover its cropped tokens.
         self.state.update_bounds(0, (self.seq_lens - 1).clamp_(min=0))
 
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, visible: Tensor | None
+    ) -> Tensor:
         past = None
         if not self.known_empty:
             compiling = torch.compiler.is_compiling()
-            if not compiling and q.shape[2] <= 64:
+            if not compiling and MAX_NEW_TOKENS < q.shape[2] <= 64:
                 say_once(
                     f"a step of {q.shape[2]} tokens ran dense: more than {MAX_NEW_TOKENS} new tokens are a prefill. "
                     f"For assisted decoding set num_assistant_tokens to at most {MAX_NEW_TOKENS - 1}",
                     logging.INFO,
                 )
             past = self._past()
-        out = prefill(q, k, v, real, features, past)
+        out = prefill(q, k, v, real, features, past, visible)
         self._append(k, v, real)
         return out
 

@@ -40,7 +40,12 @@ class SlidingLayer(QuestCacheLayer):
     def plan(self) -> LayerPlan:
         return LayerPlan(self.index, self.decide().path, f"sliding window of {self.window} tokens")
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
+    def twin(self) -> SlidingLayer:
+        return SlidingLayer(self.index, self.max_cache_len, self.settings, self.window)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, visible: Tensor | None = None
+    ) -> Tensor:
         if features.window is None:
             # Moshi, for one, attends to the whole prompt, and later to what the cache has left of it.
             raise ValueError(
@@ -48,23 +53,19 @@ class SlidingLayer(QuestCacheLayer):
                 "attention has none"
             )
         features, counts = features._replace(window=self.window), self.settings.counts
-        is_prefill = self.decide(q.shape[2]).path == "prefill"
+        is_prefill = visible is not None or self.decide(q.shape[2]).path == "prefill"
         if counts is not None:
             count = counts.record_prefill if is_prefill else counts.record_step
             count(self.index)
         if is_prefill:
             past = None if self.known_empty else self._past()
-            out = prefill(q, k, v, real, features, past)
+            out = prefill(q, k, v, real, features, past, visible)
             self._append(k, v, real)
             return out
         self._append(k, v, real)
         return attend_by_position(q, self._past(), self.last_positions(q.shape[2]), features)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row b be row ``beam_idx[b]`` of before, in place."""
-        if not self.is_initialized:
-            return
-        rows = beam_idx.to(self.device)
+    def reorder_rows(self, rows: Tensor) -> None:
         for buffer in (self.keys, self.values, self.seq_lens):
             buffer.copy_(buffer.index_select(0, rows))
 

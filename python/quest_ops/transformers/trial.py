@@ -7,7 +7,6 @@ attention must have stored each token once. Both steps are as short as such step
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from ..attention import QuestConfig
 from ..ops import MAX_NEW_TOKENS
+from .generation import CACHE_NAME
 from .layer import QuestCacheLayer
 
 #: A small budget in a cache of two pages, so that layers which can be sparse are sparse.
@@ -35,6 +35,7 @@ def check_runs(model: Any, cache: Any) -> None:
     Raises:
         ValueError: the layer that got other tokens than the step's, or the model's own error.
     """
+    _check_causal(model)
     if model.device.type == "meta":
         return
     ids = torch.ones((1, MAX_NEW_TOKENS + 1), dtype=torch.int64, device=model.device)
@@ -42,7 +43,7 @@ def check_runs(model: Any, cache: Any) -> None:
         try:
             for step in (ids, ids[:, :1]):
                 before = [_columns(layer) for layer in cache.layers]
-                model(input_ids=step, use_cache=True, **{_cache_argument(model): cache})
+                model(input_ids=step, use_cache=True, **{CACHE_NAME: cache})
                 _check_stored(cache, before, step.shape[1])
         except Exception as error:
             if _runs_without_cache(model, ids):
@@ -52,9 +53,14 @@ def check_runs(model: Any, cache: Any) -> None:
                 ) from error
 
 
-def _cache_argument(model: Any) -> str:
-    """Later versions of transformers say ``cache`` for ``past_key_values``."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+def _check_causal(model: Any) -> None:
+    """Refuse modules that say ``is_causal=False`` in a model that knows eager attention alone, which ignores it."""
+    attends = (module for module in model.modules() if hasattr(module, "layer_idx"))
+    if not model._supports_sdpa and any(getattr(module, "is_causal", True) is False for module in attends):
+        raise ValueError(
+            f"{type(model).__name__} has attention with is_causal=False, which its own attention ignores: set it to "
+            "what its masks say"
+        )
 
 
 def _columns(layer: Any) -> int:
