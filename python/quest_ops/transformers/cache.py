@@ -275,9 +275,8 @@ def enable_quest(
             raise ValueError(f"{type(model).__name__} has no max_position_embeddings: pass max_tokens")
     make_cache = functools.partial(QuestCache, config, quest_config, max_tokens=tokens)
     cache = make_cache(batch_size=batch_size, **kind)
-    restores = {
-        name: getattr(config, name)._attn_implementation for name in config.sub_configs if hasattr(config, name)
-    }
+    parts = {name: getattr(getattr(config, name, None), "_attn_implementation", None) for name in config.sub_configs}
+    restores = {name: implementation for name, implementation in parts.items() if implementation is not None}
     restores[""] = config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     if config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
