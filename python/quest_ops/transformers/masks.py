@@ -50,8 +50,8 @@ def quest_mask(
             kwargs: as transformers calls mask functions.
 
     Returns:
-        int32 [B, 1, 1, 1], the number of each row's real new tokens. None where they are all real, and where the step
-        is of one token, those of the cache too. bool [B, 1, T, T] for a mask that is not causal.
+        int32 [B, 1, 1, 1], the number of each row's real new tokens. None where they are all real; for a single
+        token, only where those of the cache are real too. bool [B, 1, T, T] for a mask that is not causal.
 
     Raises:
         ValueError: padding that is not on the left, or a mask that contradicts the cache. On a GPU a step of one token
