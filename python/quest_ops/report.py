@@ -45,7 +45,7 @@ class LayerPlan(NamedTuple):
     """How a layer decodes, and why."""
 
     layer: int
-    path: str  # "sparse" or "dense"
+    path: str  # "sparse", "dense", or "none" without attention
     reason: str
 
 

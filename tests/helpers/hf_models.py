@@ -5,6 +5,7 @@ import functools
 import torch
 from quest_ops import reference, update_bounds
 from quest_ops.bounds import new_bounds
+from quest_ops.transformers.generation import CACHE_NAME
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -85,17 +86,22 @@ def prompt(tokens, device="cpu", seed=1, padding=(0,)):
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
+def passing(cache):
+    """The argument that takes a cache."""
+    return {CACHE_NAME: cache}
+
+
 def generate(model, inputs, cache=None, new=8, **options):
     """New tokens [B, new] and their logits [B, new, vocabulary]."""
     options = {"max_new_tokens": new, "do_sample": False, "output_logits": True, **options}
-    out = model.generate(**inputs, past_key_values=cache, return_dict_in_generate=True, **options)
+    out = model.generate(**inputs, **passing(cache), return_dict_in_generate=True, **options)
     logits = None if out.logits is None else torch.stack(out.logits, 1)
     return out.sequences[:, inputs["input_ids"].shape[1] :], logits
 
 
 def step(model, ids, cache, **options):
     with torch.no_grad():
-        return model(ids, past_key_values=cache, **options).logits
+        return model(ids, **passing(cache), **options).logits
 
 
 def use_reference(model, config):

@@ -293,8 +293,8 @@ def test_a_plan_says_that_the_model_replaced_the_cache(device):
                 kwargs[CACHE_NAME] = DynamicCache(config=self.config)
             return original(self, input_ids, **kwargs)
 
+    cache = enable_quest(model, FULL, max_tokens=200)  # tries the model, and would refuse it then
     model.__class__ = Replacing
-    cache = enable_quest(model, FULL, max_tokens=200)
     assert torch.equal(tokens(model, inputs, **{CACHE_NAME: cache}), expected)
     assert {entry[1:] for entry in cache.plan()} == {("dense", "the model replaced this cache by DynamicCache")}
     cache.reset()

@@ -62,6 +62,8 @@ def quest_attention_forward(
     layer: QuestCacheLayer | None = getattr(key, "_quest_layer", None)
     if layer is None:
         return _other_cache(module, query, key, value, attention_mask, features, kwargs), None
+    if torch.is_autocast_enabled(query.device.type):
+        query = query.to(key.dtype)
     layer = layer.serving(query, key, value)
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"attention 'quest' does not support position_bias, which layer {layer.index} asks for")

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from ..attention import QuestConfig
-from ..ops import HEAD_DIMS, check_choice
 from ..report import LayerPlan, Report
 from ._say import say_once
 from .generation import Generation, install, uninstall
+from .hybrid import PagedLayerWithState, SlidingLayerWithState, check_croppable, plan_without_keys
 from .layer import QuestCacheLayer, Settings
 from .paged import Observer, PagedLayer
 from .sliding import SlidingLayer
-from .supported import check_model
+from .supported import check_model, layer_kinds
+from .trial import TRIAL_CONFIG, TRIAL_TOKENS, check_runs
 
 #: The name under which transformers knows this attention.
 IMPLEMENTATION = "quest"
@@ -64,14 +65,13 @@ class QuestCache(Cache):  # type: ignore[misc]
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         text_config = model_config.get_text_config(decoder=True)
-        kinds, _ = get_layer_types_and_kwargs(text_config)
-        shapes = check_model(model_config, kinds)
         self._settings = Settings(quest_config)
-        paged = kinds.index("full_attention") if "full_attention" in kinds else 0
-        self._made_with = (text_config, shapes[paged][1])
+        self._text_config = text_config
         self._prompt: Tensor | None = None  # the sequences of the last generate()
         self._replaced: str | None = None
-        super().__init__(layers=_make_layers(*self._made_with, self._capacity(max_tokens), self._settings))
+        layers = _make_layers(text_config, self._capacity(max_tokens), self._settings)
+        shapes = check_model(model_config, layer_kinds(text_config)[0])
+        super().__init__(layers=layers)
         self._settings.num_layers = len(self.layers)
         self._say_plan()
         if not (batch_size is None and dtype is None and device is None):
@@ -89,9 +89,12 @@ class QuestCache(Cache):  # type: ignore[misc]
         Features that only the model's attention calls show, such as logit soft-capping, are known after a first step.
         After a ``generate`` that replaced this cache by another one, every layer is dense.
         """
-        plan = [layer.plan() for layer in self.layers]
+        plan = [
+            layer.plan() if isinstance(layer, QuestCacheLayer) else plan_without_keys(index, layer)
+            for index, layer in enumerate(self.layers)
+        ]
         if self._replaced is not None:
-            return [LayerPlan(entry.layer, "dense", self._replaced) for entry in plan]
+            return [x if x.path == "none" else LayerPlan(x.layer, "dense", self._replaced) for x in plan]
         return plan
 
     def reset(self) -> None:
@@ -109,7 +112,7 @@ class QuestCache(Cache):  # type: ignore[misc]
             return self.reset()
         self._prompt = self._replaced = None
         self.layers = []  # before the new ones: both need not lie in memory
-        self.layers = _make_layers(*self._made_with, self._capacity(max_tokens), self._settings)
+        self.layers = _make_layers(self._text_config, self._capacity(max_tokens), self._settings)
         return None
 
     def check_prompt(self, ids: Tensor | None, embeds: Tensor | None, attention_mask: Tensor | None) -> None:
@@ -158,7 +161,13 @@ class QuestCache(Cache):  # type: ignore[misc]
             self._prompt = sequences[:, : self._held()]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens of each row. The number is negative, as in transformers."""
+        """Forget the last ``-tokens_to_remove`` tokens of each row. The number is negative, as in transformers.
+
+        Raises:
+            ValueError: more tokens than there are, or a layer whose state cannot go back, which changes nothing.
+        """
+        if tokens_to_remove:
+            check_croppable(self.layers)
         super().crop(tokens_to_remove)
         if self._prompt is not None:
             self._prompt = self._prompt[:, : self._held()]
@@ -173,7 +182,7 @@ class QuestCache(Cache):  # type: ignore[misc]
         """Count from now on the pages that each layer reads. Call it before compiling. See :mod:`quest_ops.report`."""
         self._settings.counting, self._settings.counts = True, None
         for layer in self.layers:
-            if layer.is_initialized:
+            if isinstance(layer, QuestCacheLayer) and layer.is_initialized:
                 self._settings.begin_counting(layer.num_heads, layer.k_head_dim, layer.dtype, layer.device)
 
     def stop_report(self) -> None:
@@ -242,6 +251,8 @@ def enable_quest(
     A later ``model.generate`` without a cache empties the returned cache and uses it, so each call starts anew. With
     the cache passed it goes on where the cache ends. :func:`disable_quest` undoes all of it.
 
+    Two short steps try the model: :mod:`quest_ops.transformers.trial`.
+
     Args:
         model: a transformers model.
         quest_config: budget, page size and the rest of the selection.
@@ -264,13 +275,17 @@ def enable_quest(
             raise ValueError(f"{type(model).__name__} has no max_position_embeddings: pass max_tokens")
     make_cache = functools.partial(QuestCache, config, quest_config, max_tokens=tokens)
     cache = make_cache(batch_size=batch_size, **kind)
-    restores = {
-        name: getattr(config, name)._attn_implementation for name in config.sub_configs if hasattr(config, name)
-    }
+    parts = {name: getattr(getattr(config, name, None), "_attn_implementation", None) for name in config.sub_configs}
+    restores = {name: implementation for name, implementation in parts.items() if implementation is not None}
     restores[""] = config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     if config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
         raise ValueError(f"{type(model).__name__} does not let its attention implementation be set")
+    try:
+        check_runs(model, QuestCache(config, TRIAL_CONFIG, max_tokens=TRIAL_TOKENS))
+    except ValueError:
+        model.set_attn_implementation(restores)
+        raise
     install(model, Generation(make_cache, max_tokens, IMPLEMENTATION, restores), cache)
     return cache
 
@@ -287,20 +302,37 @@ def disable_quest(model: Any) -> None:
     model.set_attn_implementation(state.restores)
 
 
-def _make_layers(text_config: Any, head_dim: int, max_tokens: int, settings: Settings) -> list[QuestCacheLayer]:
-    kinds, arguments = get_layer_types_and_kwargs(text_config)
-    layers: list[QuestCacheLayer] = []
+def _make_layers(text_config: Any, max_tokens: int, settings: Settings) -> list[Any]:
+    """The layers of a cache, each for the kind of its layer in the model."""
+    kinds, arguments = layer_kinds(text_config)
+    sharing = getattr(text_config, "kv_sharing_modes", None) or ()
+    layers: list[Any] = []
     for index, kind in enumerate(kinds):
+        # Arguments for all layers, or in later versions of transformers a list with those of each.
+        options = dict(arguments if isinstance(arguments, dict) else arguments[index])
+        window: Any = options.get("sliding_window")
+        states = options.get("number_of_states", 1)
         if kind == "full_attention":
             layers.append(PagedLayer(index, max_tokens, settings))
         elif kind == "sliding_attention":
-            # Arguments for all layers, or in later versions of transformers a list with those of each.
-            window = (arguments if isinstance(arguments, dict) else arguments[index])["sliding_window"]
             layers.append(SlidingLayer(index, max_tokens, settings, window))
+        elif kind == "hybrid":
+            layers.append(PagedLayerWithState(index, max_tokens, settings, states))
+        elif kind == "hybrid_sliding":
+            layers.append(SlidingLayerWithState(index, max_tokens, settings, window, states))
+        elif kind != "dummy" or "reuse" not in sharing:
+            layers.append(_without_keys(index, kind, options))
         else:
-            raise ValueError(
-                f"QuestCache supports layers of full_attention and sliding_attention, got {kind} in layer {index}"
-            )
-    if any(isinstance(layer, PagedLayer) for layer in layers):
-        check_choice("the model's head_dim", head_dim, HEAD_DIMS)
+            raise ValueError(f"QuestCache supports no layer that attends to the keys of another one, as layer {index}")
     return layers
+
+
+def _without_keys(index: int, kind: str, options: dict[str, Any]) -> Any:
+    """The layer of transformers' own for a kind that keeps no keys."""
+    layer_class = STATIC_LAYER_TYPE_MAPPING.get(kind)
+    if layer_class is None or issubclass(layer_class, CacheLayerMixin):
+        raise ValueError(
+            f"QuestCache supports layers of full_attention and sliding_attention, beside a state or not, and layers "
+            f"without keys, got {kind} in layer {index}"
+        )
+    return layer_class(**{name: value for name, value in options.items() if name == "number_of_states"})

@@ -136,6 +136,7 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Returns the new keys and values [B, Hkv, T, D], with this layer attached to the keys."""
+        key_states, value_states = self._under_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._expected:
@@ -151,6 +152,17 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
             self._updates += 1
             keys._quest_update = self._updates  # type: ignore[attr-defined]
         return keys, value_states
+
+    def _under_autocast(self, *states: Tensor) -> tuple[Tensor, ...]:
+        """The states in the cache's dtype, or before it has one in that of autocast. Elsewhere as they are.
+
+        Autocast leaves keys float32 after their rotation while values are 16-bit. Dense attention casts them likewise.
+        """
+        device = states[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return states
+        dtype = self.dtype if self.is_initialized else torch.get_autocast_dtype(device)
+        return tuple(x.to(dtype) for x in states)
 
     def serving(self, q: Tensor, keys: Tensor, values: Tensor) -> QuestCacheLayer:
         """The layer that stores this call of the attention function: this one for the first call after ``update``.
@@ -288,10 +300,11 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
                 f"layer {self.index} of this QuestCache has {self.num_heads} KV heads of {self.k_head_dim}, got keys "
                 f"{list(key_states.shape)} and values {list(value_states.shape)}"
             )
-        if key_states.dtype != self.dtype or key_states.device != self.device:
-            raise ValueError(
-                f"layer {self.index} of this QuestCache holds {self.dtype} on {self.device}, got {key_states.dtype} on "
-                f"{key_states.device}"
-            )
+        for states in (key_states, value_states):
+            if states.dtype != self.dtype or states.device != self.device:
+                raise ValueError(
+                    f"layer {self.index} of this QuestCache holds {self.dtype} on {self.device}, got {states.dtype} on "
+                    f"{states.device}"
+                )
         if not torch.compiler.is_compiling():
             self._reserve(tokens)

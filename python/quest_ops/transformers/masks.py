@@ -50,8 +50,8 @@ def quest_mask(
             kwargs: as transformers calls mask functions.
 
     Returns:
-        int32 [B, 1, 1, 1], the number of each row's real new tokens; None where all are real; bool [B, 1, T, T] for a
-        mask that is not causal.
+        int32 [B, 1, 1, 1], the number of each row's real new tokens. None where they are all real; for a single
+        token, only where those of the cache are real too. bool [B, 1, T, T] for a mask that is not causal.
 
     Raises:
         ValueError: padding that is not on the left, or a mask that contradicts the cache. On a GPU a step of one token
@@ -105,7 +105,9 @@ def quest_mask(
     if checks:
         _check_lengths(attention_mask, q_length, q_offset)
         _check_left(real)
-        if bool(real.all()):
+        # Some models, such as BioGPT, take None for a mask of ones. So a single token of a padded batch has a mask.
+        # More tokens have none where they are all real: a prefill without a mask is faster.
+        if bool((attention_mask if q_length == 1 else real).all()):
             return None
     return _count(real)
 

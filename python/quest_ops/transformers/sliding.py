@@ -46,6 +46,12 @@ class SlidingLayer(QuestCacheLayer):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, visible: Tensor | None = None
     ) -> Tensor:
+        if features.window is None:
+            # Moshi, for one, attends to the whole prompt, and later to what the cache has left of it.
+            raise ValueError(
+                f"the configuration gives layer {self.index} a sliding window of {self.window} tokens, and its "
+                "attention has none"
+            )
         features, counts = features._replace(window=self.window), self.settings.counts
         is_prefill = visible is not None or self.decide(q.shape[2]).path == "prefill"
         if counts is not None:
