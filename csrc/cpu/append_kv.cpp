@@ -5,7 +5,9 @@
 #include <cstring>
 
 #include "../checks.h"
+#include "../mark_written.h"
 #include "../namespace.h"
+#include "checked_copies.h"
 #include "page_bounds.h"
 
 namespace quest::cpu {
@@ -37,8 +39,9 @@ static void append_page(const AppendParams& p, const Loops& loops, int b, int h,
 void append_kv(
     Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
     std::optional<Tensor> new_lens, std::optional<Tensor> k_scales) {
-  const AppendParams p = check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales);
-  check_values(p);
+  AppendParams p = check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales);
+  const CheckedCopies copies(p);
+  mark_written({{"k_cache", k_cache}, {"v_cache", v_cache}, {"k_bounds", k_bounds}}, k_scales);
   const int64_t heads = p.size.Hkv, tasks = int64_t{p.size.B} * p.max_touched * heads;
   const int64_t bytes = int64_t{p.paging.page_size()} * p.size.D * element_size(p.dtype);
   const Loops& loops = cpu::loops();

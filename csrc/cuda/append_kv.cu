@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include "../mark_written.h"
 #include "../namespace.h"
 #include "append_kv.cuh"
 #include "host/launch.h"
@@ -16,6 +17,7 @@ void append_kv(
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const cudaStream_t stream = current_stream(k);
   check_values_if_requested(p, stream);
+  mark_written({{"k_cache", k_cache}, {"v_cache", v_cache}, {"k_bounds", k_bounds}}, k_scales);
   const int64_t blocks = int64_t{p.size.B} * p.size.Hkv * p.max_touched;
   if (blocks == 0) return;
   dispatch_dtype(p.dtype, [&](auto element) {
