@@ -33,21 +33,24 @@ inline bool raise_version(const Tensor& t) {
   return aoti_torch_copy_(t.get(), t.get(), 0) == AOTI_TORCH_SUCCESS;
 }
 
+inline void mark_written(const char* name, const Tensor& t, bool may_be_inference, bool gradients) {
+  const auto is_inference = [&] { return ask("aten::is_inference", t); };
+  if (may_be_inference && is_inference()) return;
+  const bool has_history = gradients && !ask("aten::is_leaf", t);
+  STD_TORCH_CHECK(
+      !has_history && (raise_version(t) || is_inference()), name,
+      " must not require a gradient, since it is written to: quest_ops is for decoding. Call it under torch.no_grad() or "
+      "torch.inference_mode(), or detach ",
+      name);
+}
+
 inline void mark_written(std::initializer_list<Written> tensors, const std::optional<Tensor>& k_scales) {
-  // An inference tensor has no counter, and autograd never saves one. Usually all or none are such: one question is
-  // enough, and a failed copy is slow.
-  const auto is_inference = [](const Tensor& t) { return ask("aten::is_inference", t); };
-  const bool inference = is_inference(tensors.begin()->tensor), gradients = aoti_torch_grad_mode_is_enabled();
-  const auto mark = [&](const char* name, const Tensor& t) {
-    if (inference && is_inference(t)) return;
-    const bool has_history = gradients && !ask("aten::is_leaf", t);
-    STD_TORCH_CHECK(
-        !has_history && (raise_version(t) || is_inference(t)), name,
-        " must not require a gradient, since it is written to: quest_ops is for decoding. Call it under "
-        "torch.no_grad() or torch.inference_mode(), or detach ", name);
-  };
-  for (const auto& [name, tensor] : tensors) mark(name, tensor);
-  if (k_scales) mark("k_scales", *k_scales);
+  // An inference tensor has no counter, and autograd never saves one. A failed copy is slow, so the first tensor is asked:
+  // usually all are such, or none.
+  const bool inference = ask("aten::is_inference", tensors.begin()->tensor);
+  const bool gradients = aoti_torch_grad_mode_is_enabled();
+  for (const auto& [name, tensor] : tensors) mark_written(name, tensor, inference, gradients);
+  if (k_scales) mark_written("k_scales", *k_scales, inference, gradients);
 }
 
 }  // namespace quest

@@ -1,6 +1,6 @@
 """The refusal of derivatives: backward and forward-mode AD raise, since the operators are for decoding.
 
-Without it PyTorch would drop gradients silently.
+Without it PyTorch would drop gradients silently. csrc/mark_written.h has the refusal for written tensors.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ def _no_gradient(name: str, kind: str) -> RuntimeError:
     )
 
 
+def _written_requires_gradient(argument: str) -> RuntimeError:
+    return RuntimeError(
+        f"{argument} must not require a gradient, since it is written to: quest_ops is for decoding. Call it under "
+        f"torch.no_grad() or torch.inference_mode(), or detach {argument}"
+    )
+
+
 def refuse_backward(name: str, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
     """Returns ``out``, with a backward that raises if any of ``inputs`` requires a gradient.
 
@@ -52,16 +59,26 @@ def _autograd_kernel(name: str) -> Any:
     ``torch.library.register_autograd`` is no alternative: it drops forward-mode tangents silently.
     """
     op, qualified = getattr(ops, name).default, f"{NAMESPACE}::{name}"
+    below = torch._C._after_autograd_keyset
+    arguments = op._schema.arguments
+    written = [(i, x.name) for i, x in enumerate(arguments) if x.alias_info is not None and x.alias_info.is_write]
 
     def kernel(keyset: Any, *args: Any) -> Any:
+        # The path of decoding: nothing more than the call itself.
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+            return op.redispatch(keyset & below, *args)
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise _no_gradient(qualified, "forward-mode derivative")
         differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         if differentiated and torch._C._are_functorch_transforms_active():
             raise _no_gradient(qualified, "backward")  # raised in backward, torch.func reports an internal error
+        if differentiated:
+            for i, argument in written:
+                if i < len(args) and args[i] is not None and args[i].requires_grad:
+                    raise _written_requires_gradient(argument)
         with torch._C._AutoDispatchBelowAutograd():
-            result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            result = op.redispatch(keyset & below, *args)
         if not differentiated:
             return result
         results = result if isinstance(result, tuple) else (result,)

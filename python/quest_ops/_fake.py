@@ -1,11 +1,16 @@
-"""Fake (meta) kernels: the shapes and dtypes of each operator's results, for tracing without data."""
+"""Fake (meta) kernels: each operator's checks, and the shapes and dtypes of its results, for tracing without data.
+
+PyTorch runs them for meta tensors too, even where the other arguments are real: so they check devices.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import SymInt, Tensor
 
+from . import _check_arguments as check
 from ._library import NAMESPACE
 
 
@@ -13,18 +18,36 @@ def _fake(name: str) -> Any:
     return torch.library.register_fake(f"{NAMESPACE}::{name}")
 
 
+def _fix_computed_offsets(*written: Tensor | None) -> None:
+    """Makes the sizes of a written tensor static where its storage offset is computed from symbolic sizes.
+
+    Inductor (torch 2.13) takes such an offset for 0 where an operator writes: one layer of a pool, or the values of
+    a joint tensor, would be written in the wrong place.
+    """
+    for x in written:
+        if x is None:
+            continue
+        offset = x.storage_offset()
+        if isinstance(offset, SymInt) and not offset.node.expr.is_symbol:
+            for size in (*x.shape, *x.stride(), offset):
+                int(size)
+
+
 @_fake("append_kv")
 def _append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens=None, k_scales=None):  # type: ignore[no-untyped-def]
-    return None
+    check.check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales)
+    _fix_computed_offsets(k_cache, v_cache, k_bounds, k_scales)
 
 
 @_fake("update_bounds")
 def _update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token=None, k_scales=None):  # type: ignore[no-untyped-def]
-    return None
+    check.check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales)
+    _fix_computed_offsets(k_bounds, k_scales)
 
 
 @_fake("estimate")
 def _estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales=None):  # type: ignore[no-untyped-def]
+    check.check_estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales)
     return q.new_empty((*q.shape[:-1], page_table.shape[1]), dtype=torch.float32)
 
 
@@ -40,12 +63,14 @@ def _topk_pages(  # type: ignore[no-untyped-def]
     recent_pages=1,
     scale=1.0,
 ):
+    check.check_topk_pages(scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages)
     heads = scores.shape[-2] if group_reduce == 0 else num_kv_heads
     return scores.new_empty((*scores.shape[:-2], heads, k), dtype=torch.int32)
 
 
 @_fake("sparse_decode")
 def _sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages=None, scale=None):  # type: ignore[no-untyped-def]
+    check.check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages)
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
@@ -67,6 +92,23 @@ def _decode_step(  # type: ignore[no-untyped-def]
     scale=None,
     k_scales=None,
 ):
+    check.check_decode_step(
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        k_bounds,
+        page_table,
+        start_lens,
+        seq_lens,
+        num_pages,
+        group_reduce,
+        sink_pages,
+        recent_pages,
+        k_scales,
+    )
+    _fix_computed_offsets(k_cache, v_cache, k_bounds, k_scales)
     heads = q.shape[-2] if group_reduce == 0 else k_cache.shape[1]
     pages = q.new_empty((*q.shape[:-2], heads, num_pages), dtype=torch.int32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32), pages
