@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
+from ._check_arguments import check_written
 from ._library import NAMESPACE, ops
 
 
@@ -30,13 +31,6 @@ def _no_gradient(name: str, kind: str) -> RuntimeError:
     return RuntimeError(
         f"{name} has no {kind}: quest_ops is for decoding. Call it under torch.no_grad() or torch.inference_mode(), or "
         f"train with dense attention."
-    )
-
-
-def _written_requires_gradient(argument: str) -> RuntimeError:
-    return RuntimeError(
-        f"{argument} must not require a gradient, since it is written to: quest_ops is for decoding. Call it under "
-        f"torch.no_grad() or torch.inference_mode(), or detach {argument}"
     )
 
 
@@ -74,9 +68,7 @@ def _autograd_kernel(name: str) -> Any:
         if differentiated and torch._C._are_functorch_transforms_active():
             raise _no_gradient(qualified, "backward")  # raised in backward, torch.func reports an internal error
         if differentiated:
-            for i, argument in written:
-                if i < len(args) and args[i] is not None and args[i].requires_grad:
-                    raise _written_requires_gradient(argument)
+            check_written({argument: args[i] for i, argument in written if i < len(args)})
         with torch._C._AutoDispatchBelowAutograd():
             result = op.redispatch(keyset & below, *args)
         if not differentiated:

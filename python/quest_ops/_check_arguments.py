@@ -8,7 +8,7 @@ condition is unknown, the real kernel checks it when the compiled code runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import SymBool, SymInt, Tensor
@@ -66,6 +66,19 @@ def _is_one_of(values: Sequence[int], value: Size) -> bool | SymBool:
 def _require(condition: bool | SymBool, message: str) -> None:
     if _known_false(condition):
         raise RuntimeError(message)
+
+
+# Written tensors: csrc/mark_written.h
+
+
+def check_written(tensors: Mapping[str, Tensor | None]) -> None:
+    """Raises RuntimeError where gradients are recorded and a written tensor requires one."""
+    for name, x in tensors.items():
+        if torch.is_grad_enabled() and x is not None and x.requires_grad:
+            raise RuntimeError(
+                f"{name} must not require a gradient, since it is written to: quest_ops is for decoding. Call it under "
+                f"torch.no_grad() or torch.inference_mode(), or detach {name}"
+            )
 
 
 # One tensor: csrc/check_tensors.h

@@ -18,31 +18,36 @@ def _fake(name: str) -> Any:
     return torch.library.register_fake(f"{NAMESPACE}::{name}")
 
 
-def _fix_computed_offsets(*written: Tensor | None) -> None:
+def _written(**tensors: Tensor | None) -> None:
+    """What all fake kernels of writing operators do with the tensors they write."""
+    check.check_written(tensors)
+    for x in tensors.values():
+        if x is not None:
+            _fix_computed_offset(x)
+
+
+def _fix_computed_offset(x: Tensor) -> None:
     """Makes the sizes of a written tensor static where its storage offset is computed from symbolic sizes.
 
     Inductor (torch 2.13) takes such an offset for 0 where an operator writes: one layer of a pool, or the values of
     a joint tensor, would be written in the wrong place.
     """
-    for x in written:
-        if x is None:
-            continue
-        offset = x.storage_offset()
-        if isinstance(offset, SymInt) and not offset.node.expr.is_symbol:
-            for size in (*x.shape, *x.stride(), offset):
-                int(size)
+    offset = x.storage_offset()
+    if isinstance(offset, SymInt) and not offset.node.expr.is_symbol:
+        for size in (*x.shape, *x.stride(), offset):
+            int(size)
 
 
 @_fake("append_kv")
 def _append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens=None, k_scales=None):  # type: ignore[no-untyped-def]
     check.check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales)
-    _fix_computed_offsets(k_cache, v_cache, k_bounds, k_scales)
+    _written(k_cache=k_cache, v_cache=v_cache, k_bounds=k_bounds, k_scales=k_scales)
 
 
 @_fake("update_bounds")
 def _update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token=None, k_scales=None):  # type: ignore[no-untyped-def]
     check.check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales)
-    _fix_computed_offsets(k_bounds, k_scales)
+    _written(k_bounds=k_bounds, k_scales=k_scales)
 
 
 @_fake("estimate")
@@ -108,7 +113,7 @@ def _decode_step(  # type: ignore[no-untyped-def]
         recent_pages,
         k_scales,
     )
-    _fix_computed_offsets(k_cache, v_cache, k_bounds, k_scales)
+    _written(k_cache=k_cache, v_cache=v_cache, k_bounds=k_bounds, k_scales=k_scales)
     heads = q.shape[-2] if group_reduce == 0 else k_cache.shape[1]
     pages = q.new_empty((*q.shape[:-2], heads, num_pages), dtype=torch.int32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32), pages
