@@ -96,6 +96,7 @@ Tensor estimate(
   const int64_t P = p.paging.P;
   Tensor scores = q.dim() == 4 ? torch::stable::new_empty(q, {B, T, Hq, P}, ScalarType::Float)
                                : torch::stable::new_empty(q, {B, Hq, P}, ScalarType::Float);
+  if (P == 0) return scores;  // any number of queries
   p.scores = static_cast<float*>(scores.mutable_data_ptr());
   const auto queries = signed_parts(p);
   const EstimateKernelParams kernel{.op = p, .loops = loops(), .queries = queries.get()};

@@ -9,6 +9,7 @@ condition is unknown, the real kernel checks it when the compiled code runs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import SymBool, SymInt, Tensor
@@ -20,7 +21,7 @@ _PAGE_SIZES = (8, 16, 32, 64, 128)
 _MAX_NEW_TOKENS = 8
 _MAX_COUNT = 2**31 - 1
 
-Size = int | SymInt
+Size = Any  # int or torch.SymInt; mypy knows no arithmetic of both
 
 # C++ names of dtypes that Python calls otherwise.
 _DTYPE_NAMES = {
@@ -137,7 +138,8 @@ def check_like(t: Tensor, name: str, like: Tensor, like_name: str) -> None:
 def check_head_dim(t: Tensor, name: str) -> Size:
     d = t.shape[-1]
     _require(
-        _is_one_of(_HEAD_DIMS, d), f"{name} must have head_dim {_list_string(_HEAD_DIMS)} in its last dimension, got {d}"
+        _is_one_of(_HEAD_DIMS, d),
+        f"{name} must have head_dim {_list_string(_HEAD_DIMS)} in its last dimension, got {d}",
     )
     return d
 
@@ -160,9 +162,7 @@ def check_pages(pages: Size, page_size: Size, tokens: str) -> None:
 def check_groups(heads: Size, kv_heads: Size, heads_name: str, kv_heads_name: str) -> None:
     positive = (kv_heads > 0, heads > 0)
     if any(map(_known_false, positive)) or _known_false(heads % kv_heads == 0):
-        raise RuntimeError(
-            f"{heads_name} must be a positive multiple of {kv_heads_name}, got {heads} and {kv_heads}"
-        )
+        raise RuntimeError(f"{heads_name} must be a positive multiple of {kv_heads_name}, got {heads} and {kv_heads}")
     check_int32_range(heads, heads_name)
 
 
@@ -322,9 +322,7 @@ def check_estimate(
 
 
 def check_selection(k: Size, name: str, group_reduce: int, sink_pages: Size, recent_pages: Size) -> None:
-    _require(
-        0 <= group_reduce <= 3, f"group_reduce must be 0 (none), 1 (max), 2 (sum) or 3 (soft), got {group_reduce}"
-    )
+    _require(0 <= group_reduce <= 3, f"group_reduce must be 0 (none), 1 (max), 2 (sum) or 3 (soft), got {group_reduce}")
     check_int32_range(k, name)
     _require(k >= 1, f"{name} must be at least 1, got {k}")
     _require(sink_pages >= 0, f"sink_pages must be at least 0, got {sink_pages}")

@@ -15,7 +15,11 @@ from torch.nested._internal.nested_tensor import NestedTensor
 from ._library import NAMESPACE, OPERATORS, ops
 
 _KEYS = (
-    *(f"{layout}{device}" for layout in ("Sparse", "SparseCsr", "Quantized", "NestedTensor") for device in ("CPU", "CUDA")),
+    *(
+        f"{layout}{device}"
+        for layout in ("Sparse", "SparseCsr", "Quantized", "NestedTensor")
+        for device in ("CPU", "CUDA")
+    ),
     "AutogradNestedTensor",  # PyTorch has no fallback here
     "MkldnnCPU",
     "Negative",
@@ -42,20 +46,29 @@ def _description(x: Tensor) -> str | None:
 def _refusal(name: str) -> Any:
     names = [x.name for x in getattr(ops, name).default._schema.arguments]
 
-    def kernel(*args: Any, **kwargs: Any) -> NoReturn:
+    def error(*args: Any, **kwargs: Any) -> RuntimeError:
         for argument, x in (*zip(names, args, strict=False), *kwargs.items()):
             if isinstance(x, Tensor) and (description := _description(x)):
-                raise RuntimeError(f"{argument} must be a strided tensor, got {description}")
-        raise RuntimeError(f"{NAMESPACE}::{name} takes strided tensors only")
+                return RuntimeError(f"{argument} must be a strided tensor, got {description}")
+        return RuntimeError(f"{NAMESPACE}::{name} takes strided tensors only")
+
+    return error
+
+
+def _kernel(name: str) -> Any:
+    error = _refusal(name)
+
+    def kernel(*args: Any) -> NoReturn:
+        raise error(*args)
 
     return kernel
 
 
 def _jagged_refusal(name: str) -> Any:
-    refuse = _refusal(name)
+    error = _refusal(name)
 
     def rule(_subclass: Any, _op: Any, _types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        refuse(*args, **(kwargs or {}))
+        raise error(*args, **(kwargs or {}))
 
     return rule
 
@@ -63,5 +76,5 @@ def _jagged_refusal(name: str) -> Any:
 _layouts = torch.library.Library(NAMESPACE, "IMPL")
 for _name in OPERATORS:
     for _key in _KEYS:
-        _layouts.impl(_name, _refusal(_name), _key)
+        _layouts.impl(_name, _kernel(_name), _key)
     torch.library.register_torch_dispatch(f"{NAMESPACE}::{_name}", NestedTensor, _jagged_refusal(_name))

@@ -158,13 +158,22 @@ def test_one_meta_tensor_among_8_bit_bounds(device: str, name: str, key: str) ->
 
 OTHER_LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "sparse": (lambda x: x.to_sparse(), "layout torch.sparse_coo"),
-    "csr": (lambda x: x.flatten(0, -2).to_sparse_csr() if x.dim() > 1 else x[None].to_sparse_csr(), "layout torch.sparse_csr"),
-    "quantized": (lambda x: torch.quantize_per_tensor(x.float(), 1.0, 0, torch.qint8), "a quantized tensor (torch.qint8)"),
+    "csr": (
+        lambda x: x.flatten(0, -2).to_sparse_csr() if x.dim() > 1 else x[None].to_sparse_csr(),
+        "layout torch.sparse_csr",
+    ),
+    "quantized": (
+        lambda x: torch.quantize_per_tensor(x.float(), 1.0, 0, torch.qint8),
+        "a quantized tensor (torch.qint8)",
+    ),
     "nested": (lambda x: torch.nested.as_nested_tensor(list(x)), "a nested tensor"),
     "jagged": (lambda x: torch.nested.as_nested_tensor(list(x[None]), layout=torch.jagged), "a nested tensor"),
     "negative": (torch._neg_view, "a negative view: call resolve_neg() on it"),
     "conjugate": (lambda x: x.to(torch.complex64).conj(), "a conjugate view: call resolve_conj() on it"),
-    "zero": (lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device), "a tensor of zeros without memory"),
+    "zero": (
+        lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device),
+        "a tensor of zeros without memory",
+    ),
 }
 
 
@@ -187,7 +196,9 @@ def test_tensors_that_are_no_strided_memory(device: str, name: str, key: str, la
         assert_same_bits(good[other]._base, memory)
 
 
-@pytest.mark.parametrize(("name", "key"), [(name, key) for name, key in TENSORS if key not in ("pages", "new_lens", "first_token")])
+@pytest.mark.parametrize(
+    ("name", "key"), [(name, key) for name, key in TENSORS if key not in ("pages", "new_lens", "first_token")]
+)
 def test_none_for_a_required_tensor(device: str, name: str, key: str) -> None:
     good = arguments(name, device)
     assert_refused(name, good, {key: None}, f"{key} must be a tensor, got None", by_values=True)

@@ -82,14 +82,19 @@ def assert_same_as_eager(step: Any, eager: nn.Module, given: list[Tensor]) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
-@pytest.mark.parametrize("name", ["append_kv", "update_bounds", "decode_step"])
-@EACH_LAYOUT
-def test_compiled(device: str, layout: str, name: str, dynamic: bool | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *(("decode_step", layout) for layout in LAYOUTS),
+        *((name, layout) for name in ("append_kv", "update_bounds") for layout in ("[2, N, Hkv, S, D]", FREE[0])),
+    ],
+)
+def test_compiled(device: str, name: str, layout: str, dynamic: bool | None) -> None:
     torch._dynamo.reset()
     eager = Step(name, layout)
     compiled = torch.compile(eager, fullgraph=True, dynamic=dynamic)
     with torch.no_grad():
-        for pages, rows in ((8, 2), (12, 2), (18, 3)):
+        for pages, rows in ((8, 2), (12, 3)):
             assert_same_as_eager(compiled, eager, inputs(layout, pages, device, rows))
 
 
@@ -102,11 +107,10 @@ def exported(layout: str, name: str, device: str, strict: bool, symbolic: bool) 
     try:
         with torch.no_grad():
             return torch.export.export(Step(name, layout), tuple(given), dynamic_shapes=shapes, strict=strict)
-    except (torch._dynamo.exc.UserError, ValueError, torch.fx.experimental.symbolic_shapes.ConstraintViolationError) as e:
-        assert symbolic
-        assert layout not in FREE
-        assert "pages" in str(e)
-        return None
+    except (torch._dynamo.exc.UserError, ValueError) as error:
+        if symbolic and layout not in FREE and "pages" in str(error):
+            return None
+        raise
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Operators that write do as torch's in-place operators: they raise versions and refuse tensors that require gradients."""
+"""Operators that write raise versions, and refuse tensors that require gradients, as torch's in-place operators do."""
 
 from __future__ import annotations
 
