@@ -48,7 +48,9 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _shape_string(t: Tensor) -> str:
-    return f"[{', '.join(map(str, t.shape))}]"
+    # The size that a symbol stands for while tracing, since eager mode says that one. Reading it adds no guard.
+    known = (x.node.hint if isinstance(x, SymInt) and x.node.has_hint() else x for x in t.shape)
+    return f"[{', '.join(map(str, known))}]"
 
 
 def _list_string(values: Sequence[int]) -> str:
