@@ -1,5 +1,6 @@
-// A call's own copies of its lengths and page numbers, and their checks. Each number is read from its tensor once, here.
-// Another thread may change the tensors meanwhile, so a number that is read again may not be the one that was checked.
+// A call's own copies of its lengths and page numbers, and their checks. Each number is read from its tensor once,
+// here. Another thread may change the tensors meanwhile, so a number that is read again may not be the one that was
+// checked.
 #pragma once
 
 #include <algorithm>
