@@ -47,7 +47,13 @@ std::string list_string(const int32_t (&values)[n]) {
   return s.str();
 }
 
+// None for a required argument arrives as an undefined tensor, whose properties LibTorch cannot tell.
+inline void check_given(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.defined(), name, " must be a tensor, got None");
+}
+
 inline void check_dim(const Tensor& t, const char* name, int64_t dim, const char* shape) {
+  check_given(t, name);
   STD_TORCH_CHECK(t.dim() == dim, name, " must have shape ", shape, ", got ", shape_string(t));
 }
 
@@ -73,6 +79,7 @@ inline void check_last_stride(const Tensor& t, const char* name) {
 }
 
 inline void check_int32(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  check_given(t, name);
   STD_TORCH_CHECK(
       t.scalar_type() == ScalarType::Int, name, " must be int32, got ", torch::headeronly::toString(t.scalar_type()));
   check_same_device(t, name, like, like_name);
@@ -80,6 +87,7 @@ inline void check_int32(const Tensor& t, const char* name, const Tensor& like, c
 }
 
 inline DType check_dtype(const Tensor& t, const char* name) {
+  check_given(t, name);
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::Half: return DType::f16;
@@ -92,6 +100,7 @@ inline DType check_dtype(const Tensor& t, const char* name) {
 
 // dtype, device and last stride of a tensor that goes with `like`.
 inline void check_like(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  check_given(t, name);
   STD_TORCH_CHECK(
       t.scalar_type() == like.scalar_type(), name, " must be ", torch::headeronly::toString(like.scalar_type()),
       " like ", like_name, ", got ", torch::headeronly::toString(t.scalar_type()));

@@ -118,6 +118,7 @@ inline TopkParams check_topk_pages(
     const Tensor& scores, const Tensor& seq_lens, int64_t page_size, int64_t k, int64_t num_kv_heads,
     int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, double scale, const std::optional<Tensor>& new_lens,
     const std::optional<Tensor>& budgets) {
+  check_given(scores, "scores");
   STD_TORCH_CHECK(
       scores.scalar_type() == ScalarType::Float, "scores must be float32, got ",
       torch::headeronly::toString(scores.scalar_type()));

@@ -6,7 +6,9 @@
 
 #include "../checks.h"
 #include "../four_operators.h"
+#include "../mark_written.h"
 #include "../namespace.h"
+#include "checked_copies.h"
 #include "page_bounds.h"
 
 namespace quest::cpu {
@@ -38,9 +40,10 @@ static void append_page(const AppendParams& p, const Loops& loops, int b, int h,
 void append_until(
     Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
     std::optional<Tensor> new_lens, std::optional<Tensor> k_scales, std::optional<Tensor> end_lens) {
-  const AppendParams p =
+  AppendParams p =
       check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, "seq_lens", end_lens);
-  check_values(p);
+  const CheckedCopies copies(p);
+  mark_written({{"k_cache", k_cache}, {"v_cache", v_cache}, {"k_bounds", k_bounds}}, k_scales);
   const int64_t heads = p.size.Hkv, tasks = int64_t{p.size.B} * p.max_touched * heads;
   const int64_t bytes = int64_t{p.paging.page_size()} * p.size.D * element_size(p.dtype);
   const Loops& loops = cpu::loops();

@@ -4,6 +4,7 @@
 #include "../checks.h"
 #include "../four_operators.h"
 #include "../namespace.h"
+#include "checked_copies.h"
 
 namespace quest::cpu {
 
@@ -12,10 +13,10 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
     Tensor seq_lens, int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages,
     std::optional<double> scale, std::optional<Tensor> k_scales, std::optional<Tensor> new_lens,
     std::optional<Tensor> budgets) {
-  const DecodeStepParams p = check_decode_step(
+  DecodeStepParams p = check_decode_step(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
       recent_pages, scale, k_scales, new_lens, budgets);
-  check_values(p);
+  const CheckedCopies copies(p);
   return four_operators(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
       recent_pages, p.scale, k_scales, new_lens, budgets);

@@ -7,6 +7,7 @@
 
 #include "../checks.h"
 #include "../namespace.h"
+#include "checked_copies.h"
 #include "elements.h"
 #include "simd/loops.h"
 
@@ -26,12 +27,13 @@ static std::unique_ptr<float[]> signed_parts(const EstimateParams& p) {
   auto parts = std::make_unique_for_overwrite<float[]>(int64_t{B} * T * Hq * 2 * D);
   float* negative = parts.get();
   const int group = p.size.group();
+  const int64_t half = int64_t{group} * D;
   for (int b = 0; b < B; ++b)
     for (int h = 0; h < Hkv; ++h)
-      for (int t = 0; t < T; ++t, negative += 2 * group * D)
+      for (int t = 0; t < T; ++t, negative += 2 * half)
         for (int g = 0; g < group; ++g) {
           const int64_t offset = b * p.q.stride_b + t * p.q.stride_t + (h * group + g) * p.q.stride_h;
-          float *lower = negative + g * D, *upper = lower + group * D;
+          float *lower = negative + int64_t{g} * D, *upper = lower + half;
           loops().load[dtype_index(p.dtype)](element(p.q.data, offset, p.dtype), D, lower);
           for (int d = 0; d < D; ++d) {
             const float x = lower[d];
@@ -48,7 +50,9 @@ static void estimate_pages(const EstimateKernelParams& kernel, int b, int first)
   const Bounds& bounds = p.k_bounds;
   const auto dots = kernel.loops.dots[bounds.scales ? kInt8 : dtype_index(p.dtype)];
   const int64_t size = bounds.scales ? 1 : element_size(p.dtype);
-  const int group = p.size.group(), width = std::min(kTaskPages, p.paging.P - first);
+  const int group = p.size.group();
+  const int64_t half = int64_t{group} * D;
+  const int width = std::min(kTaskPages, p.paging.P - first);
   const int pages = std::clamp(p.paging.pages_of(p.paging.length(b)) - first, 0, width);
   const void *lower[kTaskPages], *upper[kTaskPages];
   float scale[kTaskPages];
@@ -61,7 +65,7 @@ static void estimate_pages(const EstimateKernelParams& kernel, int b, int first)
       scale[i] = bounds.scales ? bounds.scales[page * bounds.scales_stride_n + h * bounds.scales_stride_h] : 1.f;
     }
     for (int t = 0; t < T; ++t) {
-      const float* q = kernel.queries + ((int64_t{b} * Hkv + h) * T + t) * 2 * group * D;
+      const float* const negative = kernel.queries + ((int64_t{b} * Hkv + h) * T + t) * 2 * half;
       const int seen = std::clamp(p.paging.pages_of(p.paging.visible(b, t, T)) - first, 0, pages);
       for (int g = 0; g < group; ++g) {
         float* scores = p.scores + ((int64_t{b} * T + t) * Hq + h * group + g) * p.paging.P + first;
@@ -70,9 +74,10 @@ static void estimate_pages(const EstimateKernelParams& kernel, int b, int first)
       for (int g = 0; g < group; g += kQueries) {
         const int queries = std::min(kQueries, group - g);
         float* scores = p.scores + ((int64_t{b} * T + t) * Hq + h * group + g) * p.paging.P + first;
+        const float* const q = negative + int64_t{g} * D;
         float uppers[kQueries][kTaskPages];
-        dots(q + g * D, queries, lower, seen, D, 1.0f, scores, p.paging.P);
-        dots(q + (group + g) * D, queries, upper, seen, D, 1.0f, uppers[0], kTaskPages);
+        dots(q, queries, lower, seen, D, 1.0f, scores, p.paging.P);
+        dots(q + half, queries, upper, seen, D, 1.0f, uppers[0], kTaskPages);
         for (int j = 0; j < queries; ++j)
           for (int i = 0; i < seen; ++i) {
             float& score = scores[j * int64_t{p.paging.P} + i];
@@ -87,11 +92,12 @@ Tensor estimate(
     Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size, std::optional<Tensor> k_scales,
     std::optional<Tensor> new_lens) {
   EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales, new_lens);
-  check_values(p);
+  const CheckedCopies copies(p);
   const auto [B, T, Hq, Hkv, D] = p.size;
   const int64_t P = p.paging.P;
   Tensor scores = q.dim() == 4 ? torch::stable::new_empty(q, {B, T, Hq, P}, ScalarType::Float)
                                : torch::stable::new_empty(q, {B, Hq, P}, ScalarType::Float);
+  if (P == 0) return scores;  // any number of queries
   p.scores = static_cast<float*>(scores.mutable_data_ptr());
   const auto queries = signed_parts(p);
   const EstimateKernelParams kernel{.op = p, .loops = loops(), .queries = queries.get()};

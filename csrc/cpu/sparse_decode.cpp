@@ -13,6 +13,7 @@
 
 #include "../checks.h"
 #include "../namespace.h"
+#include "checked_copies.h"
 #include "elements.h"
 #include "simd/loops.h"
 
@@ -30,10 +31,10 @@ struct List {
   const int32_t* pages;  // null: page i is i
   int entries;           // up to the last visible page
 
-  int queries() const { return tokens * heads; }
-  int token(int query) const { return t + query / heads; }
+  int64_t queries() const { return int64_t{tokens} * heads; }
+  int token(int64_t query) const { return t + static_cast<int>(query / heads); }
   // The query's place in [B, T, Hq].
-  int64_t place(int query, const Sizes& size) const {
+  int64_t place(int64_t query, const Sizes& size) const {
     return (int64_t{b} * size.T + token(query)) * size.Hq + head + query % heads;
   }
 };
@@ -43,7 +44,7 @@ struct DecodeKernelParams {
   const Loops& loops;
   // Lists are [outer, Hs]. outer counts the new tokens of all sequences, or the sequences where tokens share a list.
   int64_t outer;
-  int queries;  // of a list
+  int64_t queries;  // of a list
   // Scratch. The partial of task i and query j is at i * queries + j. The tasks of one outer index go split by split,
   // and head by head in a split, as the heads of a page are adjacent in memory.
   std::vector<int64_t> first_task;  // [outer + 1]
@@ -95,11 +96,11 @@ static void find_tokens(const DecodeParams& p, const List& list, int split, Toke
   int n = 0;
   for (int i = split * pages; i < last; ++i) {
     const int logical = list.pages ? list.pages[i] : i;
+    const int seen = logical < 0 ? 0 : std::clamp(list.visible - (logical << shift), 0, p.paging.page_size());
+    if (seen == 0) continue;  // page table entries past the last visible page are never read
     const int64_t page = p.paging.physical(list.b, logical);
-    if (page < 0) continue;
     const int64_t key = page * p.k_cache.stride_n + list.kv_head * p.k_cache.stride_h;
     const int64_t value = page * p.v_cache.stride_n + list.kv_head * p.v_cache.stride_h;
-    const int seen = std::clamp(list.visible - (logical << shift), 0, p.paging.page_size());
     for (int slot = 0; slot < seen; ++slot, ++n) {
       tokens.keys[n] = element(p.k_cache.data, key + slot * p.k_cache.stride_s, p.dtype);
       tokens.values[n] = element(p.v_cache.data, value + slot * p.v_cache.stride_s, p.dtype);
@@ -120,12 +121,12 @@ static void weigh(const Loops& loops, float* scores, int n, float& max, float& s
 }
 
 static void attend_queries(
-    const DecodeParams& p, const Loops& loops, const List& list, const Tokens& tokens, int split, int first_query,
+    const DecodeParams& p, const Loops& loops, const List& list, const Tokens& tokens, int split, int64_t first_query,
     int queries, float* max, float* sum, float* out) {
   const int D = p.size.D, type = dtype_index(p.dtype);
   alignas(64) float q[kQueries * kMaxHeadDim], weights[kQueries][kSplitTokens];
   for (int i = 0; i < queries; ++i) {
-    const int query = first_query + i, head = list.head + query % list.heads;
+    const int64_t query = first_query + i, head = list.head + query % list.heads;
     const int64_t offset = list.b * p.q.stride_b + list.token(query) * p.q.stride_t + head * p.q.stride_h;
     loops.load[type](element(p.q.data, offset, p.dtype), D, q + i * D);
   }
@@ -150,16 +151,16 @@ static void attend_queries(
 static void attend_split(const DecodeKernelParams& p, const List& list, int split, int64_t task) {
   Tokens tokens;
   find_tokens(p.op, list, split, tokens);
-  const int queries = list.real * list.heads;
-  for (int query = 0; query < queries; query += kQueries) {
+  const int64_t queries = int64_t{list.real} * list.heads;
+  for (int64_t query = 0; query < queries; query += kQueries) {
     const int64_t at = task * p.queries + query;
     attend_queries(
-        p.op, p.loops, list, tokens, split, query, std::min(kQueries, queries - query), p.partial_max.get() + at,
-        p.partial_sum.get() + at, p.partial_out.get() + at * p.op.size.D);
+        p.op, p.loops, list, tokens, split, query, static_cast<int>(std::min<int64_t>(kQueries, queries - query)),
+        p.partial_max.get() + at, p.partial_sum.get() + at, p.partial_out.get() + at * p.op.size.D);
   }
 }
 
-static void combine_query(const DecodeKernelParams& p, int64_t index, int query) {
+static void combine_query(const DecodeKernelParams& p, int64_t index, int64_t query) {
   constexpr int kBatch = 64;  // partials at a time
   const int D = p.op.size.D, Hs = p.op.Hs;
   const List list = find_list(p.op, index);
@@ -233,7 +234,7 @@ static void decode(const DecodeParams& op) {
   });
   const int64_t lists = p.outer * Hs, bytes = (p.tasks() / lists + 1) * op.size.D * 4;
   torch::stable::parallel_for(0, lists * p.queries, grain(bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) combine_query(p, i / p.queries, static_cast<int>(i % p.queries));
+    for (int64_t i = begin; i < end; ++i) combine_query(p, i / p.queries, i % p.queries);
   });
 }
 
@@ -241,7 +242,7 @@ std::tuple<Tensor, Tensor> sparse_decode(
     Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, std::optional<Tensor> pages,
     std::optional<double> scale, std::optional<Tensor> new_lens) {
   DecodeParams p = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale, new_lens);
-  check_values(p);
+  const CheckedCopies copies(p);
   const auto [B, T, Hq, Hkv, D] = p.size;
   const bool has_tokens = q.dim() == 4;
   Tensor out = has_tokens ? torch::stable::new_empty(q, {B, T, Hq, D}) : torch::stable::new_empty(q, {B, Hq, D});

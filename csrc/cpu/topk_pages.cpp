@@ -9,6 +9,7 @@
 
 #include "../checks.h"
 #include "../namespace.h"
+#include "checked_copies.h"
 #include "elements.h"
 #include "simd/loops.h"
 
@@ -116,7 +117,7 @@ Tensor topk_pages(
     std::optional<Tensor> budgets) {
   TopkParams p = check_topk_pages(
       scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale, new_lens, budgets);
-  check_values(p);
+  const CheckedCopies copies(p);
   const int64_t B = p.size.B, T = p.size.T, Hs = p.Hs, K = p.K;
   Tensor pages = scores.dim() == 4 ? torch::stable::new_empty(scores, {B, T, Hs, K}, ScalarType::Int)
                                    : torch::stable::new_empty(scores, {B, Hs, K}, ScalarType::Int);

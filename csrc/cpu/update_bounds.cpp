@@ -2,7 +2,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../checks.h"
+#include "../mark_written.h"
 #include "../namespace.h"
+#include "checked_copies.h"
 #include "page_bounds.h"
 
 namespace quest::cpu {
@@ -18,8 +20,9 @@ static void update_page(const UpdateBoundsParams& p, const Loops& loops, int b, 
 void update_bounds(
     Tensor k_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens, std::optional<Tensor> first_token,
     std::optional<Tensor> k_scales) {
-  const UpdateBoundsParams p = check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales);
-  check_values(p);
+  UpdateBoundsParams p = check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales);
+  const CheckedCopies copies(p);
+  mark_written({{"k_bounds", k_bounds}}, k_scales);
   const int64_t heads = p.size.Hkv, pages = p.paging.P, tasks = p.size.B * pages * heads;
   const int64_t bytes = int64_t{p.paging.page_size()} * p.size.D * element_size(p.dtype);
   const Loops& loops = cpu::loops();

@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../four_operators.h"
+#include "../mark_written.h"
 #include "../namespace.h"
 #include "append_kv.cuh"
 #include "host/launch.h"
@@ -18,6 +19,7 @@ void append_until(
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const cudaStream_t stream = current_stream(k);
   check_values_if_requested(p, stream);
+  mark_written({{"k_cache", k_cache}, {"v_cache", v_cache}, {"k_bounds", k_bounds}}, k_scales);
   const int64_t blocks = int64_t{p.size.B} * p.size.Hkv * p.max_touched;
   if (blocks == 0) return;
   dispatch_dtype(p.dtype, [&](auto element) {

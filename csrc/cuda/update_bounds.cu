@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include "../mark_written.h"
 #include "../namespace.h"
 #include "host/launch.h"
 #include "host/nvtx_range.h"
@@ -16,6 +17,7 @@ void update_bounds(
   const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());
   const cudaStream_t stream = current_stream(k_cache);
   check_values_if_requested(p, stream);
+  mark_written({{"k_bounds", k_bounds}}, k_scales);
   const int64_t blocks = int64_t{p.size.B} * p.size.Hkv * p.paging.P;
   if (blocks == 0) return;
   dispatch_dtype(p.dtype, [&](auto element) {

@@ -1,6 +1,6 @@
 """The refusal of derivatives: backward and forward-mode AD raise, since the operators are for decoding.
 
-Without it PyTorch would drop gradients silently.
+Without it PyTorch would drop gradients silently. csrc/mark_written.h has the refusal for written tensors.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
+from ._check_arguments import check_written
 from ._library import NAMESPACE, ops
 
 
@@ -52,16 +53,24 @@ def _autograd_kernel(name: str) -> Any:
     ``torch.library.register_autograd`` is no alternative: it drops forward-mode tangents silently.
     """
     op, qualified = getattr(ops, name).default, f"{NAMESPACE}::{name}"
+    below = torch._C._after_autograd_keyset
+    arguments = op._schema.arguments
+    written = [(i, x.name) for i, x in enumerate(arguments) if x.alias_info is not None and x.alias_info.is_write]
 
     def kernel(keyset: Any, *args: Any) -> Any:
+        # The path of decoding: nothing more than the call itself.
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+            return op.redispatch(keyset & below, *args)
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise _no_gradient(qualified, "forward-mode derivative")
         differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         if differentiated and torch._C._are_functorch_transforms_active():
             raise _no_gradient(qualified, "backward")  # raised in backward, torch.func reports an internal error
+        if differentiated:
+            check_written({argument: args[i] for i, argument in written if i < len(args)})
         with torch._C._AutoDispatchBelowAutograd():
-            result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            result = op.redispatch(keyset & below, *args)
         if not differentiated:
             return result
         results = result if isinstance(result, tuple) else (result,)

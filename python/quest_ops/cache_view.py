@@ -28,8 +28,8 @@ class CacheView(StepCache):
         seq_lens: [B] int32, tokens in the cache; ``advance`` moves it.
         k_scales: [L, N, Hkv] float32, for int8 k_bounds.
 
-    Raises:
-        ValueError: N is symbolic. Inductor would compile a wrong program, in which every layer writes into the first.
+    Compiled code is made for one N where L is more than 1, since a layer's place in the pool depends on it. So another
+    N compiles again, and ``torch.export`` refuses a symbolic one.
     """
 
     def __init__(

@@ -35,9 +35,6 @@ class KVState:
         page_table: [B, P] int32, logical to physical page; B may be symbolic.
         seq_lens: [B] int32, tokens of each sequence.
         k_scales: [L, N, Hkv] float32, for int8 k_bounds.
-
-    Raises:
-        ValueError: N is symbolic. Inductor would compile a wrong program, in which every layer writes into the first.
     """
 
     def __init__(
@@ -49,8 +46,6 @@ class KVState:
         seq_lens: Tensor,
         k_scales: Tensor | None = None,
     ) -> None:
-        if isinstance(k_cache.shape[1], torch.SymInt):
-            raise ValueError(f"k_cache must have a static number of pages in dimension 1, got {k_cache.shape[1]}")
         self.k_cache, self.v_cache, self.k_bounds, self.k_scales = k_cache, v_cache, k_bounds, k_scales
         self.page_table, self.seq_lens = page_table, seq_lens
 

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import _autograd, _fake  # noqa: F401 - they register their kernels
+from . import _autograd, _fake, _layouts  # noqa: F401 - they register their kernels
 from ._library import ops as _ops
 
 #: Supported sizes of a head.

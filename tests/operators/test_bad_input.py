@@ -12,6 +12,7 @@ import torch
 from helpers.operator_cases import Case, Shape, assert_same_bits, place
 from quest_ops import ops, reference
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 Arguments = dict[str, Any]
 OPERATORS: dict[str, Callable[..., Any]] = {
@@ -56,13 +57,36 @@ def arguments(name: str, device: str, int8: bool = False) -> Arguments:
     return dict(q=x.q, k_cache=x.k_cache, v_cache=x.v_cache, **paging, pages=pages)
 
 
-def assert_refused(name: str, good: Arguments, bad: Arguments, *parts: str) -> None:
-    """The message has these pieces, in this order, and the operator's output tensors are as before."""
+def refusal(name: str, call: Arguments) -> str:
+    """The sentence of the error, without its place in the source."""
+    with pytest.raises(RuntimeError) as error:
+        OPERATORS[name](**call)
+    return re.sub(r"^\w+, csrc/\S+:\d+, ", "", str(error.value))
+
+
+def on_meta(x: Any) -> Any:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
+
+
+def assert_refused(name: str, good: Arguments, bad: Arguments, *parts: str, by_values: bool = False) -> None:
+    """The message has these pieces, in this order, and the operator's output tensors are as before.
+
+    Unless the refusal is by the values of a tensor, fake and meta tensors are refused in the same words.
+    """
     before = {key: good[key]._base.clone() for key in WRITTEN if key in good}
+    call = {**good, **bad}
     with pytest.raises(RuntimeError, match="(?s)" + ".*".join(re.escape(part) for part in parts)):
-        OPERATORS[name](**{**good, **bad})
+        OPERATORS[name](**call)
     for key, memory in before.items():
         assert_same_bits(good[key]._base, memory)
+    if by_values:
+        return
+    sentence = refusal(name, call)
+    with FakeTensorMode() as mode:
+        fake = {key: mode.from_tensor(x) if isinstance(x, Tensor) else x for key, x in call.items()}
+        assert refusal(name, fake) == sentence
+    if len({x.device for x in call.values() if isinstance(x, Tensor)}) == 1:
+        assert refusal(name, {key: on_meta(x) for key, x in call.items()}) == sentence
 
 
 TENSORS = [(name, key) for name in OPERATORS for key, x in arguments(name, "cpu").items() if isinstance(x, Tensor)]
@@ -103,6 +127,81 @@ def test_device(name: str, key: str) -> None:
     first = next(iter(good)) == key
     parts = ("must be on cpu", "got cuda:0") if first else (f"{key} must be on cuda:0", "got cpu")
     assert_refused(name, good, {key: good[key].cpu()}, *parts)
+
+
+def assert_device_refused(name: str, good: Arguments, key: str) -> None:
+    before = {other: good[other]._base.clone() for other in WRITTEN if other in good}
+    home = good[key].device
+    sentence = refusal(name, {**good, key: on_meta(good[key])})
+    first = next(iter(good))
+    want = f"{key} must be on {home} like ({first}|k), got meta"
+    if key == first:
+        want = rf"\w+ must be on meta like {key}, got {home}"
+    assert re.fullmatch(want, sentence)
+    for other, memory in before.items():
+        assert_same_bits(good[other]._base, memory)
+    alone = {other: x if other == key else on_meta(x) for other, x in good.items()}
+    sentence = refusal(name, alone)
+    assert f"got {'meta' if key == first else home}" in sentence
+
+
+@pytest.mark.parametrize(("name", "key"), TENSORS)
+def test_one_meta_tensor_among_others(device: str, name: str, key: str) -> None:
+    """PyTorch runs the fake kernel for such a call, so that kernel has to refuse it."""
+    assert_device_refused(name, arguments(name, device), key)
+
+
+@pytest.mark.parametrize(("name", "key"), WITH_SCALES)
+def test_one_meta_tensor_among_8_bit_bounds(device: str, name: str, key: str) -> None:
+    assert_device_refused(name, arguments(name, device, int8=True), key)
+
+
+OTHER_LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "sparse": (lambda x: x.to_sparse(), "layout torch.sparse_coo"),
+    "csr": (
+        lambda x: x.flatten(0, -2).to_sparse_csr() if x.dim() > 1 else x[None].to_sparse_csr(),
+        "layout torch.sparse_csr",
+    ),
+    "quantized": (
+        lambda x: torch.quantize_per_tensor(x.float(), 1.0, 0, torch.qint8),
+        "a quantized tensor (torch.qint8)",
+    ),
+    "nested": (lambda x: torch.nested.as_nested_tensor(list(x)), "a nested tensor"),
+    "jagged": (lambda x: torch.nested.as_nested_tensor(list(x[None]), layout=torch.jagged), "a nested tensor"),
+    "negative": (torch._neg_view, "a negative view: call resolve_neg() on it"),
+    "conjugate": (lambda x: x.to(torch.complex64).conj(), "a conjugate view: call resolve_conj() on it"),
+    "zero": (
+        lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device),
+        "a tensor of zeros without memory",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse|.*quantiz|.*nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+@pytest.mark.parametrize(("name", "key"), TENSORS)
+def test_tensors_that_are_no_strided_memory(device: str, name: str, key: str, layout: str) -> None:
+    if layout in ("csr", "quantized") and device == "cuda":
+        pytest.skip("made on the CPU only")
+    make, got = OTHER_LAYOUTS[layout]
+    good = arguments(name, device)
+    if layout == "jagged" and good[key].dim() < 2:
+        pytest.skip("a jagged tensor has two dimensions")
+    before = {other: good[other]._base.clone() for other in WRITTEN if other in good}
+    sentence = refusal(name, {**good, key: make(good[key])})
+    assert sentence == f"{key} must be a strided tensor, got {got}"
+    with torch.inference_mode():
+        assert refusal(name, {**good, key: make(good[key])}) == sentence
+    for other, memory in before.items():
+        assert_same_bits(good[other]._base, memory)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [(name, key) for name, key in TENSORS if key not in ("pages", "new_lens", "first_token")]
+)
+def test_none_for_a_required_tensor(device: str, name: str, key: str) -> None:
+    good = arguments(name, device)
+    assert_refused(name, good, {key: None}, f"{key} must be a tensor, got None", by_values=True)
 
 
 @pytest.mark.parametrize(("name", "key"), WITH_SCALES)
@@ -440,13 +539,14 @@ def test_values(
     good = arguments(name, device)
     bad = good[key].clone()
     bad[place] = value
-    assert_refused(name, good, {key: bad}, *message.split("|"))
+    assert_refused(name, good, {key: bad}, *message.split("|"), by_values=True)
 
 
 def test_append_past_the_capacity_without_new_lens() -> None:
     good = arguments("append_kv", "cpu")
     bad = {"new_lens": None, "seq_lens": torch.tensor([20, 62], dtype=torch.int32)}
-    assert_refused("append_kv", good, bad, "page_table must have room", "62 + 3 for sequence 1", "got 4 pages of 16")
+    parts = ("page_table must have room", "62 + 3 for sequence 1", "got 4 pages of 16")
+    assert_refused("append_kv", good, bad, *parts, by_values=True)
 
 
 @pytest.mark.gpu

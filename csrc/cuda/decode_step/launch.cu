@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../../four_operators.h"
+#include "../../mark_written.h"
 #include "../../namespace.h"
 #include "../host/nvtx_range.h"
 #include "../host/split.h"
@@ -103,6 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
   const cudaStream_t stream = current_stream(q);
   check_values_if_requested(p, stream);
   if (fits_one_launch(p)) {
+    mark_written({{"k_cache", k_cache}, {"v_cache", v_cache}, {"k_bounds", k_bounds}}, k_scales);
     const NvtxRange range("decode_step");
     const auto empty = [&](std::vector<int64_t> shape, ScalarType dtype) {
       return torch::stable::empty(shape, dtype, std::nullopt, q.device());

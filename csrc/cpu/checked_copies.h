@@ -1,0 +1,113 @@
+// A call's own copies of its lengths and page numbers, and their checks. Each number is read from its tensor once,
+// here. Another thread may change the tensors meanwhile, so a number that is read again may not be the one that was
+// checked.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "../check_values.h"
+
+namespace quest::cpu {
+
+class CheckedCopies {
+ public:
+  // Each constructor points `p` to copies that live as long as this object.
+  explicit CheckedCopies(AppendParams& p, const char* lens_name = "seq_lens") {
+    take(p);
+    check_values(p, lens_name);
+  }
+
+  explicit CheckedCopies(DecodeStepParams& p) {
+    take(p.append);
+    take_whole(p.paging, p.size.B);
+    check_values(p);
+  }
+
+  explicit CheckedCopies(UpdateBoundsParams& p) {
+    take(p.first_token, p.size.B);
+    take(p.paging, p.size.B, [&](int32_t b) {
+      const int32_t first = p.first_token ? std::max(0, p.first_token[b]) : 0;
+      return std::pair(first >> p.paging.page_shift, p.paging.pages_of(p.paging.length(b)));
+    });
+    check_values(p);
+  }
+
+  explicit CheckedCopies(EstimateParams& p) {
+    take_whole(p.paging, p.size.B);
+    check_values(p);
+  }
+
+  explicit CheckedCopies(TopkParams& p) {
+    take(p.paging.seq_lens, p.size.B);
+    take(p.paging.new_lens, p.size.B);
+    take(p.budgets, p.size.B);
+    check_values(p);
+  }
+
+  explicit CheckedCopies(DecodeParams& p) {
+    take_whole(p.paging, p.size.B);
+    if (p.pages) take_lists(p);
+    check_values(p);
+  }
+
+ private:
+  int32_t* allocate(int64_t count) {
+    return memory_.emplace_back(std::make_unique_for_overwrite<int32_t[]>(count)).get();
+  }
+
+  // An argument that is not given stays null.
+  void take(const int32_t*& numbers, int32_t count) {
+    if (!numbers) return;
+    int32_t* const copy = allocate(count);
+    std::copy_n(numbers, count, copy);
+    numbers = copy;
+  }
+
+  // Lengths, and of each sequence the page table's entries [first, last) that the call reads.
+  template <class Range>
+  void take(Paging& g, int32_t B, const Range& range) {
+    take(g.seq_lens, B);
+    take(g.new_lens, B);
+    int32_t columns = 0;
+    for (int32_t b = 0; b < B; ++b) columns = std::max(columns, range(b).second);
+    int32_t* const copy = allocate(int64_t{B} * columns);
+    for (int64_t b = 0; b < B; ++b) {
+      const auto [first, last] = range(static_cast<int32_t>(b));
+      const int32_t* const row = g.page_table + b * g.page_table_stride;
+      if (first < last) std::copy(row + first, row + last, copy + b * columns + first);
+    }
+    g.page_table = copy, g.page_table_stride = columns;
+  }
+
+  void take_whole(Paging& g, int32_t B) {
+    take(g, B, [&](int32_t b) { return std::pair(0, g.pages_of(g.length(b))); });
+  }
+
+  void take(AppendParams& p) {
+    take(p.end_lens, p.size.B);
+    take(p.paging, p.size.B, [&](int32_t b) {
+      const int64_t length = p.paging.length(b), end = length + p.new_tokens(b);
+      const int32_t stored = static_cast<int32_t>(std::min<int64_t>(end, p.paging.capacity()));
+      return std::pair(static_cast<int32_t>(length >> p.paging.page_shift), p.paging.pages_of(stored));
+    });
+  }
+
+  void take_lists(DecodeParams& p) {
+    const auto [B, T, Hq, Hkv, D] = p.size;
+    int32_t* const copy = allocate(int64_t{B} * T * p.Hs * p.K);
+    int32_t* to = copy;
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t t = 0; t < T; ++t)
+        for (int64_t h = 0; h < p.Hs; ++h, to += p.K)
+          std::copy_n(p.pages + b * p.pages_stride_b + t * p.pages_stride_t + h * p.pages_stride_h, p.K, to);
+    p.pages = copy;
+    p.pages_stride_h = p.K, p.pages_stride_t = int64_t{p.Hs} * p.K, p.pages_stride_b = p.pages_stride_t * T;
+  }
+
+  std::vector<std::unique_ptr<int32_t[]>> memory_;
+};
+
+}  // namespace quest::cpu
