@@ -69,7 +69,7 @@ def test_the_transformers_module_names_what_to_install():
     code = "import sys; sys.modules['transformers'] = None; import quest_ops.transformers"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert "ImportError: quest_ops.transformers needs transformers 5 or newer" in run.stderr
+    assert "ImportError: quest_ops.transformers needs transformers 5.17 or newer" in run.stderr
     assert "pip install 'quest_ops[transformers]'" in run.stderr
 
 

@@ -13,7 +13,8 @@ try:
     from transformers import AttentionInterface, AttentionMaskInterface
 except ImportError as error:
     raise ImportError(
-        f"quest_ops.transformers needs transformers 5.16 or newer ({error}): run `pip install 'quest_ops[transformers]'`."
+        f"quest_ops.transformers needs transformers 5.17 or newer ({error}): "
+        "run `pip install 'quest_ops[transformers]'`."
     ) from error
 
 from .attention import quest_attention_forward
