@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,25 +90,6 @@ def test_an_exported_step_survives_a_file(device: str, tmp_path: Path, config: D
     model = make(device, config)
     torch.export.save(exported(model), tmp_path / "step.pt2")
     assert_same_steps(model, torch.export.load(tmp_path / "step.pt2").module(), 3, prompt=10, tokens=30)
-
-
-_PACKAGE_OF_TORCH_ALONE = """
-import sys, torch
-program = torch.export.export(torch.nn.ReLU(), (torch.randn(3),))
-torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[1]))
-"""
-
-
-@pytest.fixture
-def aotinductor(tmp_path: Path) -> None:
-    """Skips where this torch cannot load any package.
-
-    With torch 2.11, loading one crashes the process in std::regex unless the system's libstdc++ is preloaded.
-    """
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
-        command = [sys.executable, "-c", _PACKAGE_OF_TORCH_ALONE, str(tmp_path / "relu.pt2")]
-        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-            pytest.skip("AOTInductor of this torch cannot load a package without quest_ops either")
 
 
 @pytest.mark.slow

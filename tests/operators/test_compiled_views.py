@@ -128,6 +128,7 @@ def test_exported(device: str, layout: str, name: str, strict: bool, symbolic: b
 
 @pytest.mark.slow
 @pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
+@pytest.mark.usefixtures("aotinductor")
 @EACH_LAYOUT
 def test_aotinductor(device: str, tmp_path: Path, layout: str, symbolic: bool) -> None:
     program = exported(layout, "decode_step", device, False, symbolic)

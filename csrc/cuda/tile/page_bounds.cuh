@@ -117,11 +117,22 @@ __device__ __forceinline__ void renew_page_bounds(
   PageBounds<T, kThreads> bounds(D);
   const T* const keys =
       static_cast<const T*>(cache.data) + page * cache.stride_n + head * cache.stride_h + bounds.offset();
-#pragma unroll 4
-  for (int s = bounds.row; bounds.active && s < tokens; s += bounds.rows) {
+  const auto load = [&](int s) {
     const bool is_newest = newest && s + 1 == tokens;
-    bounds.add(load_vec(is_newest ? newest + bounds.offset() : keys + s * cache.stride_s, cache.aligned));
+    return load_vec(is_newest ? newest + bounds.offset() : keys + s * cache.stride_s, cache.aligned);
+  };
+  constexpr int kInFlight = 4;  // loads that wait together
+  int s = bounds.active ? bounds.row : tokens;
+#pragma unroll 1
+  for (; s + (kInFlight - 1) * bounds.rows < tokens; s += kInFlight * bounds.rows) {
+    Vec<T> key[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) key[i] = load(s + i * bounds.rows);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) bounds.add(key[i]);
   }
+#pragma unroll 1
+  for (; s < tokens; s += bounds.rows) bounds.add(load(s));
   bounds.store(to, page, head, shared);
 }
 
