@@ -26,19 +26,24 @@ def arguments(name: str, dtype: torch.dtype, layout: str, full: bool, device: st
     if name == "update_bounds":
         return (x.k_cache, x.k_bounds, *paging), {"first_token": few * 16, **scales} if full else {}
     if name == "estimate":
-        return (x.q, x.k_bounds, *paging, 16), scales
+        return (x.q, x.k_bounds, *paging, 16), {"new_lens": few, **scales} if full else {}
     rows = x.q.shape[:-1]
     if name == "decode_step":
         T = 2 if full else 1
         k, v = (place(torch.randn(2, T, 2, 64).to(dtype), layout, device) for _ in "kv")
         options = {"group_reduce": 0, "sink_pages": 1, "recent_pages": 0, "scale": 0.3, **scales} if full else {}
-        return (x.q, k, v, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.seq_lens - T, x.seq_lens, 2), options
+        news = few if full else T
+        if full:
+            options |= {"new_lens": few, "budgets": few}
+        return (x.q, k, v, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.seq_lens - news, x.seq_lens, 2), options
     if name == "topk_pages":
         scores = place(torch.randn(*rows, 4), layout, device)
         options = {"group_reduce": 3, "sink_pages": 1, "recent_pages": 0, "scale": 0.5} if full else {}
+        if full:
+            options |= {"new_lens": few, "budgets": few}
         return (scores, x.seq_lens, 16, 2, 2), options
     pages = torch.tensor([0, 1, -1], dtype=torch.int32, device=device).expand(*rows, 3).contiguous()
-    return (x.q, x.k_cache, x.v_cache, *paging), {"pages": pages, "scale": 0.3} if full else {}
+    return (x.q, x.k_cache, x.v_cache, *paging), {"pages": pages, "scale": 0.3, "new_lens": few} if full else {}
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["short", "full"])
