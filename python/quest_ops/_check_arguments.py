@@ -15,11 +15,7 @@ import torch
 from torch import SymBool, SymInt, Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-# The limits of csrc/params.h, as in quest_ops.ops, which imports the fake kernels.
-_HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-_PAGE_SIZES = (8, 16, 32, 64, 128)
-_MAX_NEW_TOKENS = 8
-_MAX_COUNT = 2**31 - 1
+from ._limits import DTYPES, HEAD_DIMS, MAX_COUNT, MAX_NEW_TOKENS, PAGE_SIZES
 
 Size = Any  # int or torch.SymInt; mypy knows no arithmetic of both
 
@@ -125,7 +121,7 @@ def check_int32(t: Tensor, name: str, like: Tensor, like_name: str) -> None:
 
 def check_dtype(t: Tensor, name: str) -> None:
     check_given(t, name)
-    if t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if t.dtype not in DTYPES:
         raise RuntimeError(f"{name} must be float32, float16 or bfloat16, got {_dtype_name(t.dtype)}")
 
 
@@ -140,23 +136,23 @@ def check_like(t: Tensor, name: str, like: Tensor, like_name: str) -> None:
 def check_head_dim(t: Tensor, name: str) -> Size:
     d = t.shape[-1]
     _require(
-        _is_one_of(_HEAD_DIMS, d),
-        f"{name} must have head_dim {_list_string(_HEAD_DIMS)} in its last dimension, got {d}",
+        _is_one_of(HEAD_DIMS, d),
+        f"{name} must have head_dim {_list_string(HEAD_DIMS)} in its last dimension, got {d}",
     )
     return d
 
 
 def check_page_size(page_size: Size, name: str) -> None:
-    _require(_is_one_of(_PAGE_SIZES, page_size), f"{name} must be {_list_string(_PAGE_SIZES)}, got {page_size}")
+    _require(_is_one_of(PAGE_SIZES, page_size), f"{name} must be {_list_string(PAGE_SIZES)}, got {page_size}")
 
 
 def check_int32_range(value: Size, what: str) -> None:
-    for condition in (value >= 0, value <= _MAX_COUNT):
+    for condition in (value >= 0, value <= MAX_COUNT):
         _require(condition, f"{what} must fit in 32 bits, got {value}")
 
 
 def check_pages(pages: Size, page_size: Size, tokens: str) -> None:
-    for condition in (pages >= 0, pages * page_size <= _MAX_COUNT):
+    for condition in (pages >= 0, pages * page_size <= MAX_COUNT):
         if _known_false(condition):
             raise RuntimeError(f"{tokens} must fit in 32 bits, got {min(pages * page_size, 2**63 - 1)}")
 
@@ -193,8 +189,8 @@ def check_leading(t: Tensor, name: str, shapes: str) -> tuple[Size, Size, Size]:
     if t.dim() not in (3, 4):
         raise RuntimeError(f"{name} must have shape {shapes}, got {_shape_string(t)}")
     T = t.shape[1] if t.dim() == 4 else 1
-    for condition in (T >= 1, T <= _MAX_NEW_TOKENS):
-        _require(condition, f"{name} must have 1 to {_MAX_NEW_TOKENS} new tokens in dimension 1, got {T}")
+    for condition in (T >= 1, T <= MAX_NEW_TOKENS):
+        _require(condition, f"{name} must have 1 to {MAX_NEW_TOKENS} new tokens in dimension 1, got {T}")
     check_int32_range(t.shape[0], "the number of sequences")
     return t.shape[0], T, t.shape[-2]
 

@@ -19,20 +19,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from . import _autograd, _fake, _layouts  # noqa: F401 - they register their kernels
 from ._library import ops as _ops
+from ._limits import DTYPES, HEAD_DIMS, MAX_NEW_TOKENS, PAGE_SIZES
 
-#: Supported sizes of a head.
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-#: Supported tokens a page.
-PAGE_SIZES = (8, 16, 32, 64, 128)
-#: Supported dtypes of queries, keys and values.
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: The most new tokens a sequence that the decode operators take; more is a prefill.
-MAX_NEW_TOKENS = 8
+__all__ = [
+    "DTYPES",
+    "GROUP_REDUCE",
+    "HEAD_DIMS",
+    "MAX_NEW_TOKENS",
+    "PAGE_SIZES",
+    "GroupReduce",
+    "append_kv",
+    "check_choice",
+    "decode_step",
+    "estimate",
+    "sparse_decode",
+    "topk_pages",
+    "update_bounds",
+]
 
 GroupReduce = Literal["none", "max", "sum", "soft"]
 #: The operators' number for each way of reducing a group.

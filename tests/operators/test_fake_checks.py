@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from quest_ops import _check_arguments, ops
-from quest_ops import ops as limits
+from quest_ops import ops
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -91,8 +90,3 @@ def test_an_error_under_compile_says_what_eager_says(key: str, bad: Tensor, mess
     compiled = torch.compile(ops.estimate, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     with pytest.raises(RuntimeError, match=message):
         compiled(**call)
-
-
-def test_limits_are_those_of_the_operators() -> None:
-    checked = (_check_arguments._HEAD_DIMS, _check_arguments._PAGE_SIZES, _check_arguments._MAX_NEW_TOKENS)
-    assert checked == (limits.HEAD_DIMS, limits.PAGE_SIZES, limits.MAX_NEW_TOKENS)
