@@ -18,7 +18,9 @@ from torch import Tensor
 
 SECONDS = 1.0
 HKV, D, S, P = 1, 64, 8, 1024
-REFUSED = "must hold physical pages|must hold logical pages|must be 0 to|must have room|must be start_lens|must be at least 0"
+REFUSED = (
+    "must hold physical pages|must hold logical pages|must be 0 to|must be at least 0|must have room|must be start_"
+)
 
 
 @contextmanager
