@@ -31,7 +31,7 @@ class Template(NamedTuple):
 TEMPLATES = (
     Template(
         "{person} keeps the spare key of the {place} under the {answer}.",
-        "Under which thing does {person} keep the spare key of the {place}?",
+        "Where does {person} keep the spare key of the {place}?",
         _THINGS,
     ),
     Template(
