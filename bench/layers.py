@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from quest_ops import append_kv, decode_step, estimate, reference, sparse_decode, topk_pages, update_bounds
+from quest_ops.bounds import new_bounds
 from torch import Tensor
 from workloads import Workload, layers_that_fit
 
@@ -23,10 +24,11 @@ class Layer:
     k_cache: Tensor
     v_cache: Tensor
     k_bounds: Tensor
-    k_scales: Tensor | None  # with 8-bit bounds
+    k_scales: Tensor | None  # with bounds of 8 or 4 bits
     page_table: Tensor
     before: Tensor  # [B] tokens before the step
     after: Tensor  # [B] tokens with the new one
+    std_factor: float | None
 
 
 def new_layer(w: Workload) -> Layer:
@@ -43,13 +45,12 @@ def new_layer(w: Workload) -> Layer:
         height = (-(((position - 0.4) / 0.05) ** 2)).exp().to(w.dtype)
         for b in range(w.batch):
             k_cache[page_table[b].long()] += height[:, None, None, None] * towards[b][None, :, None]
-    int8 = w.bounds == "int8"
-    k_bounds = torch.empty(N, w.kv_heads, 2, w.head_dim, device=DEVICE, dtype=torch.int8 if int8 else w.dtype)
-    k_scales = torch.empty(N, w.kv_heads, device=DEVICE) if int8 else None
+    k_bounds, k_scales = new_bounds((N, w.kv_heads), w.head_dim, w.bounds, w.dtype, DEVICE)
     after = torch.full((w.batch,), w.context - 3, dtype=torch.int32, device=DEVICE)
-    update_bounds(k_cache, k_bounds, page_table, after, k_scales=k_scales)
+    kind = {} if w.std_factor is None else {"std_factor": w.std_factor}
+    update_bounds(k_cache, k_bounds, page_table, after, k_scales=k_scales, **kind)
     new = (randn(w.batch, 1, w.kv_heads, w.head_dim) for _ in range(2))
-    return Layer(q, *new, k_cache, v_cache, k_bounds, k_scales, page_table, after - 1, after)
+    return Layer(q, *new, k_cache, v_cache, k_bounds, k_scales, page_table, after - 1, after, w.std_factor)
 
 
 def cold_layers(w: Workload) -> list[Layer]:
@@ -60,7 +61,13 @@ def cold_layers(w: Workload) -> list[Layer]:
 
 
 def append(x: Layer) -> None:
-    append_kv(x.k_new, x.v_new, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.before, k_scales=x.k_scales)
+    caches = (x.k_cache, x.v_cache, x.k_bounds)
+    append_kv(x.k_new, x.v_new, *caches, x.page_table, x.before, k_scales=x.k_scales, **std_factor(x))
+
+
+def std_factor(x: Layer) -> dict[str, float]:
+    """The argument where it is not the default, since older builds lack it."""
+    return {} if x.std_factor is None else {"std_factor": x.std_factor}
 
 
 def score(w: Workload, x: Layer) -> Tensor:
@@ -84,7 +91,7 @@ def one_call(w: Workload, x: Layer) -> Tensor:
     """The step by decode_step."""
     caches = (x.k_cache, x.v_cache, x.k_bounds)
     lengths = (x.page_table, x.before, x.after)
-    return decode_step(x.q, x.k_new, x.v_new, *caches, *lengths, w.selected, k_scales=x.k_scales)[0]
+    return decode_step(x.q, x.k_new, x.v_new, *caches, *lengths, w.selected, k_scales=x.k_scales, **std_factor(x))[0]
 
 
 def check(w: Workload, x: Layer) -> None:
@@ -99,10 +106,8 @@ def check(w: Workload, x: Layer) -> None:
     close = {torch.bfloat16: 1e-2, torch.float16: 2e-3}[w.dtype]
     error = ((out[b, heads].double() - exact[0]).norm() / exact.norm()).item()
     assert error < close, f"{w}: decode_step is off by {error:.2g}"
-    bounds = x.k_bounds[:, h : h + 1].double()
-    if x.k_scales is not None:
-        bounds *= x.k_scales[:, h : h + 1, None, None]
-    scores = reference.estimate(one[0], bounds, one[3], x.after[b : b + 1], w.page_size)
+    scales = None if x.k_scales is None else x.k_scales[:, h : h + 1]
+    scores = reference.estimate(one[0], x.k_bounds[:, h : h + 1], one[3], x.after[b : b + 1], w.page_size, scales)
     best = scores[0].amax(0)[pages[b, h].long()].sort().values[1:]  # the last page is forced
     rest = scores[0].amax(0).scatter(0, pages[b, h].long(), -math.inf).max()
     assert best[0] >= rest - 1e-3 * rest.abs(), f"{w}: a page was passed over"

@@ -91,7 +91,9 @@ def merge(folders: list[Path], out: Path) -> None:
             cell.pop("curve", None)
             cells.setdefault((cell["policy"], cell["budget"]), cell)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps({"settings": settings, "cells": list(cells.values())}, indent=1) + "\n")
+    (out / "results.json").write_text(
+        json.dumps({"settings": settings, "cells": list(cells.values())}, indent=1) + "\n"
+    )
 
 
 def main() -> None:

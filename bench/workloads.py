@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from quest_ops.bounds import BoundsKind, bytes_of_bounds
 
 SPARE_MEMORY = 0.8  # of the GPU's free memory, for the inputs of one workload
 COPIES = 2.2  # of a layer's keys and values: the pages, the dense peers' contiguous copy, and the rest
@@ -24,7 +25,8 @@ class Workload:
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
     selection: str = "random"
-    bounds: str = "int8"
+    bounds: BoundsKind = "int8"
+    std_factor: float | None = None
 
     @property
     def pages(self) -> int:
@@ -41,9 +43,8 @@ class Workload:
 
     @property
     def bounds_bytes(self) -> int:
-        if self.bounds == "int8":  # and a float32 scale a page and head
-            return self.batch * self.pages * self.kv_heads * (2 * self.head_dim + 4)
-        return 2 * self.pages * self.token_bytes
+        page = bytes_of_bounds(self.head_dim, self.bounds, self.dtype)
+        return self.batch * self.pages * self.kv_heads * page
 
     @property
     def sparse_bytes(self) -> int:
@@ -56,7 +57,8 @@ class Workload:
 
     def __str__(self) -> str:
         extra = [f"page {self.page_size}"] * (self.page_size != 16) + [f"D {self.head_dim}"] * (self.head_dim != 128)
-        extra += ["16-bit bounds"] * (self.bounds != "int8")
+        extra += {"cache": ["16-bit bounds"], "int8": [], "int4": ["4-bit bounds"]}[self.bounds]
+        extra += ["mean and std"] * (self.std_factor is not None)
         extra += ["fp16"] * (self.dtype == torch.float16) + [self.selection] * (self.selection != "random")
         budget = "all" if self.budget is None else str(self.budget)
         return ", ".join([f"{self.heads}/{self.kv_heads} B {self.batch}, {self.context}, {budget}", *extra])
@@ -103,7 +105,15 @@ def all_workloads() -> list[Workload]:
     more += [replace(GQA, context=c, budget=None) for c in (2048, 8192, 32768)]
     more += [replace(GQA, page_size=s) for s in (32, 64)]
     more += [replace(w, page_size=8, context=c) for w in (MHA, GQA) for c in (32768, 131072)]
-    more += [replace(w, bounds="16-bit") for w in WITH_TARGETS]
+    more += [replace(w, bounds="cache") for w in WITH_TARGETS]
+    more += [
+        replace(w, page_size=s, bounds="int4", std_factor=1.0, context=c, budget=b)
+        for w in (MHA, GQA)
+        for c in (32768, 131072)
+        for s in (8, 16)
+        for b in (512, 1024, 2048)
+    ]
+    more += [replace(w, std_factor=1.0) for w in (MHA, GQA)]
     more += [replace(GQA, dtype=torch.float16), replace(GQA, head_dim=64), replace(GQA, selection="clustered")]
     return [*WITH_TARGETS, *more, largest_context(GQA)]
 

@@ -146,7 +146,7 @@ inline int32_t check_groups(int64_t Hq, int64_t Hkv, const char* heads, const ch
 // 16-byte vector accesses need the base and every stride but the last to be multiples of 16 bytes.
 inline bool is_aligned(const Tensor& t) {
   const ScalarType type = t.scalar_type();
-  const int64_t bytes = type == ScalarType::Float ? 4 : type == ScalarType::Char ? 1 : 2;
+  const int64_t bytes = type == ScalarType::Float ? 4 : type == ScalarType::Char || type == ScalarType::Byte ? 1 : 2;
   if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16) return false;
   for (int64_t i = 0; i + 1 < t.dim(); ++i)
     if (t.size(i) > 1 && t.stride(i) * bytes % 16) return false;
@@ -213,24 +213,33 @@ inline void check_same_pages(const Tensor& t, const char* name, const Tensor& li
       t.size(0));
 }
 
-// Bounds have the keys' dtype, or are int8 where they come with scales.
+// Bounds have the keys' dtype. Where they come with scales they are int8, or uint8 with two dimensions a byte.
 inline Bounds check_bounds(
     const Tensor& t, const std::optional<Tensor>& scales, const Tensor& like, const char* like_name, int64_t Hkv,
-    int64_t D) {
+    int64_t D, std::optional<double> std_factor = std::nullopt) {
   check_dim(t, "k_bounds", 4, "[N, Hkv, 2, D]");
+  const ScalarType type = t.scalar_type();
+  const bool packed = type == ScalarType::Byte;
   if (scales) {
     STD_TORCH_CHECK(
-        t.scalar_type() == ScalarType::Char, "k_bounds must be int8 where k_scales is given, got ",
-        torch::headeronly::toString(t.scalar_type()));
+        type == ScalarType::Char || packed, "k_bounds must be int8 or uint8 where k_scales is given, got ",
+        torch::headeronly::toString(type));
     check_same_device(t, "k_bounds", like, like_name);
     check_last_stride(t, "k_bounds");
   } else {
-    STD_TORCH_CHECK(t.scalar_type() != ScalarType::Char, "k_bounds of int8 needs k_scales, got none");
+    STD_TORCH_CHECK(
+        type != ScalarType::Char && !packed, "k_bounds of ", packed ? "uint8" : "int8", " needs k_scales, got none");
     check_like(t, "k_bounds", like, like_name);
   }
   check_size(t, "k_bounds", 1, Hkv, "[N, Hkv, 2, D]", "the number of KV heads");
   check_size(t, "k_bounds", 2, 2, "[N, Hkv, 2, D]", "lower and upper");
-  check_size(t, "k_bounds", 3, D, "[N, Hkv, 2, D]", "head_dim");
+  if (packed)
+    check_size(t, "k_bounds", 3, D / 2, "[N, Hkv, 2, D / 2]", "head_dim, two dimensions a byte");
+  else
+    check_size(t, "k_bounds", 3, D, "[N, Hkv, 2, D]", "head_dim");
+  STD_TORCH_CHECK(
+      !std_factor || (*std_factor >= 0 && *std_factor <= std::numeric_limits<float>::max()),
+      "std_factor must be a finite number of at least 0, or None for minimum and maximum, got ", *std_factor);
   Bounds bounds{
       .data = const_cast<void*>(t.const_data_ptr()),
       .stride_n = t.stride(0),
@@ -239,7 +248,10 @@ inline Bounds check_bounds(
       .aligned = is_aligned(t),
       .scales = nullptr,
       .scales_stride_n = 0,
-      .scales_stride_h = 0};
+      .scales_stride_h = 0,
+      .packed = packed,
+      .mean_std = std_factor.has_value(),
+      .std_factor = static_cast<float>(std_factor.value_or(0))};
   if (!scales) return bounds;
   STD_TORCH_CHECK(
       scales->scalar_type() == ScalarType::Float, "k_scales must be float32, got ",

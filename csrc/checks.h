@@ -31,7 +31,7 @@ inline Query query_of(const Tensor& q, const Leading& leading) {
 inline AppendParams check_append_kv(
     const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_bounds,
     const Tensor& page_table, const Tensor& seq_lens, const std::optional<Tensor>& new_lens,
-    const std::optional<Tensor>& k_scales, const char* lens_name = "seq_lens",
+    const std::optional<Tensor>& k_scales, std::optional<double> std_factor, const char* lens_name = "seq_lens",
     const std::optional<Tensor>& end_lens = std::nullopt) {
   AppendParams p{};
   p.dtype = check_dtype(k, "k");
@@ -42,7 +42,7 @@ inline AppendParams check_append_kv(
   p.v = check_new_tokens(v, "v", k, "k");
   p.k_cache = check_cache(k_cache, "k_cache", k, "k", Hkv, D);
   p.v_cache = check_cache(v_cache, "v_cache", k, "k", Hkv, D);
-  p.k_bounds = check_bounds(k_bounds, k_scales, k, "k", Hkv, D);
+  p.k_bounds = check_bounds(k_bounds, k_scales, k, "k", Hkv, D, std_factor);
   check_same_pages(v_cache, "v_cache", k_cache, "k_cache");
   check_same_pages(k_bounds, "k_bounds", k_cache, "k_cache");
   check_size(v_cache, "v_cache", 2, k_cache.size(2), "[N, Hkv, S, D]", "the page size of k_cache");
@@ -59,14 +59,14 @@ inline AppendParams check_append_kv(
 
 inline UpdateBoundsParams check_update_bounds(
     const Tensor& k_cache, const Tensor& k_bounds, const Tensor& page_table, const Tensor& seq_lens,
-    const std::optional<Tensor>& first_token, const std::optional<Tensor>& k_scales) {
+    const std::optional<Tensor>& first_token, const std::optional<Tensor>& k_scales, std::optional<double> std_factor) {
   UpdateBoundsParams p{};
   p.dtype = check_dtype(k_cache, "k_cache");
   check_dim(k_cache, "k_cache", 4, "[N, Hkv, S, D]");
   const int64_t Hkv = k_cache.size(1);
   const int32_t D = check_head_dim(k_cache, "k_cache");
   p.k_cache = check_cache(k_cache, "k_cache", k_cache, "k_cache", Hkv, D);
-  p.k_bounds = check_bounds(k_bounds, k_scales, k_cache, "k_cache", Hkv, D);
+  p.k_bounds = check_bounds(k_bounds, k_scales, k_cache, "k_cache", Hkv, D, std_factor);
   check_same_pages(k_bounds, "k_bounds", k_cache, "k_cache");
   const int32_t shift = check_page_size(k_cache.size(2), "k_cache's page size (dimension 2)");
   check_dim(page_table, "page_table", 2, "[B, P]");
@@ -201,15 +201,15 @@ inline DecodeStepParams check_decode_step(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
     const Tensor& k_bounds, const Tensor& page_table, const Tensor& start_lens, const Tensor& seq_lens,
     int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, std::optional<double> scale,
-    const std::optional<Tensor>& k_scales, const std::optional<Tensor>& new_lens,
-    const std::optional<Tensor>& budgets) {
+    const std::optional<Tensor>& k_scales, const std::optional<Tensor>& new_lens, const std::optional<Tensor>& budgets,
+    std::optional<double> std_factor) {
   const DecodeParams d = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, std::nullopt, scale, new_lens);
   check_like(k, "k", q, "q");
   check_dim(k, "k", 4, "[B, T, Hkv, D]");
   check_size(k, "k", 0, d.size.B, "[B, T, Hkv, D]", "the number of sequences");
   check_size(k, "k", 1, d.size.T, "[B, T, Hkv, D]", "the new tokens of q");
   const AppendParams append = check_append_kv(
-      k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, "start_lens", seq_lens);
+      k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, std_factor, "start_lens", seq_lens);
   const GroupReduce reduce = check_selection(num_pages, "num_pages", group_reduce, sink_pages, recent_pages);
   return {
       .append = append,

@@ -13,11 +13,12 @@ using torch::stable::Tensor;
 
 void append_kv(
     Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
-    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales);
+    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales, std::optional<double> std_factor);
 // append_kv that writes nothing behind end_lens [B] tokens.
 void append_until(
     Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
-    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales, std::optional<Tensor> end_lens);
+    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales, std::optional<double> std_factor,
+    std::optional<Tensor> end_lens);
 Tensor estimate(
     Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size, std::optional<Tensor> k_scales,
     std::optional<Tensor> new_lens);
@@ -32,8 +33,9 @@ std::tuple<Tensor, Tensor> sparse_decode(
 inline std::tuple<Tensor, Tensor, Tensor> four_operators(
     Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor start_lens,
     Tensor seq_lens, int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, double scale,
-    std::optional<Tensor> k_scales, std::optional<Tensor> new_lens, std::optional<Tensor> budgets) {
-  append_until(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, seq_lens);
+    std::optional<Tensor> k_scales, std::optional<Tensor> new_lens, std::optional<Tensor> budgets,
+    std::optional<double> std_factor) {
+  append_until(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, std_factor, seq_lens);
   const int64_t page_size = k_cache.size(2);
   const Tensor scores = estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales, new_lens);
   Tensor pages = topk_pages(

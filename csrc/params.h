@@ -91,12 +91,17 @@ struct Cache {  // [N, Hkv, S, D], keys or values
   bool aligned;
 };
 
-struct Bounds {  // [N, Hkv, 2, D]: lower, upper; int8 where there are scales, else the cache's dtype
+// A page's summary, [N, Hkv, 2, D]: lower and upper. They are the minimum and maximum of its keys, or mean - factor *
+// std and mean + factor * std.
+struct Bounds {
   void* data;
-  int64_t stride_n, stride_h, stride_c;
+  int64_t stride_n, stride_h, stride_c;  // in bytes where there are scales
   bool aligned;
-  float* scales;  // [N, Hkv] or null: a bound is its int8 times the scale
+  float* scales;  // [N, Hkv] or null: a bound is its whole number times the scale; else it has the cache's dtype
   int64_t scales_stride_n, scales_stride_h;
+  bool packed;    // two numbers of 4 bits a byte, plus 8, the even dimension low; else int8
+  bool mean_std;  // read by the writers alone, as is the factor
+  float std_factor;
 };
 
 struct NewTokens {  // [B, T, Hkv, D], keys or values

@@ -6,18 +6,20 @@
 
 QUEST_LIBRARY(m) {
   // Writes k, v [B, T, Hkv, D] behind the seq_lens [B] tokens of each sequence; new_lens [B] of the T are real. The
-  // bounds of every page touched are recomputed from its keys.
+  // bounds of every page touched are recomputed from its keys: minimum and maximum, or mean -+ std_factor * std.
   m.def(
       "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_bounds, "
-      "Tensor page_table, Tensor seq_lens, Tensor? new_lens=None, Tensor(d!)? k_scales=None) -> ()");
+      "Tensor page_table, Tensor seq_lens, Tensor? new_lens=None, Tensor(d!)? k_scales=None, float? std_factor=None) "
+      "-> ()");
 
   // Recomputes the bounds of each sequence's pages, from the page of first_token [B] (default: the first) to the last.
   m.def(
       "update_bounds(Tensor k_cache, Tensor(a!) k_bounds, Tensor page_table, Tensor seq_lens, "
-      "Tensor? first_token=None, Tensor(b!)? k_scales=None) -> ()");
+      "Tensor? first_token=None, Tensor(b!)? k_scales=None, float? std_factor=None) -> ()");
 
-  // An upper bound of q.k for each page: q [B, Hq, D] -> scores [B, Hq, P] float32. With T new tokens,
-  // q [B, T, Hq, D] -> scores [B, T, Hq, P], and likewise below. The first new_lens [B] of the T are real.
+  // A score for each page, which is an upper bound of q.k where the bounds are minimum and maximum: q [B, Hq, D] ->
+  // scores [B, Hq, P] float32. With T new tokens, q [B, T, Hq, D] -> scores [B, T, Hq, P], and likewise below. The
+  // first new_lens [B] of the T are real.
   m.def(
       "estimate(Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int page_size, Tensor? k_scales=None, "
       "Tensor? new_lens=None) -> Tensor");
@@ -39,6 +41,6 @@ QUEST_LIBRARY(m) {
   m.def(
       "decode_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_bounds, "
       "Tensor page_table, Tensor start_lens, Tensor seq_lens, SymInt num_pages, int group_reduce=1, int sink_pages=0, "
-      "int recent_pages=1, float? scale=None, Tensor(d!)? k_scales=None, Tensor? new_lens=None, Tensor? budgets=None) "
-      "-> (Tensor out, Tensor lse, Tensor pages)");
+      "int recent_pages=1, float? scale=None, Tensor(d!)? k_scales=None, Tensor? new_lens=None, Tensor? budgets=None, "
+      "float? std_factor=None) -> (Tensor out, Tensor lse, Tensor pages)");
 }

@@ -124,6 +124,7 @@ class Decoder(nn.Module):
             page_size=config.quest.page_size,
             dtype=weight.dtype,
             bounds=config.quest.bounds,
+            std_factor=config.quest.std_factor,
             device=weight.device,
         )
 

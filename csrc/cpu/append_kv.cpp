@@ -39,9 +39,10 @@ static void append_page(const AppendParams& p, const Loops& loops, int b, int h,
 
 void append_until(
     Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
-    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales, std::optional<Tensor> end_lens) {
-  AppendParams p =
-      check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, "seq_lens", end_lens);
+    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales, std::optional<double> std_factor,
+    std::optional<Tensor> end_lens) {
+  AppendParams p = check_append_kv(
+      k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, std_factor, "seq_lens", end_lens);
   const CheckedCopies copies(p);
   mark_written({{"k_cache", k_cache}, {"v_cache", v_cache}, {"k_bounds", k_bounds}}, k_scales);
   const int64_t heads = p.size.Hkv, tasks = int64_t{p.size.B} * p.max_touched * heads;
@@ -59,8 +60,8 @@ void append_until(
 
 void append_kv(
     Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
-    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales) {
-  append_until(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, std::nullopt);
+    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales, std::optional<double> std_factor) {
+  append_until(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, std_factor, std::nullopt);
 }
 
 QUEST_LIBRARY_IMPL(CPU, m) { m.impl("append_kv", TORCH_BOX(&append_kv)); }

@@ -44,6 +44,14 @@ static std::unique_ptr<float[]> signed_parts(const EstimateParams& p) {
   return parts;
 }
 
+// A row of 4-bit bounds as int8.
+static void unpack(const std::byte* row, int D, int8_t* to) {
+  for (int d = 0; d < D; d += 2) {
+    const int bits = std::to_integer<int>(row[d / 2]);
+    to[d] = static_cast<int8_t>((bits & 15) - 8), to[d + 1] = static_cast<int8_t>((bits >> 4) - 8);
+  }
+}
+
 static void estimate_pages(const EstimateKernelParams& kernel, int b, int first) {
   const EstimateParams& p = kernel.op;
   const auto [B, T, Hq, Hkv, D] = p.size;
@@ -56,12 +64,17 @@ static void estimate_pages(const EstimateKernelParams& kernel, int b, int first)
   const int pages = std::clamp(p.paging.pages_of(p.paging.length(b)) - first, 0, width);
   const void *lower[kTaskPages], *upper[kTaskPages];
   float scale[kTaskPages];
+  int8_t unpacked[kTaskPages][2][kMaxHeadDim];
   for (int h = 0; h < Hkv; ++h) {
     for (int i = 0; i < pages; ++i) {
       const int64_t page = p.paging.physical(b, first + i);
       const std::byte* const row =
           static_cast<const std::byte*>(bounds.data) + (page * bounds.stride_n + h * bounds.stride_h) * size;
       lower[i] = row, upper[i] = row + bounds.stride_c * size;
+      if (bounds.packed) {
+        unpack(row, D, unpacked[i][0]), unpack(row + bounds.stride_c, D, unpacked[i][1]);
+        lower[i] = unpacked[i][0], upper[i] = unpacked[i][1];
+      }
       scale[i] = bounds.scales ? bounds.scales[page * bounds.scales_stride_n + h * bounds.scales_stride_h] : 1.f;
     }
     for (int t = 0; t < T; ++t) {

@@ -19,8 +19,9 @@ static void update_page(const UpdateBoundsParams& p, const Loops& loops, int b, 
 
 void update_bounds(
     Tensor k_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens, std::optional<Tensor> first_token,
-    std::optional<Tensor> k_scales) {
-  UpdateBoundsParams p = check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales);
+    std::optional<Tensor> k_scales, std::optional<double> std_factor) {
+  UpdateBoundsParams p =
+      check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales, std_factor);
   const CheckedCopies copies(p);
   mark_written({{"k_bounds", k_bounds}}, k_scales);
   const int64_t heads = p.size.Hkv, pages = p.paging.P, tasks = p.size.B * pages * heads;

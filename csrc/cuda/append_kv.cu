@@ -12,9 +12,10 @@ namespace quest::cuda {
 
 void append_until(
     Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
-    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales, std::optional<Tensor> end_lens) {
-  const AppendParams p =
-      check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, "seq_lens", end_lens);
+    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales, std::optional<double> std_factor,
+    std::optional<Tensor> end_lens) {
+  const AppendParams p = check_append_kv(
+      k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, std_factor, "seq_lens", end_lens);
   const NvtxRange range("append_kv");
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const cudaStream_t stream = current_stream(k);
@@ -23,14 +24,16 @@ void append_until(
   const int64_t blocks = int64_t{p.size.B} * p.size.Hkv * p.max_touched;
   if (blocks == 0) return;
   dispatch_dtype(p.dtype, [&](auto element) {
-    launch_in_order(append_kv_kernel<decltype(element)>, grid_size(blocks, "append_kv"), kBoundsThreads, 0, stream, p);
+    using T = decltype(element);
+    auto* const kernel = p.k_bounds.mean_std ? append_kv_kernel<T, true> : append_kv_kernel<T, false>;
+    launch_in_order(kernel, grid_size(blocks, "append_kv"), kBoundsThreads, 0, stream, p);
   });
 }
 
 void append_kv(
     Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens,
-    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales) {
-  append_until(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, std::nullopt);
+    std::optional<Tensor> new_lens, std::optional<Tensor> k_scales, std::optional<double> std_factor) {
+  append_until(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, std_factor, std::nullopt);
 }
 
 QUEST_LIBRARY_IMPL(CUDA, m) { m.impl("append_kv", TORCH_BOX(&append_kv)); }

@@ -1,22 +1,27 @@
 // append_kv: a block owns one (sequence, head, page touched). It copies the page's new tokens into the cache and
-// recomputes the page's bounds from the older keys, read from the cache, and the new ones, already in registers.
+// recomputes the page's bounds from the older keys, read from the cache, and the new ones.
 #pragma once
 
 #include "core/ptx.cuh"
 #include "tile/page_bounds.cuh"
+#include "tile/page_mean_std.cuh"
 
 namespace quest::cuda {
 
+template <class T, bool kMeanStd>
+using SummaryShared =
+    typename std::conditional_t<kMeanStd, PageMeanStd<T, kBoundsThreads>, PageBounds<T, kBoundsThreads>>::Shared;
+
 // One block writes the new tokens [start, end) of sequence b that fall into a page, and the page's bounds.
-template <class T, int kThreads>
+template <class T, bool kMeanStd>
 __device__ __forceinline__ void append_to_page(
-    const AppendParams& p, int b, int head, int page, int start, int end,
-    typename PageBounds<T, kThreads>::Shared& shared) {
+    const AppendParams& p, int b, int head, int page, int start, int end, SummaryShared<T, kMeanStd>& shared) {
   const Paging& g = p.paging;
   const int first = page << g.page_shift;
   const int64_t physical = g.physical(b, page);
   if (physical < 0) return;
-  PageBounds<T, kThreads> bounds(p.size.D);
+  const int tokens = min(g.page_size(), end - first);
+  PageBounds<T, kBoundsThreads> bounds(p.size.D);
   if (bounds.active) {
     const auto cached = [&](const Cache& c) {
       return static_cast<T*>(c.data) + physical * c.stride_n + head * c.stride_h + bounds.offset();
@@ -26,27 +31,38 @@ __device__ __forceinline__ void append_to_page(
     };
     T* const k_cache = cached(p.k_cache);
     T* const v_cache = cached(p.v_cache);
-    const int tokens = min(g.page_size(), end - first);
 #pragma unroll 4
     for (int s = bounds.row; s < tokens; s += bounds.rows) {
       const int64_t t = first + s - start;
       if (t < 0) {
-        bounds.add(load_vec(k_cache + s * p.k_cache.stride_s, p.k_cache.aligned));
+        if constexpr (!kMeanStd) bounds.add(load_vec(k_cache + s * p.k_cache.stride_s, p.k_cache.aligned));
         continue;
       }
       const Vec<T> key = load_vec(fresh(p.k) + t * p.k.stride_t, p.k.aligned);
       const Vec<T> value = load_vec(fresh(p.v) + t * p.v.stride_t, p.v.aligned);
       store_vec(k_cache + s * p.k_cache.stride_s, key, p.k_cache.aligned);
       store_vec(v_cache + s * p.v_cache.stride_s, value, p.v_cache.aligned);
-      bounds.add(key);
+      if constexpr (!kMeanStd) bounds.add(key);
     }
   }
-  bounds.store(p.k_bounds, physical, head, shared);
+  if constexpr (kMeanStd) {
+    // New keys are read from k, since other threads write them to the cache.
+    const T* const cached =
+        static_cast<const T*>(p.k_cache.data) + physical * p.k_cache.stride_n + head * p.k_cache.stride_h;
+    const T* const fresh = static_cast<const T*>(p.k.data) + b * p.k.stride_b + head * p.k.stride_h;
+    PageMeanStd<T, kBoundsThreads>::renew(p.k_bounds, physical, head, p.size.D, tokens, shared, [&](int s, int d) {
+      const int64_t t = first + s - start;
+      return t < 0 ? load_pair(cached + s * p.k_cache.stride_s + d, p.k_cache.aligned)
+                   : load_pair(fresh + t * p.k.stride_t + d, p.k.aligned);
+    });
+  } else {
+    bounds.store(p.k_bounds, physical, head, shared);
+  }
 }
 
-template <class T>
+template <class T, bool kMeanStd>
 __global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendParams p) {
-  __shared__ typename PageBounds<T, kBoundsThreads>::Shared shared;
+  __shared__ SummaryShared<T, kMeanStd> shared;
   start_next_kernel();  // its blocks take their places now and wait for the writes below
   const int touched = blockIdx.x % p.max_touched;
   const int head = blockIdx.x / p.max_touched % p.size.Hkv;
@@ -56,7 +72,7 @@ __global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendP
   const int end = min(start + p.new_tokens(b), p.paging.capacity());
   const int page = (start >> p.paging.page_shift) + touched;
   if (page << p.paging.page_shift >= end || start == end) return;
-  append_to_page<T, kBoundsThreads>(p, b, head, page, start, end, shared);
+  append_to_page<T, kMeanStd>(p, b, head, page, start, end, shared);
 }
 
 }  // namespace quest::cuda

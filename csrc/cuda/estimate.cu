@@ -42,6 +42,7 @@ Tensor estimate(
   p.scores = static_cast<float*>(scores.mutable_data_ptr());
   dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
+    if (p.k_bounds.packed) return launch_estimate<T, Nibbles>(p, stream);
     p.k_bounds.scales ? launch_estimate<T, int8_t>(p, stream) : launch_estimate<T, T>(p, stream);
   });
   return scores;

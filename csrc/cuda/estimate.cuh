@@ -80,9 +80,9 @@ bounds_page(const EstimateParams& p, const EstimateTile& tile, int page, bool& i
 
 constexpr int kMmaEstimatePages = kEstimateWarps * kMmaRows;
 
-// With 8-bit bounds more resident blocks are worth a few registers less.
+// With bounds of 8 or 4 bits more resident blocks are worth a few registers less.
 template <class Bound, int D>
-constexpr int kEstimateBlocks = sizeof(Bound) == 1 && D <= 128 ? 6 : 1;
+constexpr int kEstimateBlocks = kHasScales<Bound> && D <= 128 ? 6 : 1;
 
 template <class T, class Bound, int D>
 __global__ void __launch_bounds__(kEstimateThreads, kEstimateBlocks<Bound, D>)
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kEstimateThreads, kEstimateBlocks<Bound, D>)
   for (int half = 0; half < 2; ++half)
     bounds.load(half, p.k_bounds, __shfl_sync(kFullMask, physical, r + half * 8), tile.head);
   float scale = invalid ? NAN : 1.f;
-  if (sizeof(Bound) == 1 && physical >= 0)
+  if (kHasScales<Bound> && physical >= 0)
     scale = p.k_bounds.scales[physical * p.k_bounds.scales_stride_n + tile.head * p.k_bounds.scales_stride_h];
 
   for (int i = 0; i < tile.rows; i += kMmaHeads) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const E
   const Bound* const lower =
       static_cast<const Bound*>(bounds.data) + physical * bounds.stride_n + tile.head * bounds.stride_h;
   const Bound* const upper = lower + bounds.stride_c;
-  const float scale = sizeof(Bound) == 1 && physical >= 0
+  const float scale = kHasScales<Bound> && physical >= 0
                           ? bounds.scales[physical * bounds.scales_stride_n + tile.head * bounds.scales_stride_h]
                           : 1.f;
 
@@ -159,16 +159,27 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const E
     float acc[kSimtRows] = {};
     for (int first = 0; physical >= 0 && first < D; first += kSimtBlock) {
       float block[kSimtRows] = {};
+      const auto add = [&](int d, float lo, float hi) {
 #pragma unroll
-      for (int d = first; d < first + kSimtBlock; d += Vec<Bound>::kSize) {
-        const Vec<Bound> lo = load_vec(lower + d, bounds.aligned), hi = load_vec(upper + d, bounds.aligned);
+        for (int row = 0; row < kSimtRows; ++row) {
+          const float q = query[row][d];
+          block[row] += nan_min(0.f, q) * lo + nan_max(0.f, q) * hi;
+        }
+      };
+      if constexpr (std::is_same_v<Bound, Nibbles>) {
 #pragma unroll
-        for (int j = 0; j < Vec<Bound>::kSize; ++j)
+        for (int d = first; d < first + kSimtBlock; d += 2) {
+          const int lo = lower[d / 2].bits, hi = upper[d / 2].bits;
+          add(d, (lo & 15) - 8, (hi & 15) - 8);
+          add(d + 1, (lo >> 4) - 8, (hi >> 4) - 8);
+        }
+      } else {
 #pragma unroll
-          for (int row = 0; row < kSimtRows; ++row) {
-            const float q = query[row][d + j];
-            block[row] += nan_min(0.f, q) * to_float(lo.at[j]) + nan_max(0.f, q) * to_float(hi.at[j]);
-          }
+        for (int d = first; d < first + kSimtBlock; d += Vec<Bound>::kSize) {
+          const Vec<Bound> lo = load_vec(lower + d, bounds.aligned), hi = load_vec(upper + d, bounds.aligned);
+#pragma unroll
+          for (int j = 0; j < Vec<Bound>::kSize; ++j) add(d + j, to_float(lo.at[j]), to_float(hi.at[j]));
+        }
       }
 #pragma unroll
       for (int row = 0; row < kSimtRows; ++row) acc[row] += block[row];
@@ -176,7 +187,7 @@ __global__ void __launch_bounds__(kEstimateThreads) estimate_simt_kernel(const E
 #pragma unroll
     for (int row = 0; row < kSimtRows; ++row)
       if (i + row < tile.rows)
-        ScoreRow(params, tile, i + row).write(page, invalid ? NAN : sizeof(Bound) == 1 ? acc[row] * scale : acc[row]);
+        ScoreRow(params, tile, i + row).write(page, invalid ? NAN : kHasScales<Bound> ? acc[row] * scale : acc[row]);
   }
   start_next_kernel();
 }

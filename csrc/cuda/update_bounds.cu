@@ -11,8 +11,9 @@ namespace quest::cuda {
 
 void update_bounds(
     Tensor k_cache, Tensor k_bounds, Tensor page_table, Tensor seq_lens, std::optional<Tensor> first_token,
-    std::optional<Tensor> k_scales) {
-  const UpdateBoundsParams p = check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales);
+    std::optional<Tensor> k_scales, std::optional<double> std_factor) {
+  const UpdateBoundsParams p =
+      check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales, std_factor);
   const NvtxRange range("update_bounds");
   const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());
   const cudaStream_t stream = current_stream(k_cache);
@@ -21,8 +22,9 @@ void update_bounds(
   const int64_t blocks = int64_t{p.size.B} * p.size.Hkv * p.paging.P;
   if (blocks == 0) return;
   dispatch_dtype(p.dtype, [&](auto element) {
-    launch_in_order(
-        update_bounds_kernel<decltype(element)>, grid_size(blocks, "update_bounds"), kBoundsThreads, 0, stream, p);
+    using T = decltype(element);
+    auto* const kernel = p.k_bounds.mean_std ? update_bounds_kernel<T, true> : update_bounds_kernel<T, false>;
+    launch_in_order(kernel, grid_size(blocks, "update_bounds"), kBoundsThreads, 0, stream, p);
   });
 }
 

@@ -3,12 +3,14 @@
 
 #include "core/ptx.cuh"
 #include "tile/page_bounds.cuh"
+#include "tile/page_mean_std.cuh"
 
 namespace quest::cuda {
 
-template <class T>
+template <class T, bool kMeanStd>
 __global__ void __launch_bounds__(kBoundsThreads) update_bounds_kernel(const UpdateBoundsParams p) {
-  __shared__ typename PageBounds<T, kBoundsThreads>::Shared shared;
+  using Summary = std::conditional_t<kMeanStd, PageMeanStd<T, kBoundsThreads>, PageBounds<T, kBoundsThreads>>;
+  __shared__ typename Summary::Shared shared;
   wait_for_previous_kernel();
   const Paging& g = p.paging;
   const int page = blockIdx.x % g.P;
@@ -21,7 +23,10 @@ __global__ void __launch_bounds__(kBoundsThreads) update_bounds_kernel(const Upd
   const int64_t physical = g.physical(b, page);
   if (physical < 0) return;
 
-  renew_page_bounds<T, kBoundsThreads>(p.k_cache, p.k_bounds, p.size.D, physical, head, tokens, nullptr, shared);
+  if constexpr (kMeanStd)
+    renew_page_mean_std<T, kBoundsThreads>(p.k_cache, p.k_bounds, p.size.D, physical, head, tokens, nullptr, shared);
+  else
+    renew_page_bounds<T, kBoundsThreads>(p.k_cache, p.k_bounds, p.size.D, physical, head, tokens, nullptr, shared);
   start_next_kernel();
 }
 

@@ -53,6 +53,11 @@ def _list_string(values: Sequence[int]) -> str:
     return f"{', '.join(map(str, values[:-1]))} or {values[-1]}"
 
 
+def _number_string(x: float) -> str:
+    """As C++ prints it."""
+    return f"{x:g}"
+
+
 def _known_false(condition: bool | SymBool) -> bool:
     return not condition if isinstance(condition, bool) else statically_known_true(torch.sym_not(condition))
 
@@ -207,20 +212,37 @@ def check_same_pages(t: Tensor, name: str, like: Tensor, like_name: str) -> None
         raise RuntimeError(f"{name} must have as many pages as {like_name}, {like.shape[0]}, got {t.shape[0]}")
 
 
-def check_bounds(t: Tensor, scales: Tensor | None, like: Tensor, like_name: str, Hkv: Size, D: Size) -> None:
+def check_bounds(
+    t: Tensor,
+    scales: Tensor | None,
+    like: Tensor,
+    like_name: str,
+    Hkv: Size,
+    D: Size,
+    std_factor: float | None = None,
+) -> None:
     check_dim(t, "k_bounds", 4, "[N, Hkv, 2, D]")
+    packed = t.dtype == torch.uint8
     if scales is not None:
-        if t.dtype != torch.int8:
-            raise RuntimeError(f"k_bounds must be int8 where k_scales is given, got {_dtype_name(t.dtype)}")
+        if t.dtype != torch.int8 and not packed:
+            raise RuntimeError(f"k_bounds must be int8 or uint8 where k_scales is given, got {_dtype_name(t.dtype)}")
         check_same_device(t, "k_bounds", like, like_name)
         check_last_stride(t, "k_bounds")
     else:
-        if t.dtype == torch.int8:
-            raise RuntimeError("k_bounds of int8 needs k_scales, got none")
+        if t.dtype == torch.int8 or packed:
+            raise RuntimeError(f"k_bounds of {'uint8' if packed else 'int8'} needs k_scales, got none")
         check_like(t, "k_bounds", like, like_name)
     check_size(t, "k_bounds", 1, Hkv, "[N, Hkv, 2, D]", "the number of KV heads")
     check_size(t, "k_bounds", 2, 2, "[N, Hkv, 2, D]", "lower and upper")
-    check_size(t, "k_bounds", 3, D, "[N, Hkv, 2, D]", "head_dim")
+    if packed:
+        check_size(t, "k_bounds", 3, D // 2, "[N, Hkv, 2, D / 2]", "head_dim, two dimensions a byte")
+    else:
+        check_size(t, "k_bounds", 3, D, "[N, Hkv, 2, D]", "head_dim")
+    if std_factor is not None and not 0 <= std_factor <= torch.finfo(torch.float32).max:
+        raise RuntimeError(
+            "std_factor must be a finite number of at least 0, or None for minimum and maximum, "
+            f"got {_number_string(std_factor)}"
+        )
     if scales is None:
         return
     if scales.dtype != torch.float32:
@@ -259,6 +281,7 @@ def check_append_kv(
     seq_lens: Tensor,
     new_lens: Tensor | None,
     k_scales: Tensor | None,
+    std_factor: float | None,
     lens_name: str = "seq_lens",
 ) -> None:
     check_dtype(k, "k")
@@ -269,7 +292,7 @@ def check_append_kv(
     check_new_tokens(v, "v", k, "k")
     check_cache(k_cache, "k_cache", k, "k", Hkv, D)
     check_cache(v_cache, "v_cache", k, "k", Hkv, D)
-    check_bounds(k_bounds, k_scales, k, "k", Hkv, D)
+    check_bounds(k_bounds, k_scales, k, "k", Hkv, D, std_factor)
     check_same_pages(v_cache, "v_cache", k_cache, "k_cache")
     check_same_pages(k_bounds, "k_bounds", k_cache, "k_cache")
     check_size(v_cache, "v_cache", 2, k_cache.shape[2], "[N, Hkv, S, D]", "the page size of k_cache")
@@ -287,13 +310,14 @@ def check_update_bounds(
     seq_lens: Tensor,
     first_token: Tensor | None,
     k_scales: Tensor | None,
+    std_factor: float | None,
 ) -> None:
     check_dtype(k_cache, "k_cache")
     check_dim(k_cache, "k_cache", 4, "[N, Hkv, S, D]")
     N, Hkv, S, _ = k_cache.shape
     D = check_head_dim(k_cache, "k_cache")
     check_cache(k_cache, "k_cache", k_cache, "k_cache", Hkv, D)
-    check_bounds(k_bounds, k_scales, k_cache, "k_cache", Hkv, D)
+    check_bounds(k_bounds, k_scales, k_cache, "k_cache", Hkv, D, std_factor)
     check_same_pages(k_bounds, "k_bounds", k_cache, "k_cache")
     check_page_size(S, "k_cache's page size (dimension 2)")
     check_dim(page_table, "page_table", 2, "[B, P]")
@@ -422,13 +446,16 @@ def check_decode_step(
     k_scales: Tensor | None,
     new_lens: Tensor | None,
     budgets: Tensor | None,
+    std_factor: float | None,
 ) -> None:
     check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, None, new_lens)
     check_like(k, "k", q, "q")
     check_dim(k, "k", 4, "[B, T, Hkv, D]")
     check_size(k, "k", 0, q.shape[0], "[B, T, Hkv, D]", "the number of sequences")
     check_size(k, "k", 1, q.shape[1] if q.dim() == 4 else 1, "[B, T, Hkv, D]", "the new tokens of q")
-    check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, "start_lens")
+    check_append_kv(
+        k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, std_factor, "start_lens"
+    )
     check_selection(num_pages, "num_pages", group_reduce, sink_pages, recent_pages)
     check_pages(num_pages, k_cache.shape[2], "num_pages' tokens a list (num_pages * page_size)")
     check_optional_lens(budgets, "budgets", q.shape[0], q, "q")

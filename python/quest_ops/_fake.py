@@ -39,14 +39,18 @@ def _fix_computed_offset(x: Tensor) -> None:
 
 
 @_fake("append_kv")
-def _append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens=None, k_scales=None):  # type: ignore[no-untyped-def]
-    check.check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales)
+def _append_kv(  # type: ignore[no-untyped-def]
+    k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens=None, k_scales=None, std_factor=None
+):
+    check.check_append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, std_factor)
     _written(k_cache=k_cache, v_cache=v_cache, k_bounds=k_bounds, k_scales=k_scales)
 
 
 @_fake("update_bounds")
-def _update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token=None, k_scales=None):  # type: ignore[no-untyped-def]
-    check.check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales)
+def _update_bounds(  # type: ignore[no-untyped-def]
+    k_cache, k_bounds, page_table, seq_lens, first_token=None, k_scales=None, std_factor=None
+):
+    check.check_update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales, std_factor)
     _written(k_bounds=k_bounds, k_scales=k_scales)
 
 
@@ -102,6 +106,7 @@ def _decode_step(  # type: ignore[no-untyped-def]
     k_scales=None,
     new_lens=None,
     budgets=None,
+    std_factor=None,
 ):
     check.check_decode_step(
         q,
@@ -120,6 +125,7 @@ def _decode_step(  # type: ignore[no-untyped-def]
         k_scales,
         new_lens,
         budgets,
+        std_factor,
     )
     _written(k_cache=k_cache, v_cache=v_cache, k_bounds=k_bounds, k_scales=k_scales)
     heads = q.shape[-2] if group_reduce == 0 else k_cache.shape[1]

@@ -6,6 +6,7 @@ reads only the pages whose keys may score highest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -65,19 +66,24 @@ Selector = Callable[[int, Tensor, LayerPages, "QuestConfig"], Tensor]
 
 @dataclass(frozen=True)
 class QuestConfig:
-    """How Quest selects pages.
+    """How Quest selects pages. The defaults are those that keep most on a real model, see docs/evaluation.md.
+
+    The paper's selection is ``QuestConfig(sink_pages=0, bounds="cache", std_factor=None, group_reduce="none")``.
 
     Args:
         budget: tokens that a head reads, at least a page; rounded down to whole pages.
         page_size: S, the cache's.
-        sink_pages: first pages that are always read, counted in the budget.
+        sink_pages: first pages that are always read, counted in the budget. The first tokens hold much of the attention
+            of real models (attention sinks).
         recent_pages: last pages that are always read, counted in the budget; 1 keeps the page being written.
         dense_layers: first layers that read everything, as in the paper.
         group_reduce: how the query heads of a KV head agree on pages: "max", "sum", "soft" or "none". See
             :func:`quest_ops.topk_pages`.
         bounds: how the cache stores a page's bounds.
-            "int8" is bytes with a scale a page and head: half the size of 16-bit bounds, and a little looser.
+            "int8" and "int4" are 8 and 4 bits with a scale a page and head.
             "cache" is the cache's dtype.
+        std_factor: bounds are ``mean - std_factor * std`` and ``mean + std_factor * std`` of a page's keys (UNIQUE,
+            2026); None: their minimum and maximum, as in the paper.
         selector: chooses the pages in place of Quest, as :data:`Selector` says. It must not wait for the device. Dense
             layers, prefills and caches that fit the budget do not call it.
 
@@ -87,11 +93,12 @@ class QuestConfig:
 
     budget: int = 2048
     page_size: int = 16
-    sink_pages: int = 0
+    sink_pages: int = 1
     recent_pages: int = 1
     dense_layers: int = 2
     group_reduce: GroupReduce = "max"
-    bounds: BoundsKind = "int8"
+    bounds: BoundsKind = "int4"
+    std_factor: float | None = 1.0
     selector: Selector | None = None
 
     def __post_init__(self) -> None:
@@ -109,6 +116,8 @@ class QuestConfig:
         for name, words in (("group_reduce", GroupReduce), ("bounds", BoundsKind)):
             if getattr(self, name) not in get_args(words):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}")
+        if self.std_factor is not None and not 0 <= self.std_factor < math.inf:
+            raise ValueError(f"std_factor must be a finite number of at least 0, or None, got {self.std_factor}")
         if self.selector is not None and not callable(self.selector):
             raise ValueError(f"selector must be a function or None, got {self.selector!r}")
 
@@ -297,7 +306,7 @@ def quest_attention(
         k, v: [B, T, Hkv, D], or [B, Hkv, D]. Keys with RoPE applied.
         cache: a PagedKVCache or a CacheView. A row's tokens past its ``new_lens`` are padding.
         layer: index of the layer in the cache.
-        config: its page_size and bounds must be the cache's.
+        config: its page_size, bounds and std_factor must be the cache's.
         scale: of the scores before the softmax, 1 / sqrt(D) by default.
 
     Returns:
@@ -329,7 +338,7 @@ def quest_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, config: QuestConfig) -> None:
-    for name in ("page_size", "bounds"):
+    for name in ("page_size", "bounds", "std_factor"):
         if getattr(config, name) != getattr(cache, name):
             raise ValueError(f"config.{name} must be the cache's, {getattr(cache, name)}, got {getattr(config, name)}")
     if q.dim() not in (3, 4):

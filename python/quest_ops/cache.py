@@ -38,15 +38,18 @@ class PagedKVCache(StepCache):
         page_size: S, tokens a page, one of :data:`quest_ops.ops.PAGE_SIZES`.
         num_pages: N, pages in the pool of each layer; by default enough for B sequences of ``max_tokens``.
         dtype: float32, float16 or bfloat16.
-        bounds: "int8" for page bounds in bytes with a scale a page and head, "cache" for bounds in ``dtype``.
+        bounds: how page bounds are stored: "int8" or "int4" for 8 or 4 bits with a scale a page and head, "cache" for
+            ``dtype``.
+        std_factor: bounds are mean - std_factor * std and mean + std_factor * std of a page's keys; None: minimum and
+            maximum, as in the paper.
         device: of all tensors.
         poison_freed: fill pages with NaN when they are made and when they are freed, so that any read of them shows.
             By default where ``QUEST_OPS_POISON=1`` is in the environment.
 
     Attributes:
         k_cache, v_cache: [L, N, Hkv, S, D].
-        k_bounds: [L, N, Hkv, 2, D], lower and upper bound of each page's keys.
-        k_scales: [L, N, Hkv] float32, the scales of int8 bounds; None with bounds of the cache's dtype.
+        k_bounds: [L, N, Hkv, 2, D], lower and upper bound of each page's keys; [L, N, Hkv, 2, D / 2] with "int4".
+        k_scales: [L, N, Hkv] float32, the scales of bounds of 8 or 4 bits; None with bounds of the cache's dtype.
         page_table: [B, P] int32, physical pages, -1 where there is none; P = ceil(max_tokens / S).
         seq_lens: [B] int32, tokens in the cache, those of the current step included.
         start_lens: [B] int32, tokens before the current step.
@@ -69,7 +72,8 @@ class PagedKVCache(StepCache):
         page_size: int = 16,
         num_pages: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        bounds: BoundsKind = "int8",
+        bounds: BoundsKind = "int4",
+        std_factor: float | None = 1.0,
         device: torch.device | str = "cpu",
         poison_freed: bool | None = None,
     ) -> None:
@@ -95,7 +99,8 @@ class PagedKVCache(StepCache):
         with torch.inference_mode(False):  # normal tensors, since later steps may run outside inference mode
             page_table = torch.full((batch_size, pages_per_sequence), -1, dtype=torch.int32, device=device)
             seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
-            super().__init__(KVState.allocate(pool, page_table, seq_lens, dtype=dtype, bounds=bounds), max_tokens)
+            state = KVState.allocate(pool, page_table, seq_lens, dtype=dtype, bounds=bounds, std_factor=std_factor)
+            super().__init__(state, max_tokens)
         self._mark_for_dynamo()
 
         self._allocator = PageAllocator(batch_size, num_pages, page_size, max_tokens)

@@ -23,10 +23,11 @@ class CacheView(StepCache):
 
     Args:
         k_cache, v_cache: [L, N, Hkv, S, D].
-        k_bounds: [L, N, Hkv, 2, D].
+        k_bounds: [L, N, Hkv, 2, D], or [L, N, Hkv, 2, D / 2] of 4 bits.
         page_table: [B, P] int32; B may be symbolic.
         seq_lens: [B] int32, tokens in the cache; ``advance`` moves it.
-        k_scales: [L, N, Hkv] float32, for int8 k_bounds.
+        k_scales: [L, N, Hkv] float32, for k_bounds of 8 or 4 bits.
+        std_factor: of the bounds, as in :func:`quest_ops.append_kv`.
 
     Compiled code is made for one N where L is more than 1, since a layer's place in the pool depends on it. So another
     N compiles again, and ``torch.export`` refuses a symbolic one.
@@ -40,9 +41,11 @@ class CacheView(StepCache):
         page_table: Tensor,
         seq_lens: Tensor,
         k_scales: Tensor | None = None,
+        std_factor: float | None = 1.0,
     ) -> None:
         capacity = page_table.shape[1] * k_cache.shape[3]
-        super().__init__(KVState(k_cache, v_cache, k_bounds, page_table, seq_lens, k_scales), capacity)
+        state = KVState(k_cache, v_cache, k_bounds, page_table, seq_lens, k_scales, std_factor)
+        super().__init__(state, capacity)
 
     lengths = free_pages = property(_refuse)
     sync_lengths = reserve = crop = fork = free = reset = _refuse

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bounds import BoundsKind, new_bounds
+from .bounds import BoundsKind, kind_of, new_bounds
 from .ops import GroupReduce, append_kv, decode_step, update_bounds
 from .report import AttentionCounts
 
@@ -31,10 +31,11 @@ class KVState:
 
     Args:
         k_cache, v_cache: [L, N, Hkv, S, D].
-        k_bounds: [L, N, Hkv, 2, D].
+        k_bounds: [L, N, Hkv, 2, D], or [L, N, Hkv, 2, D / 2] of 4 bits.
         page_table: [B, P] int32, logical to physical page; B may be symbolic.
         seq_lens: [B] int32, tokens of each sequence.
-        k_scales: [L, N, Hkv] float32, for int8 k_bounds.
+        k_scales: [L, N, Hkv] float32, for k_bounds of 8 or 4 bits.
+        std_factor: of the bounds, as in :func:`quest_ops.append_kv`.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class KVState:
         page_table: Tensor,
         seq_lens: Tensor,
         k_scales: Tensor | None = None,
+        std_factor: float | None = None,
     ) -> None:
+        self.std_factor = std_factor
         self.k_cache, self.v_cache, self.k_bounds, self.k_scales = k_cache, v_cache, k_bounds, k_scales
         self.page_table, self.seq_lens = page_table, seq_lens
 
@@ -58,6 +61,7 @@ class KVState:
         *,
         dtype: torch.dtype,
         bounds: BoundsKind,
+        std_factor: float | None,
         zeroed: bool = False,
     ) -> KVState:
         """New pools on the device of ``page_table``.
@@ -67,13 +71,14 @@ class KVState:
             page_table, seq_lens: as in the constructor.
             dtype: of keys and values.
             bounds: kind of the page bounds.
+            std_factor: as in the constructor.
             zeroed: fill keys and values with zeros, for a holder that reads tokens before they are written.
         """
         device, (*leading, _, head_dim) = page_table.device, pool
         k_cache = (torch.zeros if zeroed else torch.empty)(pool, dtype=dtype, device=device)
         v_cache = (torch.zeros_like if zeroed else torch.empty_like)(k_cache)
         k_bounds, k_scales = new_bounds(tuple(leading), head_dim, bounds, dtype, device)
-        return cls(k_cache, v_cache, k_bounds, page_table, seq_lens, k_scales)
+        return cls(k_cache, v_cache, k_bounds, page_table, seq_lens, k_scales, std_factor)
 
     @property
     def pools(self) -> list[Tensor]:
@@ -88,7 +93,8 @@ class KVState:
     def append(self, layer: int, k: Tensor, v: Tensor, start_lens: Tensor, new_lens: Tensor | None = None) -> None:
         """Write new tokens of one layer after ``start_lens`` tokens: :func:`quest_ops.append_kv`."""
         k_cache, v_cache, k_bounds, k_scales = self.layer(layer)
-        append_kv(k, v, k_cache, v_cache, k_bounds, self.page_table, start_lens, new_lens, k_scales)
+        caches = (k_cache, v_cache, k_bounds, self.page_table)
+        append_kv(k, v, *caches, start_lens, new_lens, k_scales, self.std_factor)
 
     def decode_step(
         self,
@@ -126,12 +132,14 @@ class KVState:
             recent_pages,
             scale,
             k_scales,
+            std_factor=self.std_factor,
         )
 
     def update_bounds(self, layer: int, first_token: Tensor) -> None:
         """Recompute one layer's bounds from the page of ``first_token`` [B] on: :func:`quest_ops.update_bounds`."""
         k_cache, _, k_bounds, k_scales = self.layer(layer)
-        update_bounds(k_cache, k_bounds, self.page_table, self.seq_lens, first_token, k_scales)
+        paging = (self.page_table, self.seq_lens)
+        update_bounds(k_cache, k_bounds, *paging, first_token, k_scales, self.std_factor)
 
     # Pages, as the host assigns them
 
@@ -168,7 +176,8 @@ class KVState:
         keys, *bounds = (pool.index_select(1, page).flatten(0, 1) for pool in (self.k_cache, *pools))
         tokens = (seq_lens[sequence] - start).clamp_(min=0).repeat(L)
         table = torch.arange(len(tokens), dtype=torch.int32, device=tokens.device)[:, None]
-        update_bounds(keys, bounds[0], table, tokens, k_scales=bounds[1] if len(bounds) > 1 else None)
+        scales = bounds[1] if len(bounds) > 1 else None
+        update_bounds(keys, bounds[0], table, tokens, k_scales=scales, std_factor=self.std_factor)
         return [
             (pool[:, physical], new.unflatten(0, (L, -1))[:, i])
             for pool, new in zip(pools, bounds, strict=True)
@@ -176,7 +185,7 @@ class KVState:
         ]
 
     def poison(self, pages: list[int]) -> None:
-        """Fill physical pages with NaN in all layers. Bytes of int8 bounds stay, since their scales become NaN."""
+        """Fill physical pages with NaN in all layers. Bytes of bounds with scales stay, since these become NaN."""
         index = self._to_device([(page,) for page in pages]).flatten()
         for pool in self.pools:
             if pool.is_floating_point():
@@ -222,7 +231,7 @@ class StepCache:
         self.state, self.max_tokens = state, max_tokens
         self.num_layers, self.num_pages, self.num_kv_heads, self.page_size, self.head_dim = state.k_cache.shape
         self.batch_size, self.pages_per_sequence = state.page_table.shape
-        self.bounds: BoundsKind = "cache" if state.k_scales is None else "int8"
+        self.bounds: BoundsKind = kind_of(state.k_bounds)
         self.device = state.k_cache.device
         self.start_lens, self.new_lens = state.seq_lens.clone(), torch.zeros_like(state.seq_lens)
         self.ragged = self.starts_empty = False
@@ -242,6 +251,10 @@ class StepCache:
     @property
     def k_scales(self) -> Tensor | None:
         return self.state.k_scales
+
+    @property
+    def std_factor(self) -> float | None:
+        return self.state.std_factor
 
     @property
     def page_table(self) -> Tensor:

@@ -62,27 +62,34 @@ def append_kv(
     seq_lens: Tensor,
     new_lens: Tensor | None = None,
     k_scales: Tensor | None = None,
+    std_factor: float | None = None,
 ) -> None:
     """Write each sequence's new tokens after its cached ones and recompute the bounds of every page touched.
 
     The bounds come from the keys in the page, so they are exact whatever the page held before. Two sequences must not
-    write to the same physical page. Page bounds are Quest's (Tang et al., ICML 2024, section 3.2).
+    write to the same physical page. Minimum and maximum are Quest's bounds (Tang et al., ICML 2024, section 3.2). Mean
+    and standard deviation are those of UNIQUE (2026).
 
     Args:
         k, v: [B, T, Hkv, D], any T. Keys are stored as given: apply RoPE first.
         k_cache, v_cache: [N, Hkv, S, D], written.
         k_bounds: [N, Hkv, 2, D], written. [..., 0, :] is the elementwise minimum of a page's keys, [..., 1, :] the
-            maximum.
+            maximum. In the cache's dtype, or whole numbers with ``k_scales``: int8, or uint8 [N, Hkv, 2, D / 2] of 4
+            bits each. A byte then holds an even dimension in its low half and the next one in its high half, both
+            plus 8.
         page_table: [B, P] int32, logical to physical page; only the pages written to are looked up.
         seq_lens: [B] int32, tokens in the cache before the call.
         new_lens: [B] int32, the number of real tokens among the T of each sequence, its first ones; T by default.
-        k_scales: [N, Hkv] float32, written, for int8 k_bounds. A page's bounds are then its bytes times its scale,
-            rounded outward so that they stay bounds.
+        k_scales: [N, Hkv] float32, written, for int8 and uint8 k_bounds. A page's bounds are then its whole numbers
+            times its scale. Minimum and maximum are rounded outward, so that they stay bounds.
+        std_factor: writes ``mean - std_factor * std`` and ``mean + std_factor * std`` of a page's keys in place of
+            minimum and maximum, rounded to the nearest. The standard deviation divides by the number of keys. These are
+            no bounds, but a single extreme key moves them less.
 
     Raises:
         RuntimeError: an argument that is not supported, as the module says.
     """
-    _ops.append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales)
+    _ops.append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, std_factor)
 
 
 def update_bounds(
@@ -92,21 +99,24 @@ def update_bounds(
     seq_lens: Tensor,
     first_token: Tensor | None = None,
     k_scales: Tensor | None = None,
+    std_factor: float | None = None,
 ) -> None:
     """Recompute page bounds from the cache: after a roll-back, or where an engine writes its cache itself.
 
     Args:
         k_cache: [N, Hkv, S, D].
-        k_bounds: [N, Hkv, 2, D], written for the pages from that of ``first_token`` to the last of each sequence.
+        k_bounds: as in :func:`append_kv`, written for the pages from that of ``first_token`` to the last of each
+            sequence.
         page_table: [B, P] int32.
         seq_lens: [B] int32, tokens in the cache.
         first_token: [B] int32, the first token that changed; 0 by default.
-        k_scales: [N, Hkv] float32, written, for int8 k_bounds, as in :func:`append_kv`.
+        k_scales: [N, Hkv] float32, written, as in :func:`append_kv`.
+        std_factor: as in :func:`append_kv`.
 
     Raises:
         RuntimeError: an argument that is not supported, as the module says.
     """
-    _ops.update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales)
+    _ops.update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales, std_factor)
 
 
 def estimate(
@@ -118,15 +128,18 @@ def estimate(
     k_scales: Tensor | None = None,
     new_lens: Tensor | None = None,
 ) -> Tensor:
-    """An upper bound of q.k over each page: ``q+ . upper + q- . lower`` (Quest, section 3.3).
+    """A score for each page: ``q+ . upper + q- . lower`` (Quest, section 3.3).
+
+    It is an upper bound of q.k over the page where the bounds are minimum and maximum. Where they are mean and standard
+    deviation it is ``q . mean + std_factor * sum_d |q_d| std_d``.
 
     Args:
         q: [B, Hq, D], or [B, T, Hq, D] for the last T tokens of each sequence.
-        k_bounds: [N, Hkv, 2, D].
+        k_bounds: as in :func:`append_kv`.
         page_table: [B, P] int32.
         seq_lens: [B] int32, tokens in the cache, those of q included.
         page_size: S.
-        k_scales: [N, Hkv] float32, for int8 k_bounds: the scores use each bound times its scale.
+        k_scales: [N, Hkv] float32, for int8 and uint8 k_bounds: the scores use each whole number times its scale.
         new_lens: [B] int32, how many of the T tokens of each sequence are real, the first ones; all by default. The
             real ones are the sequence's last tokens. Padding sees no page.
 
@@ -241,6 +254,7 @@ def decode_step(
     k_scales: Tensor | None = None,
     new_lens: Tensor | None = None,
     budgets: Tensor | None = None,
+    std_factor: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's whole step: append_kv, estimate, topk_pages and sparse_decode, with their results bit for bit.
 
@@ -249,7 +263,7 @@ def decode_step(
     - One new token in float16 or bfloat16, and at most 256 sequences.
     - At most 8 query heads a KV head. ``group_reduce`` "max" or "sum", or "none" with one query head a KV head.
     - ``recent_pages`` of at least 1.
-    - All tensors aligned to 16 bytes, and 768 bytes of shared memory a head dimension.
+    - All tensors aligned to 16 bytes, rows of k_bounds too, and 768 bytes of shared memory a head dimension.
 
     Args:
         q: [B, Hq, D], or [B, T, Hq, D] for the T new tokens of each sequence.
@@ -265,6 +279,7 @@ def decode_step(
         new_lens: [B] int32, how many of the T tokens of each sequence are real, as in speculation with drafts of
             different lengths. They are the first ones; the others are padding, which is not written and gives 0.
         budgets: [B] int32, as in :func:`topk_pages`: a number of pages for each request, ``num_pages`` at most.
+        std_factor: as in :func:`append_kv`.
 
     Returns:
         out and lse of :func:`sparse_decode`, and the pages that :func:`topk_pages` selected.
@@ -291,6 +306,7 @@ def decode_step(
         k_scales,
         new_lens,
         budgets,
+        std_factor,
     )
     return out, lse, pages
 

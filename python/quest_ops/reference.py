@@ -45,6 +45,7 @@ def append_kv(
     seq_lens: Tensor,
     new_lens: Tensor | None = None,
     k_scales: Tensor | None = None,
+    std_factor: float | None = None,
 ) -> tuple[Tensor, ...]:
     """Write k, v [B, T, Hkv, D] behind ``seq_lens`` and recompute the bounds of each page touched.
 
@@ -64,8 +65,8 @@ def append_kv(
     first_token = torch.where(counts > 0, seq_lens, torch.iinfo(torch.int32).max)
     paging = (page_table, seq_lens + counts, first_token)
     if k_scales is None:
-        return k_cache, v_cache, update_bounds(k_cache, k_bounds, *paging)
-    return k_cache, v_cache, *update_bounds_int8(k_cache, k_bounds, k_scales, *paging)
+        return k_cache, v_cache, update_bounds(k_cache, k_bounds, *paging, std_factor)
+    return k_cache, v_cache, *update_scaled_bounds(k_cache, k_bounds, k_scales, *paging, std_factor)
 
 
 def update_bounds(
@@ -74,57 +75,100 @@ def update_bounds(
     page_table: Tensor,
     seq_lens: Tensor,
     first_token: Tensor | None = None,
+    std_factor: float | None = None,
 ) -> Tensor:
-    """Elementwise minimum and maximum of the keys of each page, from that of ``first_token`` to the last: k_bounds."""
+    """k_bounds in the cache's dtype: :func:`bounds_of` the keys of each page, from that of ``first_token`` on."""
     k_bounds = k_bounds.clone()
     for physical, keys in _pages_of_keys(k_cache, page_table, seq_lens, first_token):
-        k_bounds[physical, :, 0] = keys.amin(1)
-        k_bounds[physical, :, 1] = keys.amax(1)
+        k_bounds[physical] = bounds_of(keys, std_factor).to(k_bounds.dtype)
     return k_bounds
 
 
-def update_bounds_int8(
+def update_scaled_bounds(
     k_cache: Tensor,
     k_bounds: Tensor,
     k_scales: Tensor,
     page_table: Tensor,
     seq_lens: Tensor,
     first_token: Tensor | None = None,
+    std_factor: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`update_bounds` in 8 bits: int8 k_bounds, and their float32 k_scales [N, Hkv]."""
+    """:func:`update_bounds` in 8 or 4 bits, as the dtype of k_bounds says, and their float32 k_scales [N, Hkv]."""
     k_bounds, k_scales = k_bounds.clone(), k_scales.clone()
+    packed = k_bounds.dtype == torch.uint8
     for physical, keys in _pages_of_keys(k_cache, page_table, seq_lens, first_token):
-        k_bounds[physical], k_scales[physical] = quantize(torch.stack([keys.amin(1), keys.amax(1)], 1))
+        whole, scale = quantize(bounds_of(keys, std_factor), 4 if packed else 8, outward=std_factor is None)
+        k_bounds[physical], k_scales[physical] = pack(whole) if packed else whole, scale
     return k_bounds, k_scales
 
 
-def quantize(bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds [..., 2, D] as int8 [..., 2, D] times a float32 scale [...], rounded outward.
+def bounds_of(keys: Tensor, std_factor: float | None = None) -> Tensor:
+    """Lower and upper of a page's keys: [..., n, D] -> [..., 2, D].
 
-    The scale is the smallest float32 that is at least ``largest magnitude / 127``. A lower bound is the largest
-    multiple of it that is not above the exact one, an upper bound the smallest that is not below. So no number exceeds
-    127, and ``lower * scale <= minimum`` and ``upper * scale >= maximum`` hold exactly. Where keys are not finite, or
-    all zero, the numbers are 0 and the scale is NaN, infinite or 0.
+    They are the elementwise minimum and maximum. With ``std_factor`` they are ``mean - std_factor * std`` and
+    ``mean + std_factor * std``, the standard deviation being that of n keys, divided by n. These are float32 and
+    specified to the bit: sums in the order of the keys, of their differences to the first key.
+    """
+    if std_factor is None:
+        return torch.stack([keys.amin(-2), keys.amax(-2)], -2)
+    each = keys.float().unbind(-2)
+    first, count = each[0], len(each)
+    total, squares = torch.zeros_like(first), torch.zeros_like(first)
+    for key in each:
+        difference = key - first
+        total, squares = total + difference, squares + difference * difference
+    mean = first + total / count
+    variance = (squares - total * total / count) / count
+    # Float64, since torch's float32 square root is not always the nearest number.
+    width = torch.tensor(std_factor, dtype=torch.float32) * variance.clamp(min=0).double().sqrt().float()
+    return torch.stack([mean - width, mean + width], -2)
+
+
+def quantize(bounds: Tensor, bits: int = 8, outward: bool = True) -> tuple[Tensor, Tensor]:
+    """Bounds [..., 2, D] as whole numbers, int8 [..., 2, D], times a float32 scale [...].
+
+    The scale is the smallest float32 that is at least ``largest magnitude / 127``, or ``/ 7`` for 4 bits. So no number
+    exceeds 127 or 7. Where keys are not finite, or all zero, the numbers are 0 and the scale is NaN, infinite or 0.
+
+    Outward, a lower bound is the largest multiple of the scale that is not above the exact one, and an upper bound the
+    smallest that is not below. ``lower * scale <= minimum`` and ``upper * scale >= maximum`` then hold exactly. Else
+    the float32 quotient is rounded to the nearest, ties to even.
 
     Float64 holds the product of a whole number up to 128 and a float32 exactly, so comparing products decides each
     rounding. A quotient is rounded to nearest, so its floor or ceiling is at most one off.
     """
+    most = 2 ** (bits - 1) - 1
     exact = bounds.double()
     largest = exact.abs().amax((-2, -1))
-    scale = (largest / 127).float()
-    scale = torch.where(scale.double() * 127 < largest, scale.nextafter(scale.new_tensor(math.inf)), scale)
+    scale = (largest / most).float()
+    scale = torch.where(scale.double() * most < largest, scale.nextafter(scale.new_tensor(math.inf)), scale)
     step = scale.double()[..., None]
+    some = (step > 0) & step.isfinite()
+    if not outward:
+        return (bounds.float() / scale[..., None, None]).round().where(some[..., None], 0).to(torch.int8), scale
     lower, upper = exact.unbind(-2)
     below, above = (lower / step).floor(), (upper / step).ceil()
     below = torch.where(below * step > lower, below - 1, below)
     above = torch.where(above * step < upper, above + 1, above)
-    some = (step > 0) & step.isfinite()
     whole = torch.stack([below.where(some, 0), above.where(some, 0)], -2)
     return whole.to(torch.int8), scale
 
 
+def pack(whole: Tensor) -> Tensor:
+    """Numbers from -8 to 7, int8 [..., D], as uint8 [..., D / 2]: each plus 8, the even dimension in the low half."""
+    even, odd = (whole + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return even | odd << 4
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The numbers of :func:`pack`."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(torch.int8) - 8
+
+
 def dequantize(k_bounds: Tensor, k_scales: Tensor) -> Tensor:
-    """int8 ``k_bounds`` times their scales, exact in float64; NaN where the scale is not finite."""
+    """int8 or packed ``k_bounds`` times their scales, exact in float64; NaN where the scale is not finite."""
+    if k_bounds.dtype == torch.uint8:
+        k_bounds = unpack(k_bounds)
     return k_bounds.double() * k_scales.double()[..., None, None]
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bounds import BoundsKind, bounds_dtype
+from .bounds import BoundsKind, bounds_dtype, bounds_width
 from .ops import PAGE_SIZES, check_choice
 
 
@@ -73,21 +73,21 @@ def page_view_blhd(k: Tensor, v: Tensor, page_size: int = 16) -> PageView:
 
 
 def empty_bounds(view: PageView, bounds: BoundsKind = "cache") -> Tensor:
-    """Uninitialised bounds [N, Hkv, 2, D] for a view, in the least memory that its layout allows.
+    """Uninitialised k_bounds for a view, in the least memory that its layout allows.
 
     Where heads lie whole pages apart, their bounds lie the same number of pages apart: a contiguous [B, Hkv, L, D] has
     its bounds as [B, Hkv, P, 2, D]. A cache whose sequences do not lie whole pages apart takes up to S times that.
 
     Args:
         view: of the cache.
-        bounds: "cache" for its dtype, or "int8", which needs :func:`empty_scales` too.
+        bounds: "cache" for its dtype; or "int8" or "int4", which need :func:`empty_scales` too.
     """
     k = view.k_cache
-    return _empty_by_page(k, (2, k.shape[3]), bounds_dtype(bounds, k.dtype))
+    return _empty_by_page(k, (2, bounds_width(bounds, k.shape[3])), bounds_dtype(bounds, k.dtype))
 
 
 def empty_scales(view: PageView) -> Tensor:
-    """Uninitialised scales [N, Hkv] float32 for int8 bounds, in the layout of :func:`empty_bounds`."""
+    """Uninitialised scales [N, Hkv] float32 for bounds of 8 or 4 bits, in the layout of :func:`empty_bounds`."""
     return _empty_by_page(view.k_cache, (), torch.float32)
 
 

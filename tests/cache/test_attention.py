@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_below_the_budget_it_is_the_references_quest(
 
 def test_scale_reaches_attention_and_soft_selection(device: str) -> None:
     model = Model(device)
-    config = QuestConfig(16, S, dense_layers=0, group_reduce="soft")
+    config = QuestConfig(16, S, sink_pages=0, dense_layers=0, group_reduce="soft")
     for T in (50, 12, 1, 4):
         model.assert_right(model.attend(T, config, scale=0.5), config, scale=0.5)
 
@@ -62,7 +63,7 @@ def test_scale_reaches_attention_and_soft_selection(device: str) -> None:
 def test_ragged_steps(device: str, dtype: torch.dtype, bounds: str) -> None:
     """Padding is NaN in k and v, and gives 0. Rows of any length, 0 included, select their own pages."""
     model = Model(device, batch=3, dtype=dtype, bounds=bounds)
-    config = QuestConfig(16, S, dense_layers=1, bounds=bounds)
+    config = QuestConfig(16, S, sink_pages=0, dense_layers=1, bounds=bounds)
     steps = ((40, [40, 0, 23]), (9, [0, 9, 4]), (1, [1, 0, 1]), (6, [6, 5, 0]), (8, [3, 8, 1]), (1, [1, 1, 1]))
     for T, lens in steps:
         out = model.attend(T, config, lens)
@@ -99,7 +100,8 @@ def test_a_step_is_the_four_operators_bit_for_bit(
         other.cache.advance(T)
         table, lens = other.cache.page_table, other.cache.seq_lens
         for layer, (k_cache, v_cache, k_bounds, k_scales) in enumerate(map(other.cache.layer, range(2))):
-            append_kv(k[layer], v[layer], k_cache, v_cache, k_bounds, table, other.cache.start_lens, None, k_scales)
+            caches = (k_cache, v_cache, k_bounds, table)
+            append_kv(k[layer], v[layer], *caches, other.cache.start_lens, None, k_scales, config.std_factor)
             scores = estimate(q[layer], k_bounds, table, lens, S, k_scales)
             pages = topk_pages(scores, lens, S, 3, HKV, config.group_reduce, 1, 1, D**-0.5)
             assert_same_bits(out[layer], sparse_decode(q[layer], k_cache, v_cache, table, lens, pages)[0])
@@ -126,7 +128,7 @@ def test_a_cache_no_larger_than_the_budget_selects_nothing(device: str, monkeypa
 
 
 def test_the_paths_have_names(device: str) -> None:
-    cache, config = Model(device).cache, QuestConfig(16, S, dense_layers=1)
+    cache, config = Model(device).cache, QuestConfig(16, S, sink_pages=0, dense_layers=1)
     assert attention_path(cache, 0, config, 9) == attention_path(cache, 1, config, 9) == "prefill"
     assert [attention_path(cache, layer, config, 8) for layer in (0, 1)] == ["dense", "sparse"]
 
@@ -160,7 +162,7 @@ def test_a_long_prefill_behind_others_is_cut_to_bound_its_mask(device: str, monk
 
 
 def test_a_row_does_not_depend_on_its_batch(device: str) -> None:
-    config = QuestConfig(16, S, dense_layers=1)
+    config = QuestConfig(16, S, sink_pages=0, dense_layers=1)
     batch, alone = Model(device, batch=3, max_tokens=96), Model(device, batch=1, max_tokens=88)
     for T, lens in ((30, [30, 9, 1]), (1, [1, 1, 1]), (4, [4, 4, 4])):
         q, k, v = batch.inputs(T, lens)
@@ -174,7 +176,7 @@ def test_a_row_does_not_depend_on_its_batch(device: str) -> None:
 
 
 def test_forks_go_their_own_ways(device: str) -> None:
-    model, config = Model(device, batch=3), QuestConfig(16, S, dense_layers=1)
+    model, config = Model(device, batch=3), QuestConfig(16, S, sink_pages=0, dense_layers=1)
     model.attend(45, config, [45, 0, 0])
     model.fork(0, 1)
     model.fork(0, 2)
@@ -187,7 +189,7 @@ def test_forks_go_their_own_ways(device: str) -> None:
 
 
 def test_q_of_one_token_may_leave_out_its_dimension(device: str) -> None:
-    config = QuestConfig(16, S, dense_layers=1)
+    config = QuestConfig(16, S, sink_pages=0, dense_layers=1)
     four, three = Model(device), Model(device)
     for model in (four, three):
         model.attend(41, config)
@@ -234,7 +236,7 @@ def test_select_pages_is_what_attention_reads(device: str, bounds: str) -> None:
 def test_bad_input_is_named_before_anything_is_written(
     device: str, change: Callable[..., tuple[Tensor, Tensor, Tensor]], message: str
 ) -> None:
-    model, config = Model(device), QuestConfig(16, S)
+    model, config = Model(device), QuestConfig(16, S, sink_pages=0)
     model.attend(10, config)
     q, k, v = (x[0] for x in model.inputs(3))
     model.cache.advance(3)
@@ -242,9 +244,11 @@ def test_bad_input_is_named_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         quest_attention(*change(q, k, v), model.cache, 0, config)
     with pytest.raises(ValueError, match=r"config.page_size must be the cache's, 8, got 16"):
-        quest_attention(q, k, v, model.cache, 0, QuestConfig(16, 16))
-    with pytest.raises(ValueError, match="config.bounds must be the cache's, int8, got cache"):
+        quest_attention(q, k, v, model.cache, 0, QuestConfig(32, 16))
+    with pytest.raises(ValueError, match="config.bounds must be the cache's, int4, got cache"):
         quest_attention(q, k, v, model.cache, 0, QuestConfig(16, S, bounds="cache"))
+    with pytest.raises(ValueError, match=r"config.std_factor must be the cache's, 1.0, got None"):
+        quest_attention(q, k, v, model.cache, 0, QuestConfig(16, S, std_factor=None))
     with pytest.raises(ValueError, match="layer must be 0 to 1, got 2"):
         quest_attention(q, k, v, model.cache, 2, config)
     assert same_snapshot(before, snapshot(model.cache))
@@ -263,7 +267,10 @@ def test_bad_input_is_named_before_anything_is_written(
         ({"dense_layers": -1}, "dense_layers must be at least 0, got -1"),
         ({"budget": 47, "sink_pages": 2}, r"at most the 2 pages of the budget, got 2 \+ 1"),
         ({"group_reduce": "mean"}, "group_reduce must be one of none, max, sum, soft, got 'mean'"),
-        ({"bounds": "int4"}, "bounds must be one of cache, int8, got 'int4'"),
+        ({"bounds": "int2"}, "bounds must be one of cache, int8, int4, got 'int2'"),
+        ({"std_factor": -1.0}, "std_factor must be a finite number of at least 0, or None, got -1.0"),
+        ({"std_factor": math.nan}, "std_factor must be a finite number of at least 0, or None, got nan"),
+        ({"budget": 16}, r"at most the 1 pages of the budget, got 1 \+ 1"),
     ],
 )
 def test_bad_configs(arguments: dict[str, Any], message: str) -> None:
@@ -272,6 +279,6 @@ def test_bad_configs(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_a_budget_is_whole_pages() -> None:
-    assert [QuestConfig(budget, 16).num_pages for budget in (16, 31, 32, 2048)] == [1, 1, 2, 128]
+    assert [QuestConfig(budget, 16, sink_pages=0).num_pages for budget in (16, 31, 32, 2048)] == [1, 1, 2, 128]
     with pytest.raises(dataclasses.FrozenInstanceError):
         QuestConfig().budget = 1  # type: ignore[misc]

@@ -157,7 +157,9 @@ class CacheMachine(RuleBasedStateMachine):
     device = "cpu"
     sequence = st.integers(0, 2)
 
-    @initialize(seed=st.integers(0, 1000), num_pages=st.integers(5, 12), bounds=st.sampled_from(("cache", "int8")))
+    @initialize(
+        seed=st.integers(0, 1000), num_pages=st.integers(5, 12), bounds=st.sampled_from(("cache", "int8", "int4"))
+    )
     def start(self, seed: int, num_pages: int, bounds: str) -> None:
         self.history = History(make(self.device, max_tokens=40, num_pages=num_pages, bounds=bounds), seed)
         self.cache = self.history.cache

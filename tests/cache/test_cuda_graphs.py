@@ -17,7 +17,7 @@ STEPS = 500
 # The context grows from 1 page to 32. Past the budget of 8 pages the second layer is sparse.
 CONFIG = decoder.DecoderConfig(64, 64, 2, 4, 2, 64, 96, quest=QuestConfig(128, 16, dense_layers=1))
 WIDE_BOUNDS = replace(CONFIG, quest=replace(CONFIG.quest, bounds="cache"))
-CONFIGS = pytest.mark.parametrize("config", [WIDE_BOUNDS, CONFIG], ids=["cache", "int8"])
+CONFIGS = pytest.mark.parametrize("config", [WIDE_BOUNDS, CONFIG], ids=["cache", "int4"])
 PROMPT = 9
 
 

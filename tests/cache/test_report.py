@@ -18,13 +18,13 @@ def run(cache: PagedKVCache, config: QuestConfig, T: int, lens: list[int] | None
         quest_attention(q, k, v, cache, layer, config)
 
 
-def new_cache(device: str, max_tokens: int = 200, bounds: BoundsKind = "int8") -> PagedKVCache:
+def new_cache(device: str, max_tokens: int = 200, bounds: BoundsKind = "int4") -> PagedKVCache:
     sizes = {"max_tokens": max_tokens, "batch_size": B, "page_size": S}
     return PagedKVCache(L, HKV, D, **sizes, dtype=torch.float32, bounds=bounds, device=device)
 
 
 @pytest.mark.parametrize("group_reduce", ["max", "none"])
-@pytest.mark.parametrize(("kind", "bounds"), [("cache", 2 * D * 4), ("int8", 2 * D + 4)])
+@pytest.mark.parametrize(("kind", "bounds"), [("cache", 2 * D * 4), ("int8", 2 * D + 4), ("int4", D + 4)])
 def test_counts(device: str, group_reduce: str, kind: BoundsKind, bounds: int) -> None:
     """bounds: their bytes a page and head."""
     cache = new_cache(device, bounds=kind)
@@ -58,7 +58,7 @@ def test_every_counter_has_a_name_and_a_description(device: str) -> None:
 
 
 def test_ragged_steps_and_padding(device: str) -> None:
-    cache, config = new_cache(device), QuestConfig(32, S, dense_layers=0)
+    cache, config = new_cache(device), QuestConfig(32, S, sink_pages=0, dense_layers=0)
     cache.start_report()
     run(cache, config, 8, [8, 0])
     run(cache, config, 2, [2, 1])
@@ -73,7 +73,7 @@ def test_what_fits_the_budget_is_dense_and_says_so(device: str) -> None:
 
 
 def test_it_prints_as_a_table(device: str) -> None:
-    cache, config = new_cache(device), QuestConfig(32, S, dense_layers=2)
+    cache, config = new_cache(device), QuestConfig(32, S, sink_pages=0, dense_layers=2)
     with pytest.raises(RuntimeError, match="call cache.start_report"):
         attention_report(cache, config)
     cache.start_report()
@@ -92,7 +92,7 @@ def test_it_prints_as_a_table(device: str) -> None:
 
 
 def test_counting_is_compiled(device: str) -> None:
-    cache, config = new_cache(device), QuestConfig(32, S, dense_layers=1)
+    cache, config = new_cache(device), QuestConfig(32, S, sink_pages=0, dense_layers=1)
     run(cache, config, 60)
     cache.start_report()
 

@@ -47,7 +47,7 @@ def batch_inside(B: int, **how: Any) -> Tensor:
     return torch.full((HKV, L, B, D), math.nan, **how).permute(2, 0, 1, 3)
 
 
-BOUNDS = pytest.mark.parametrize("kind", ["cache", "int8"])
+BOUNDS = pytest.mark.parametrize("kind", ["cache", "int8", "int4"])
 LAYOUTS = [bhld, blhd, part_of_longer, rows_apart, batch_inside]
 
 
@@ -87,7 +87,7 @@ def test_a_view_is_the_cache_itself(device: str, layout: Any, B: int, dtype: tor
     k, v, view, bounds = make(layout, B, device, dtype, kind)
     scales = scales_of(view, kind)
     sizes = {"max_tokens": L, "batch_size": B, "page_size": S}
-    paged = PagedKVCache(1, HKV, D, **sizes, dtype=dtype, bounds=kind, device=device)
+    paged = PagedKVCache(1, HKV, D, **sizes, dtype=dtype, bounds=kind, std_factor=None, device=device)
     lens, given = torch.zeros(B, dtype=torch.int32, device=device), ([], [])
     assert view.k_cache.data_ptr() == k.data_ptr()
     assert view.v_cache.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()

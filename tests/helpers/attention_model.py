@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from quest_ops import PagedKVCache, QuestConfig, attention_path, quest_attention, reference, update_bounds
-from quest_ops.bounds import new_bounds
+from quest_ops import PagedKVCache, QuestConfig, attention_path, quest_attention, reference
 from torch import Tensor
 
 from helpers import torch_baseline
-from helpers.cache_model import History, numbers, poison
+from helpers.cache_model import History, bounds_of_keys, poison
 from helpers.operator_cases import assert_accurate
 
 S, HKV, D = 8, 2, 64
-BOUNDS = pytest.mark.parametrize("bounds", ["cache", "int8"])
+BOUNDS = pytest.mark.parametrize("bounds", ["cache", "int8", "int4"])
 
 
 class Model(History):
@@ -101,12 +100,7 @@ def quest(q: Tensor, k: Tensor, v: Tensor, config: QuestConfig, scale: float) ->
     table, length = torch.arange(pages, dtype=torch.int32)[None], torch.tensor([len(k)], dtype=torch.int32)
     padded = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pages * S - len(x))) for x in (k, v))
     k, v = (x.unflatten(0, (pages, S)).transpose(1, 2) for x in padded)
-    if config.bounds == "cache":
-        bounds = reference.update_bounds(k, k.new_zeros(pages, HKV, 2, D), table, length)
-    else:
-        rounded, scales = new_bounds((pages, HKV), D, "int8", k.dtype, "cpu")
-        update_bounds(k, rounded, table, length, k_scales=scales)
-        bounds = numbers(rounded, scales)
+    bounds = bounds_of_keys(k, table, length, config.bounds, config.std_factor)
     scores = reference.estimate(q[None], bounds, table, length, S)
     how = (config.group_reduce, config.sink_pages, config.recent_pages, scale)
     chosen = reference.topk_pages(scores, length, S, config.num_pages, HKV, *how)

@@ -6,7 +6,8 @@ import math
 from collections import Counter
 
 import torch
-from quest_ops import PagedKVCache, update_bounds
+from quest_ops import PagedKVCache, reference, update_bounds
+from quest_ops.bounds import BoundsKind, new_bounds
 from torch import Tensor
 
 
@@ -93,34 +94,40 @@ class History:
             for got, given in ((k, self.k[b]), (v, self.v[b])):
                 tokens = got.transpose(2, 3).flatten(1, 2)[:, : self.lengths[b]]  # [L, tokens, Hkv, D]
                 assert torch.equal(tokens, given)
-            exact = None if c.k_scales is None else self.recomputed(b).cpu()[:, reserved[:used]]
+            exact = self.recomputed(b).cpu()[:, reserved[:used]]
             for page in range(used):
                 keys = self.k[b][:, page * S : (page + 1) * S]
                 lower, upper = bounds[:, page].unbind(2)
-                assert (lower <= keys.amin(1)).all()
-                assert (upper >= keys.amax(1)).all()
+                if c.std_factor is None:
+                    assert (lower <= keys.amin(1)).all()
+                    assert (upper >= keys.amax(1)).all()
                 if b in self.loose and page == used - 1:
                     continue
-                if exact is None:
+                assert torch.equal(bounds[:, page], exact[:, page])
+                if c.std_factor is None and c.k_scales is None:
                     assert torch.equal(lower, keys.amin(1))
                     assert torch.equal(upper, keys.amax(1))
-                else:
-                    assert torch.equal(bounds[:, page], exact[:, page])
 
     def recomputed(self, b: int) -> Tensor:
-        """The numbers of the int8 bounds that update_bounds computes from a sequence's keys in the cache."""
+        """The values of the bounds that update_bounds computes from a sequence's keys in the cache."""
         c = self.cache
-        bounds, scales = torch.zeros_like(c.k_bounds), torch.zeros_like(c.k_scales)
-        row = slice(b, b + 1)
-        for layer in range(c.num_layers):
-            where = (c.page_table[row], c.seq_lens[row])
-            update_bounds(c.k_cache[layer], bounds[layer], *where, k_scales=scales[layer])
-        return numbers(bounds, scales)
+        where = (c.page_table[b : b + 1], c.seq_lens[b : b + 1])
+        return torch.stack([bounds_of_keys(keys, *where, c.bounds, c.std_factor) for keys in c.k_cache])
+
+
+def bounds_of_keys(
+    k_cache: Tensor, page_table: Tensor, seq_lens: Tensor, bounds: BoundsKind, std_factor: float | None
+) -> Tensor:
+    """The values of the bounds that update_bounds computes."""
+    N, Hkv, _, D = k_cache.shape
+    k_bounds, k_scales = new_bounds((N, Hkv), D, bounds, k_cache.dtype, k_cache.device)
+    update_bounds(k_cache, k_bounds, page_table, seq_lens, None, k_scales, std_factor)
+    return numbers(k_bounds, k_scales)
 
 
 def numbers(k_bounds: Tensor, k_scales: Tensor | None) -> Tensor:
-    """The values of bounds: 8-bit ones times their scales, without rounding."""
-    return k_bounds if k_scales is None else k_bounds.double() * k_scales.double()[..., None, None]
+    """The values of bounds: whole numbers times their scales, without rounding."""
+    return k_bounds if k_scales is None else reference.dequantize(k_bounds, k_scales)
 
 
 def poison(pool: Tensor, pages: list[int] | slice = slice(None)) -> None:

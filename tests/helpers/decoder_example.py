@@ -31,9 +31,9 @@ import decoder
 from decoder import Decoder, DecoderConfig, generate, prefill
 
 # The budget is two pages; every prompt here is longer.
-SMALL = DecoderConfig(64, 64, 2, 4, 2, 64, 96, quest=QuestConfig(32, 16, dense_layers=1))
+SMALL = DecoderConfig(64, 64, 2, 4, 2, 64, 96, quest=QuestConfig(32, 16, sink_pages=0, dense_layers=1))
 WIDE_BOUNDS = replace(SMALL, quest=replace(SMALL.quest, bounds="cache"))
-CONFIGS = pytest.mark.parametrize("config", [WIDE_BOUNDS, SMALL], ids=["cache", "int8"])
+CONFIGS = pytest.mark.parametrize("config", [WIDE_BOUNDS, SMALL], ids=["cache", "int4"])
 DENSE = replace(SMALL, quest=QuestConfig(1024, 16))
 
 

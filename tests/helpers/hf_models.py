@@ -3,8 +3,7 @@
 import functools
 
 import torch
-from quest_ops import reference, update_bounds
-from quest_ops.bounds import new_bounds
+from quest_ops import reference
 from quest_ops.transformers.generation import CACHE_NAME
 from transformers import (
     AttentionInterface,
@@ -22,6 +21,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+from helpers.cache_model import bounds_of_keys
 
 COMMON = {
     "vocab_size": 96,
@@ -136,12 +137,7 @@ def _row(module, config, query, key, value, mask, scaling, sinks):
     table, lens = torch.arange(count, dtype=torch.int32)[None], torch.tensor([length], dtype=torch.int32)
     q, pages = query.cpu().transpose(1, 2), None
     if module.layer_idx >= config.dense_layers:
-        if config.bounds == "cache":
-            bounds = reference.update_bounds(k, k.new_zeros(count, k.shape[1], 2, k.shape[3]), table, lens)
-        else:
-            rounded, scales = new_bounds((count, k.shape[1]), k.shape[3], "int8", k.dtype, "cpu")
-            update_bounds(k, rounded, table, lens, k_scales=scales)
-            bounds = rounded.double() * scales[..., None, None]
+        bounds = bounds_of_keys(k, table, lens, config.bounds, config.std_factor)
         scores = reference.estimate(q, bounds, table, lens, size)
         forced = (config.group_reduce, config.sink_pages, config.recent_pages)
         pages = reference.topk_pages(scores, lens, size, config.num_pages, k.shape[1], *forced, scaling)

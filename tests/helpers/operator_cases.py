@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from quest_ops import reference
+from quest_ops.bounds import BoundsKind, new_bounds
 from quest_ops.ops import DTYPES, HEAD_DIMS, PAGE_SIZES
 from torch import Tensor
 
@@ -20,6 +22,27 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "unaligned")
 GARBAGE = 2**31 - 1
 UNREAD_BYTE = 77
 GUARD = 64  # elements before and after a placed tensor; keeps 16-byte alignment
+
+
+class Kind(NamedTuple):
+    """Of page bounds."""
+
+    bounds: BoundsKind = "cache"
+    std_factor: float | None = None
+
+    @property
+    def scaled(self) -> bool:
+        return self.bounds != "cache"
+
+
+KINDS = {
+    "minmax": Kind(),
+    "minmax-8-bit": Kind("int8"),
+    "minmax-4-bit": Kind("int4"),
+    "mean-std": Kind("cache", 1.0),
+    "mean-std-8-bit": Kind("int8", 0.7),
+    "mean-std-4-bit": Kind("int4", 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +59,7 @@ class Shape:
     spare_pages: int = 1  # entries of the page table, and pages of the pool, that no sequence uses
     shared_pages: int = 0  # full first pages that all sequences share
     layouts: tuple[int, int, int, int] = (0, 0, 0, 0)  # of q, k_cache, v_cache, k_bounds with k_scales
-    int8: bool = False  # bounds of 8 bits, with k_scales
+    kind: Kind = KINDS["minmax"]
     seed: int = 0
 
     @property
@@ -77,15 +100,19 @@ class Case:
             page, slot = self.slots(b, range(s.lengths[b]))
             self.k_cache[page, :, slot] = self.keys[b]
             self.v_cache[page, :, slot] = self.values[b]
-        bounds = torch.full((len(pool), s.kv_heads, 2, s.head_dim), math.nan, dtype=s.dtype)
-        paging = (self.page_table, self.seq_lens)
-        self.k_scales: Tensor | None = None
-        if s.int8:
-            scales = torch.full((len(pool), s.kv_heads), math.nan)
-            empty = torch.full_like(bounds, UNREAD_BYTE, dtype=torch.int8)
-            self.k_bounds, self.k_scales = reference.update_bounds_int8(self.k_cache, empty, scales, *paging)
+        self.k_bounds, self.k_scales = new_bounds((len(pool), s.kv_heads), s.head_dim, s.kind.bounds, s.dtype, "cpu")
+        self.k_bounds.fill_(UNREAD_BYTE if s.kind.scaled else math.nan)
+        self.renew_bounds()
+
+    def renew_bounds(self) -> None:
+        """The reference's bounds of the keys in the cache."""
+        where = (self.page_table, self.seq_lens, None, self.shape.kind.std_factor)
+        if self.k_scales is None:
+            self.k_bounds = reference.update_bounds(self.k_cache, self.k_bounds, *where)
         else:
-            self.k_bounds = reference.update_bounds(self.k_cache, bounds, *paging)
+            self.k_scales.fill_(math.nan)
+            bounds = self.k_bounds, self.k_scales
+            self.k_bounds, self.k_scales = reference.update_scaled_bounds(self.k_cache, *bounds, *where)
 
     @property
     def scoring(self) -> tuple[Tensor, ...]:
@@ -152,7 +179,7 @@ class Case:
 
 
 @st.composite
-def shapes(draw: st.DrawFn, max_new_tokens: int = 8, max_shared_pages: int = 2, maybe_int8: bool = False) -> Shape:
+def shapes(draw: st.DrawFn, max_new_tokens: int = 8, max_shared_pages: int = 2, any_kind: bool = False) -> Shape:
     """Shapes over the whole domain, with lengths around multiples of the page size and affordable sizes."""
     head_dim = draw(st.sampled_from(HEAD_DIMS))
     page_size = draw(st.sampled_from(PAGE_SIZES))
@@ -176,7 +203,7 @@ def shapes(draw: st.DrawFn, max_new_tokens: int = 8, max_shared_pages: int = 2, 
         spare_pages=draw(st.integers(1, 3)),
         shared_pages=draw(st.integers(0, max_shared_pages)),
         layouts=draw(st.tuples(*[st.integers(0, len(LAYOUTS) - 1)] * 4)),
-        int8=maybe_int8 and draw(st.booleans()),
+        kind=draw(st.sampled_from(list(KINDS.values()))) if any_kind else Kind(),
         seed=draw(st.integers(0, 2**31 - 1)),
     )
 

@@ -9,7 +9,7 @@ from quest_ops import PagedKVCache
 from helpers.cache_model import History, poison
 
 S = 8
-BOUNDS = pytest.mark.parametrize("bounds", ["cache", "int8"])
+BOUNDS = pytest.mark.parametrize("bounds", ["cache", "int8", "int4"])
 
 
 def make(device: str, **changes: object) -> PagedKVCache:

@@ -65,6 +65,7 @@ def one_step(x: Case, num_pages: int, **options: Any) -> Results:
         **options,
         k_scales=x.k_scales,
         new_lens=x.new_lens,
+        std_factor=x.shape.kind.std_factor,
     )
 
 
@@ -80,7 +81,8 @@ def four_steps(
     S, D, Hkv = x.k_cache.shape[2], x.shape.head_dim, x.shape.kv_heads
     if scale is None:
         scale = (1 / torch.tensor(float(D)).sqrt()).item()  # in float32, as in the operators
-    ops.append_kv(x.k, x.v, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.start_lens, x.new_lens, x.k_scales)
+    caches = (x.k_cache, x.v_cache, x.k_bounds, x.page_table)
+    ops.append_kv(x.k, x.v, *caches, x.start_lens, x.new_lens, x.k_scales, x.shape.kind.std_factor)
     scores = ops.estimate(*x.scoring, S, x.k_scales, x.new_lens)
     forced = (sink_pages, recent_pages)
     pages = ops.topk_pages(scores, x.seq_lens, S, num_pages, Hkv, group_reduce, *forced, scale, x.new_lens, budgets)

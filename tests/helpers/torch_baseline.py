@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from quest_ops.reference import num_pages, visible_tokens
+from quest_ops.reference import num_pages, unpack, visible_tokens
 from torch import Tensor
 
 RUNS = 4
@@ -19,6 +19,8 @@ def in_several_orders(compute: Callable[..., Any], q: Tensor, k: Tensor, *argume
     In float32 the largest error varies with the order of summation, so a single order is too small a sample.
     """
     random = torch.Generator().manual_seed(0)
+    if k.dtype == torch.uint8:  # page bounds of 4 bits
+        k = unpack(k)
     orders = [torch.randperm(q.shape[-1], generator=random) for _ in range(RUNS)]
     runs = [compute(q[..., order], k[..., order], *arguments) for order in orders]
     return [torch.stack(run) for run in zip(*runs, strict=True)]

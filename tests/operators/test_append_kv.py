@@ -1,4 +1,4 @@
-"""append_kv and update_bounds: copies, minima and maxima equal the reference exactly; nothing else changes."""
+"""append_kv and update_bounds: copies and bounds equal the reference exactly; nothing else changes."""
 
 import math
 from dataclasses import replace
@@ -7,8 +7,10 @@ import pytest
 import torch
 from helpers.operator_cases import (
     DTYPES,
+    KINDS,
     LAYOUTS,
     Case,
+    Kind,
     Shape,
     assert_exact,
     assert_same_bits,
@@ -38,13 +40,16 @@ class Cache:
             assert_same_bits(actual._base, place(value, layout, "cpu")._base)
 
 
+kinds = st.sampled_from((KINDS["minmax"], KINDS["mean-std"]))
+
+
 def lengths_on(device: str, lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else place(lengths.int(), "unaligned", device)
 
 
-@given(shapes(max_shared_pages=0), st.integers(0, 300), st.booleans(), st.integers(0, 3), st.data())
+@given(shapes(max_shared_pages=0), kinds, st.integers(0, 300), st.booleans(), st.integers(0, 3), st.data())
 def test_append_meets_the_reference(
-    device: str, shape: Shape, new: int, ragged: bool, layout: int, data: st.DataObject
+    device: str, shape: Shape, kind: Kind, new: int, ragged: bool, layout: int, data: st.DataObject
 ) -> None:
     """The page table holds the sequences with their new tokens; the lengths before are drawn."""
     new = min(new, 3 * shape.page_size + 1)
@@ -56,7 +61,7 @@ def test_append_meets_the_reference(
         k[b, count:] = v[b, count:] = math.nan
     before = torch.tensor(shape.lengths).int() - torch.tensor(counts).int()
     new_lens = torch.tensor(counts).int() if ragged else None
-    expected = reference.append_kv(k, v, *cache.host, cache.page_table.cpu(), before, new_lens)
+    expected = reference.append_kv(k, v, *cache.host, cache.page_table.cpu(), before, new_lens, None, kind.std_factor)
     ops.append_kv(
         place(k, LAYOUTS[layout], device),
         place(v, LAYOUTS[shape.layouts[0]], device),
@@ -64,33 +69,37 @@ def test_append_meets_the_reference(
         cache.page_table,
         lengths_on(device, before),
         lengths_on(device, new_lens),
+        std_factor=kind.std_factor,
     )
     cache.assert_became(*expected)
 
 
-@given(shapes(max_shared_pages=0), st.lists(st.integers(0, 1400), min_size=4, max_size=4) | st.none())
-def test_update_bounds_meets_the_reference(device: str, shape: Shape, first: list[int] | None) -> None:
+@given(shapes(max_shared_pages=0), kinds, st.lists(st.integers(0, 1400), min_size=4, max_size=4) | st.none())
+def test_update_bounds_meets_the_reference(device: str, shape: Shape, kind: Kind, first: list[int] | None) -> None:
     cache = Cache(shape, device)
     first_token = None if first is None else torch.tensor(first[: len(shape.lengths)]).int()
     seq_lens = torch.tensor(shape.lengths).int()
     k_cache, v_cache, k_bounds = cache.host
-    expected = reference.update_bounds(k_cache, k_bounds, cache.page_table.cpu(), seq_lens, first_token)
+    where = (cache.page_table.cpu(), seq_lens, first_token, kind.std_factor)
+    expected = reference.update_bounds(k_cache, k_bounds, *where)
     ops.update_bounds(
         cache.device[0],
         cache.device[2],
         cache.page_table,
         lengths_on(device, seq_lens),
         lengths_on(device, first_token),
+        std_factor=kind.std_factor,
     )
     cache.assert_became(k_cache, v_cache, expected)
 
 
-@given(shapes(max_shared_pages=0), st.lists(st.integers(0, 70), min_size=1, max_size=12))
-@example(Shape(lengths=(64, 64)), [1] * 40)
-def test_appends_add_up(device: str, shape: Shape, steps: list[int]) -> None:
+@given(shapes(max_shared_pages=0), kinds, st.lists(st.integers(0, 70), min_size=1, max_size=12))
+@example(Shape(lengths=(64, 64)), KINDS["minmax"], [1] * 40)
+@example(Shape(lengths=(64, 64)), KINDS["mean-std"], [1] * 40)
+def test_appends_add_up(device: str, shape: Shape, kind: Kind, steps: list[int]) -> None:
     """Many appends across page boundaries equal a single pass over all tokens."""
     total = sum(steps)
-    shape = replace(shape, lengths=tuple(total for _ in shape.lengths[:2]))
+    shape = replace(shape, kind=kind, lengths=tuple(total for _ in shape.lengths[:2]))
     case = Case(shape)
     cache = Cache(shape, device)
     for x in cache.device:
@@ -98,7 +107,8 @@ def test_appends_add_up(device: str, shape: Shape, steps: list[int]) -> None:
     done = 0
     for T in steps:
         k, v = (torch.stack([x[done : done + T] for x in tokens]).to(device) for tokens in (case.keys, case.values))
-        ops.append_kv(k, v, *cache.device, cache.page_table, lengths_on(device, torch.full((len(k),), done)))
+        before = lengths_on(device, torch.full((len(k),), done))
+        ops.append_kv(k, v, *cache.device, cache.page_table, before, std_factor=kind.std_factor)
         done += T
     cache.assert_became(case.k_cache, case.v_cache, case.k_bounds)
 

@@ -3,13 +3,14 @@
 Wrong values that a GPU does not check never lead a kernel outside its tensors.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers.operator_cases import Case, Shape, assert_same_bits, place
+from helpers.operator_cases import KINDS, Case, Shape, assert_same_bits, place
 from quest_ops import ops, reference
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,7 +31,7 @@ def arguments(name: str, device: str, int8: bool = False) -> Arguments:
     """
     if int8:
         good = arguments(name, device)
-        x = Case(Shape(good["k_bounds"].dtype, lengths=(37, 20), int8=True)).on(device)
+        x = Case(Shape(good["k_bounds"].dtype, lengths=(37, 20), kind=KINDS["minmax-8-bit"])).on(device)
         return {**good, "k_bounds": x.k_bounds, "k_scales": x.k_scales}
     case = Case(Shape(torch.float16 if name == "decode_step" else torch.float32, lengths=(37, 20)))
     x = case.on(device)
@@ -208,7 +209,8 @@ def test_none_for_a_required_tensor(device: str, name: str, key: str) -> None:
 def test_8_bit_bounds_and_their_scales(device: str, name: str, key: str) -> None:
     good = arguments(name, device, int8=True)
     wrong = {"k_bounds": torch.float32, "k_scales": torch.float16}[key]
-    right = {"k_bounds": "k_bounds must be int8 where k_scales is given", "k_scales": "k_scales must be float32"}[key]
+    must_be_scaled = "k_bounds must be int8 or uint8 where k_scales is given"
+    right = {"k_bounds": must_be_scaled, "k_scales": "k_scales must be float32"}[key]
     called = {"k_bounds": "got Float", "k_scales": "got Half"}[key]
     assert_refused(name, good, {key: good[key].to(wrong)}, right, called)
     bad = good[key][None]
@@ -216,8 +218,11 @@ def test_8_bit_bounds_and_their_scales(device: str, name: str, key: str) -> None
     few = good[key][:, :1]
     assert_refused(name, good, {key: few}, f"{key} must have shape" if key == "k_scales" else "must", "got")
     assert_refused(name, good, {"k_scales": None}, "k_bounds of int8 needs k_scales, got none")
+    packed = good["k_bounds"].to(torch.uint8)
+    assert_refused(name, good, {"k_bounds": packed}, "k_bounds must have shape [N, Hkv, 2, D / 2] with 32", "got [9, 2")
+    assert_refused(name, good, {"k_bounds": packed, "k_scales": None}, "k_bounds of uint8 needs k_scales, got none")
     plain = arguments(name, device)
-    assert_refused(name, plain, {"k_scales": good["k_scales"]}, "k_bounds must be int8 where k_scales is given")
+    assert_refused(name, plain, {"k_scales": good["k_scales"]}, must_be_scaled)
 
 
 @pytest.mark.parametrize("name", SCALED)
@@ -227,6 +232,13 @@ def test_scales_of_another_pool(device: str, name: str) -> None:
     assert_refused(
         name, good, {"k_scales": bad}, "k_scales must have shape [N, Hkv] with 9 in dimension 0", "got [10, 2]"
     )
+
+
+@pytest.mark.parametrize("factor", [-1.0, -1e-9, math.inf, math.nan, 1e39])
+@pytest.mark.parametrize("name", ["append_kv", "update_bounds", "decode_step"])
+def test_a_factor_of_the_standard_deviation(device: str, name: str, factor: float) -> None:
+    message = "std_factor must be a finite number of at least 0, or None for minimum and maximum"
+    assert_refused(name, arguments(name, device), {"std_factor": factor}, message, f"got {factor:g}")
 
 
 @pytest.mark.gpu

@@ -11,9 +11,11 @@ from helpers.operator_cases import (
     DTYPES,
     GARBAGE,
     HEAD_DIMS,
+    KINDS,
     LAYOUTS,
     PAGE_SIZES,
     Case,
+    Kind,
     Shape,
     assert_same_bits,
     shapes,
@@ -21,17 +23,18 @@ from helpers.operator_cases import (
 from helpers.steps import assert_same_step, before_step, caches, four_steps, on, one_step
 from hypothesis import given
 from hypothesis import strategies as st
-from quest_ops import ops, reference
+from quest_ops import ops
 
 HALF = (torch.float16, torch.bfloat16)
 REDUCES = ("none", "max", "sum", "soft")
-BOTH_BOUNDS = pytest.mark.parametrize("int8", [False, True], ids=["16-bit", "8-bit"])
+MAIN_KINDS = ("minmax", "minmax-8-bit", "mean-std", "mean-std-4-bit")
+ALL_BOUNDS = pytest.mark.parametrize("kind", [KINDS[name] for name in MAIN_KINDS], ids=MAIN_KINDS)
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[Shape, dict[str, Any]]:
     """Any step; a single GPU launch supports half of them."""
-    shape = draw(shapes(max_shared_pages=0, maybe_int8=True))
+    shape = draw(shapes(max_shared_pages=0, any_kind=KINDS["minmax-8-bit"]))
     if draw(st.booleans()):
         aligned = st.integers(0, LAYOUTS.index("sliced"))
         shape = replace(
@@ -40,7 +43,7 @@ def steps(draw: st.DrawFn) -> tuple[Shape, dict[str, Any]]:
             group=draw(st.integers(1, 8)),
             new_tokens=draw(st.integers(0, 1)),
             # 8 bytes between rows are too few for aligned loads.
-            layouts=(*draw(st.tuples(aligned, aligned, aligned)), draw(st.integers(0, 1) if shape.int8 else aligned)),
+            layouts=(*draw(st.tuples(*[aligned] * 3)), draw(st.integers(0, 1) if shape.kind.scaled else aligned)),
         )
     least = max(1, shape.new_tokens)
     shape = replace(shape, lengths=tuple(max(least, n) for n in shape.lengths))
@@ -64,102 +67,103 @@ def test_a_step_is_the_four_operators(device: str, drawn: tuple[Shape, dict[str,
         assert_same_bits(actual.cpu()[used], expected[used])
 
 
-@BOTH_BOUNDS
+@ALL_BOUNDS
 @pytest.mark.parametrize("group_reduce", REDUCES)
 @pytest.mark.parametrize("heads", [(8, 8), (16, 4), (32, 8), (8, 1), (40, 2)], ids=str)
-def test_heads(device: str, heads: tuple[int, int], group_reduce: str, int8: bool) -> None:
+def test_heads(device: str, heads: tuple[int, int], group_reduce: str, kind: Kind) -> None:
     Hq, Hkv = heads
-    shape = Shape(torch.bfloat16, 128, 16, Hkv, Hq // Hkv, lengths=(330, 33, 16, 1), int8=int8, seed=1)
+    shape = Shape(torch.bfloat16, 128, 16, Hkv, Hq // Hkv, lengths=(330, 33, 16, 1), kind=kind, seed=1)
     assert_same_step(before_step(shape), device, 6, group_reduce=group_reduce)
 
 
-@BOTH_BOUNDS
+@ALL_BOUNDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_every_kind_of_page(device: str, dtype: torch.dtype, head_dim: int, page_size: int, int8: bool) -> None:
+def test_every_kind_of_page(device: str, dtype: torch.dtype, head_dim: int, page_size: int, kind: Kind) -> None:
     lengths = (5 * page_size, 3 * page_size + 1, 1, 6 * page_size - 1)
-    shape = Shape(dtype, head_dim, page_size, 1, 4, lengths=lengths, int8=int8, seed=2)
+    shape = Shape(dtype, head_dim, page_size, 1, 4, lengths=lengths, kind=kind, seed=2)
     for num_pages in (2, 5):
         assert_same_step(before_step(shape), device, num_pages)
 
 
-@BOTH_BOUNDS
+@ALL_BOUNDS
 @pytest.mark.parametrize("new_tokens", [0, 1, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_new_tokens(device: str, dtype: torch.dtype, new_tokens: int, int8: bool) -> None:
+def test_new_tokens(device: str, dtype: torch.dtype, new_tokens: int, kind: Kind) -> None:
     lengths = (8, 9, 15, 16, 17, 24, 131)
-    shape = Shape(dtype, 64, 16, 2, 4, new_tokens, lengths, int8=int8, seed=3)
+    shape = Shape(dtype, 64, 16, 2, 4, new_tokens, lengths, kind=kind, seed=3)
     for group_reduce in REDUCES:
         assert_same_step(before_step(shape), device, 3, group_reduce=group_reduce)
 
 
-@BOTH_BOUNDS
+@ALL_BOUNDS
 @pytest.mark.parametrize("sink_pages", [0, 1, 2])
 @pytest.mark.parametrize("recent_pages", [0, 1, 2])
-def test_forced_pages(device: str, sink_pages: int, recent_pages: int, int8: bool) -> None:
+def test_forced_pages(device: str, sink_pages: int, recent_pages: int, kind: Kind) -> None:
     """With K from 1 to more than the number of pages."""
     lengths = tuple(16 * pages + off for pages, off in itertools.product((2, 11, 12), (-1, 0, 1)))
-    case = before_step(Shape(torch.float16, 64, 16, 2, 2, lengths=lengths, int8=int8, seed=4))
+    case = before_step(Shape(torch.float16, 64, 16, 2, 2, lengths=lengths, kind=kind, seed=4))
     for num_pages in (max(1, sink_pages + recent_pages), 4, 11, 12, 13, 40):
         assert_same_step(case, device, num_pages, sink_pages=sink_pages, recent_pages=recent_pages)
 
 
-@BOTH_BOUNDS
+@ALL_BOUNDS
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_long_sequences(device: str, dtype: torch.dtype, int8: bool) -> None:
+def test_long_sequences(device: str, dtype: torch.dtype, kind: Kind) -> None:
     lengths = (20_000, 16 * 1024 + 1, 4096, 4095, 1025, 257, 256, 16, 1)
-    case = before_step(Shape(dtype, 64, 16, 1, 4, lengths=lengths, int8=int8, seed=5))
+    case = before_step(Shape(dtype, 64, 16, 1, 4, lengths=lengths, kind=kind, seed=5))
     for num_pages in (1, 64, 129, 1250, 3000):
         assert_same_step(case, device, num_pages)
 
 
-@BOTH_BOUNDS
+@ALL_BOUNDS
 @pytest.mark.parametrize("batch", [3, 17, 40])
 @pytest.mark.parametrize("layouts", [(0, 1, 1, 1), (2, 2, 2, 0), (3, 3, 3, 3), (0, 0, 3, 0)])
-def test_batches_and_layouts(device: str, batch: int, layouts: tuple[int, int, int, int], int8: bool) -> None:
+def test_batches_and_layouts(device: str, batch: int, layouts: tuple[int, int, int, int], kind: Kind) -> None:
     lengths = tuple(1 + 37 * b**2 % 400 for b in range(batch))
-    shape = Shape(torch.bfloat16, 128, 16, 2, 4, lengths=lengths, layouts=layouts, int8=int8, seed=6)
+    shape = Shape(torch.bfloat16, 128, 16, 2, 4, lengths=lengths, layouts=layouts, kind=kind, seed=6)
     assert_same_step(before_step(shape), device, 8, group_reduce="sum")
 
 
 @pytest.mark.parametrize("batch", [256, 257])
 def test_as_many_sequences_as_one_launch_takes_and_one_more(device: str, batch: int) -> None:
     lengths = tuple(1 + 7 * b % 90 for b in range(batch))
-    shape = Shape(torch.float16, 64, 8, 2, 1, lengths=lengths, int8=True, seed=15)
+    shape = Shape(torch.float16, 64, 8, 2, 1, lengths=lengths, kind=KINDS["minmax-8-bit"], seed=15)
     assert_same_step(before_step(shape), device, 4)
 
 
-@BOTH_BOUNDS
+@ALL_BOUNDS
 @pytest.mark.parametrize("num_pages", [8, 400])
-def test_a_capacity_of_20_000_pages(device: str, num_pages: int, int8: bool) -> None:
-    case = before_step(Shape(torch.bfloat16, 128, 16, 1, 8, lengths=(5000, 1), int8=int8, seed=7))
+def test_a_capacity_of_20_000_pages(device: str, num_pages: int, kind: Kind) -> None:
+    case = before_step(Shape(torch.bfloat16, 128, 16, 1, 8, lengths=(5000, 1), kind=kind, seed=7))
     more = 20_000 - case.page_table.shape[1]
     case = case.having(page_table=torch.nn.functional.pad(case.page_table, (0, more), value=GARBAGE))
     assert_same_step(case, device, num_pages)
 
 
-@BOTH_BOUNDS
-def test_shared_pages(device: str, int8: bool) -> None:
-    shape = Shape(torch.float16, 64, 16, 2, 4, lengths=(400, 321, 190), shared_pages=9, int8=int8, seed=8)
+@ALL_BOUNDS
+def test_shared_pages(device: str, kind: Kind) -> None:
+    shape = Shape(torch.float16, 64, 16, 2, 4, lengths=(400, 321, 190), shared_pages=9, kind=kind, seed=8)
     assert_same_step(before_step(shape), device, 7)
 
 
-@BOTH_BOUNDS
-def test_equal_keys_tie_to_the_first_pages(device: str, int8: bool) -> None:
-    case = before_step(Shape(torch.float16, 64, 16, 1, 4, lengths=(16 * 30,), int8=int8))
+@ALL_BOUNDS
+def test_equal_keys_tie_to_the_first_pages(device: str, kind: Kind) -> None:
+    case = before_step(Shape(torch.float16, 64, 16, 1, 4, lengths=(16 * 30,), kind=kind))
     for x in (case.k_cache, case.k):
         x.fill_(0.5)
     x = on(case, device)
-    ops.update_bounds(x.k_cache, x.k_bounds, x.page_table, x.start_lens, k_scales=x.k_scales)
+    where = (x.k_cache, x.k_bounds, x.page_table, x.start_lens)
+    ops.update_bounds(*where, k_scales=x.k_scales, std_factor=kind.std_factor)
     assert one_step(x, 5)[2].tolist() == [[[0, 1, 2, 3, 29]]]
 
 
-@BOTH_BOUNDS
+@ALL_BOUNDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unread_pages_stay_unseen(device: str, dtype: torch.dtype, int8: bool) -> None:
+def test_unread_pages_stay_unseen(device: str, dtype: torch.dtype, kind: Kind) -> None:
     """NaN in the keys and values of unselected pages changes no result."""
-    case = before_step(Shape(dtype, 128, 16, 2, 4, lengths=(700, 333, 20), int8=int8, seed=9))
+    case = before_step(Shape(dtype, 128, 16, 2, 4, lengths=(700, 333, 20), kind=kind, seed=9))
     clean = one_step(on(case, device), 7)
     poisoned = one_step(on(case.poisoned(clean[2].cpu()), device), 7)
     for actual, expected in zip(poisoned, clean, strict=True):
@@ -167,35 +171,31 @@ def test_unread_pages_stay_unseen(device: str, dtype: torch.dtype, int8: bool) -
         assert_same_bits(actual, expected)
 
 
-@BOTH_BOUNDS
+@ALL_BOUNDS
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["k_cache", "k", "v", "q"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_faults_show_as_in_the_four(device: str, dtype: torch.dtype, name: str, value: float, int8: bool) -> None:
+def test_faults_show_as_in_the_four(device: str, dtype: torch.dtype, name: str, value: float, kind: Kind) -> None:
     """NaN and infinities in a key, value or query affect their own sequence only."""
-    case = before_step(Shape(dtype, 64, 16, 2, 4, lengths=(700, 333), int8=int8, seed=10))
+    case = before_step(Shape(dtype, 64, 16, 2, 4, lengths=(700, 333), kind=kind, seed=10))
     old_page = int(case.page_table[0, 5])
     where = {"k_cache": (old_page, 1, 3, 9), "k": (0, 0, 1, 5), "v": (0, 0, 1, 5), "q": (0, 4, 5)}[name]
     getattr(case, name)[where] = value
-    keys = case.k_cache[old_page]
-    bounds = torch.stack([keys.amin(1), keys.amax(1)], 1)
-    if int8:
-        case.k_bounds[old_page], case.k_scales[old_page] = reference.quantize(bounds)
-    else:
-        case.k_bounds[old_page] = bounds
+    if name == "k_cache":
+        case.renew_bounds()
     out, _, pages = (x.cpu() for x in one_step(on(case, device), 7))
     assert out[1].isfinite().all()
     if math.isnan(value):
         assert out[0].isnan().any()
-    if name == "k_cache" and (int8 or math.isnan(value)):
+    if name == "k_cache" and (kind != KINDS["minmax"] or math.isnan(value)):
         assert 5 in pages[0, 1]
     assert_same_step(case, device, 7)
 
 
-@BOTH_BOUNDS
+@ALL_BOUNDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_reruns(device: str, dtype: torch.dtype, int8: bool) -> None:
-    case = before_step(Shape(dtype, 128, 16, 2, 8, lengths=(3000, 64, 700), int8=int8, seed=11))
+def test_reruns(device: str, dtype: torch.dtype, kind: Kind) -> None:
+    case = before_step(Shape(dtype, 128, 16, 2, 8, lengths=(3000, 64, 700), kind=kind, seed=11))
     first = one_step(on(case, device), 40)
     for _ in range(10):
         for actual, expected in zip(one_step(on(case, device), 40), first, strict=True):
@@ -214,22 +214,22 @@ def test_nothing_to_do(device: str) -> None:
 
 @pytest.mark.gpu
 class TestOnTheGPU:
-    @BOTH_BOUNDS
+    @ALL_BOUNDS
     @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-    def test_several_tiles_a_block(self, head_dim: int, int8: bool) -> None:
+    def test_several_tiles_a_block(self, head_dim: int, kind: Kind) -> None:
         """More pages and chunks than resident blocks, so that each block takes several."""
         lengths = (9000 if head_dim <= 128 else 4500, 3001)
-        shape = Shape(torch.bfloat16, head_dim, 8, 32, 1, lengths=lengths, int8=int8, seed=16)
+        shape = Shape(torch.bfloat16, head_dim, 8, 32, 1, lengths=lengths, kind=kind, seed=16)
         case = before_step(shape)
         for num_pages in (40, 200):
             assert_same_step(case, "cuda", num_pages)
 
-    @BOTH_BOUNDS
+    @ALL_BOUNDS
     @pytest.mark.parametrize("equal", [False, True])
-    def test_more_pages_than_shared_memory_holds(self, equal: bool, int8: bool) -> None:
+    def test_more_pages_than_shared_memory_holds(self, equal: bool, kind: Kind) -> None:
         """More pages than shared memory holds keys or a table for, or a thread's word has bits for; with ties."""
         lengths = (8 * 13_000 - 3, 8 * 9_000, 8 * 6_145 - 7, 8 * 300)
-        case = before_step(Shape(torch.bfloat16, 64, 8, 1, 2, lengths=lengths, int8=int8, seed=17))
+        case = before_step(Shape(torch.bfloat16, 64, 8, 1, 2, lengths=lengths, kind=kind, seed=17))
         if equal:
             for x in (case.k_cache, case.k):
                 x.fill_(0.5)
@@ -237,13 +237,13 @@ class TestOnTheGPU:
         for num_pages in (3, 700):
             assert_same_step(case, "cuda", num_pages, sink_pages=1)
 
-    @BOTH_BOUNDS
+    @ALL_BOUNDS
     @pytest.mark.parametrize("keys", ["random", "equal", "broken"])
-    def test_long_rows_are_selected_by_groups_of_pages(self, monkeypatch: Any, keys: str, int8: bool) -> None:
+    def test_long_rows_are_selected_by_groups_of_pages(self, monkeypatch: Any, keys: str, kind: Kind) -> None:
         """More than 8,192 pages, 32 for each one read; forced pages begin and end inside groups of pages."""
         monkeypatch.delenv("QUEST_OPS_CHECK", raising=False)
         lengths = (8 * 25_000 - 5, 8 * 22_400 + 1, 8 * 8_209, 8 * 8_193 - 7, 8 * 8_192)
-        case = before_step(Shape(torch.bfloat16, 64, 8, 1, 2, lengths=lengths, int8=int8, seed=18))
+        case = before_step(Shape(torch.bfloat16, 64, 8, 1, 2, lengths=lengths, kind=kind, seed=18))
         if keys == "equal":
             for x in (case.k_cache, case.k):
                 x.fill_(0.5)
@@ -255,7 +255,8 @@ class TestOnTheGPU:
 
     def test_steps_on_two_streams_do_not_wait_for_each_other(self) -> None:
         """Each launch has more blocks than fit beside those of the other."""
-        case = before_step(Shape(torch.bfloat16, 128, 16, 8, 4, lengths=(6000,) * 8, int8=True, seed=17))
+        kind = KINDS["minmax-8-bit"]
+        case = before_step(Shape(torch.bfloat16, 128, 16, 8, 4, lengths=(6000,) * 8, kind=kind, seed=17))
         alone, streams = one_step(on(case, "cuda"), 128), [torch.cuda.Stream() for _ in range(2)]
         inputs = [[on(case, "cuda") for _ in range(10)] for _ in streams]
         torch.cuda.synchronize()
@@ -269,11 +270,11 @@ class TestOnTheGPU:
             for actual, expected in zip(result, alone, strict=True):
                 assert_same_bits(actual, expected)
 
-    @BOTH_BOUNDS
+    @ALL_BOUNDS
     @pytest.mark.parametrize("dtype", HALF, ids=str)
-    def test_one_launch(self, dtype: torch.dtype, int8: bool) -> None:
+    def test_one_launch(self, dtype: torch.dtype, kind: Kind) -> None:
         """The documented conditions; without a single launch the tests above would compare nothing."""
-        x = on(before_step(Shape(dtype, 128, 16, 8, 4, lengths=(3000, 700), int8=int8)), "cuda")
+        x = on(before_step(Shape(dtype, 128, 16, 8, 4, lengths=(3000, 700), kind=kind)), "cuda")
         one_step(x, 64)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             one_step(x, 64)
@@ -286,13 +287,13 @@ class TestOnTheGPU:
         assert "clear_counters" in kernels[0]
         assert "decode_step" in kernels[1]
 
-    @BOTH_BOUNDS
+    @ALL_BOUNDS
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("page", [-1, -(2**31), 2**31 - 1, "N"])
-    def test_broken_page_tables(self, monkeypatch: Any, dtype: torch.dtype, page: int | str, int8: bool) -> None:
+    def test_broken_page_tables(self, monkeypatch: Any, dtype: torch.dtype, page: int | str, kind: Kind) -> None:
         """A page that does not exist: in the middle, at the start, or under the new token."""
         monkeypatch.delenv("QUEST_OPS_CHECK", raising=False)
-        case = before_step(Shape(dtype, 128, 16, 2, 4, lengths=(330, 200, 200, 90, 1), int8=int8, seed=12))
+        case = before_step(Shape(dtype, 128, 16, 2, 4, lengths=(330, 200, 200, 90, 1), kind=kind, seed=12))
         page = len(case.k_cache) if page == "N" else page
         table = case.page_table.clone()
         table[0, 7] = table[1, 0] = table[2, 12] = table[2, 5] = table[4, 0] = page
@@ -300,11 +301,11 @@ class TestOnTheGPU:
             for recent_pages in (0, 1):
                 assert_same_step(case.having(page_table=table), "cuda", num_pages, recent_pages=recent_pages)
 
-    @BOTH_BOUNDS
+    @ALL_BOUNDS
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_graph_replays_follow_the_lengths(self, dtype: torch.dtype, int8: bool) -> None:
+    def test_graph_replays_follow_the_lengths(self, dtype: torch.dtype, kind: Kind) -> None:
         """Captured once and replayed across page boundaries and past the budget, equal to eager mode."""
-        case = Case(Shape(dtype, 64, 8, 2, 4, lengths=(150, 140), int8=int8, seed=13))
+        case = Case(Shape(dtype, 64, 8, 2, 4, lengths=(150, 140), kind=kind, seed=13))
         buffers = {
             "q": torch.zeros_like(case.q, device="cuda"),
             "k": torch.zeros(2, 1, 2, 64, dtype=dtype, device="cuda"),
@@ -336,11 +337,11 @@ class TestOnTheGPU:
             assert_same_bits(actual._base, plain._base)
             assert_same_bits(actual._base, expected._base)
 
-    @BOTH_BOUNDS
+    @ALL_BOUNDS
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_stream(self, dtype: torch.dtype, int8: bool) -> None:
+    def test_stream(self, dtype: torch.dtype, kind: Kind) -> None:
         """On a side stream the step runs after the work queued there before it."""
-        case = before_step(Shape(dtype, 128, 16, 2, 4, lengths=(3000, 100), int8=int8, seed=14))
+        case = before_step(Shape(dtype, 128, 16, 2, 4, lengths=(3000, 100), kind=kind, seed=14))
         x, late = on(case, "cuda"), on(case, "cuda")
         written = ("q", "k", "v", "k_cache", "k_bounds", "start_lens", "seq_lens")
         values = {name: getattr(late, name).clone() for name in written}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.operator_cases import DTYPES, UNREAD_BYTE, Case, Shape, assert_same_bits, shapes
+from helpers.operator_cases import DTYPES, KINDS, UNREAD_BYTE, Case, Kind, Shape, assert_same_bits, shapes
 from hypothesis import given
 from hypothesis import strategies as st
 from quest_ops import ops
@@ -32,7 +32,7 @@ def row(x: Case, b: int) -> Case:
 reduces = st.sampled_from(("none", "max", "sum", "soft"))
 
 
-@given(shapes(maybe_int8=True), reduces)
+@given(shapes(any_kind=True), reduces)
 def test_reruns(device: str, shape: Shape, reduce: str) -> None:
     x = Case(shape).on(device)
     first = run(x, reduce=reduce)
@@ -40,7 +40,7 @@ def test_reruns(device: str, shape: Shape, reduce: str) -> None:
         assert_same(run(x, reduce=reduce), first)
 
 
-@given(shapes(maybe_int8=True), reduces)
+@given(shapes(any_kind=True), reduces)
 def test_a_row_alone_is_the_row_in_a_batch(device: str, shape: Shape, reduce: str) -> None:
     x = Case(shape).on(device)
     together = run(x, reduce=reduce)
@@ -48,7 +48,7 @@ def test_a_row_alone_is_the_row_in_a_batch(device: str, shape: Shape, reduce: st
         assert_same(run(row(x, b), reduce=reduce), together, slice(b, b + 1))
 
 
-@given(shapes(maybe_int8=True), st.integers(1, 600), reduces)
+@given(shapes(any_kind=True), st.integers(1, 600), reduces)
 def test_capacity(device: str, shape: Shape, more: int, reduce: str) -> None:
     x = Case(shape).on(device)
     expected = run(x, reduce=reduce)
@@ -67,21 +67,21 @@ def test_long_rows(device: str, dtype: torch.dtype) -> None:
         assert_same(run(row(x, b), k=128), together, slice(b, b + 1))
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["16-bit", "8-bit"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads(dtype: torch.dtype, int8: bool) -> None:
+def test_threads(dtype: torch.dtype, kind: Kind) -> None:
     """With any number of CPU threads."""
-    x = Case(Shape(dtype, 64, 16, 2, 4, new_tokens=2, lengths=(5000, 70, 900), int8=int8, seed=5)).on("cpu")
+    x = Case(Shape(dtype, 64, 16, 2, 4, new_tokens=2, lengths=(5000, 70, 900), kind=kind, seed=5)).on("cpu")
     before, expected = torch.get_num_threads(), run(x, k=64)
     try:
         for threads in (2, 3, 8):
             torch.set_num_threads(threads)
             assert_same(run(x, k=64), expected)
-            bounds = torch.full_like(x.k_bounds, UNREAD_BYTE if int8 else torch.nan)
-            scales = torch.full_like(x.k_scales, torch.nan) if int8 else None
-            ops.update_bounds(x.k_cache, bounds, x.page_table, x.seq_lens, k_scales=scales)
+            bounds = torch.full_like(x.k_bounds, UNREAD_BYTE if kind.scaled else torch.nan)
+            scales = torch.full_like(x.k_scales, torch.nan) if kind.scaled else None
+            ops.update_bounds(x.k_cache, bounds, x.page_table, x.seq_lens, None, scales, kind.std_factor)
             assert_same_bits(bounds, x.k_bounds)
-            if int8:
+            if kind.scaled:
                 assert_same_bits(scales, x.k_scales)
     finally:
         torch.set_num_threads(before)

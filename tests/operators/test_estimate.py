@@ -8,6 +8,7 @@ from helpers import torch_baseline
 from helpers.operator_cases import (
     DTYPES,
     HEAD_DIMS,
+    KINDS,
     PAGE_SIZES,
     Case,
     Shape,
@@ -24,11 +25,11 @@ from quest_ops import ops, reference
 def check(case: Case, device: str) -> None:
     S = case.shape.page_size
     x = case.on(device)
-    actual = ops.estimate(*x.scoring, S)
+    actual = ops.estimate(*x.scoring, S, x.k_scales)
     assert actual.dtype == torch.float32
     assert actual.is_contiguous()
-    (like,) = torch_baseline.in_several_orders(torch_baseline.estimate, *case.scoring, S)
-    assert_accurate(actual, reference.estimate(*case.scoring, S), like, case.shape.dtype)
+    (like,) = torch_baseline.in_several_orders(torch_baseline.estimate, *case.scoring, S, case.k_scales)
+    assert_accurate(actual, reference.estimate(*case.scoring, S, case.k_scales), like, case.shape.dtype)
 
 
 @given(shapes())
@@ -39,16 +40,20 @@ def test_scores_meet_the_reference(device: str, shape: Shape) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_every_kind_of_page(device: str, dtype: torch.dtype, head_dim: int, page_size: int) -> None:
+@pytest.mark.parametrize("kind", ["minmax", "mean-std-4-bit"])
+def test_every_kind_of_page(device: str, dtype: torch.dtype, head_dim: int, page_size: int, kind: str) -> None:
     lengths = (5 * page_size, 3 * page_size + 1, 0, 1, 6 * page_size - 1)
-    check(Case(Shape(dtype, head_dim, page_size, 2, 3, new_tokens=2, lengths=lengths, seed=1)), device)
+    shape = Shape(dtype, head_dim, page_size, 2, 3, new_tokens=2, lengths=lengths, kind=KINDS[kind], seed=1)
+    check(Case(shape), device)
 
 
 @pytest.mark.parametrize("group", [1, 4, 7, 16, 20, 32])
 @pytest.mark.parametrize("new_tokens", [0, 8])
-def test_many_pages(device: str, group: int, new_tokens: int) -> None:
+@pytest.mark.parametrize("kind", ["minmax", "mean-std-4-bit"])
+def test_many_pages(device: str, group: int, new_tokens: int, kind: str) -> None:
     lengths = (8 * 1000 + 3, 8 * 517)
-    check(Case(Shape(torch.bfloat16, 128, 8, 1, group, new_tokens, lengths, spare_pages=9, seed=2)), device)
+    shape = Shape(torch.bfloat16, 128, 8, 1, group, new_tokens, lengths, spare_pages=9, kind=KINDS[kind], seed=2)
+    check(Case(shape), device)
 
 
 def test_nan_shows_where_it_is(device: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.operator_cases import DTYPES, LAYOUTS, Case, Shape, assert_same_bits, place
+from helpers.operator_cases import DTYPES, KINDS, LAYOUTS, Case, Shape, assert_same_bits, place
 from quest_ops import ops
 from quest_ops._library import OPERATORS
 from quest_ops._library import ops as raw
@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 def arguments(name: str, dtype: torch.dtype, layout: str, full: bool, device: str) -> tuple[tuple, dict]:
     """Arguments of an operator: with all optional ones, 8-bit bounds and new tokens, or without."""
     layouts = (LAYOUTS.index(layout),) * 4
-    x = Case(Shape(dtype, new_tokens=2 if full else 0, lengths=(37, 18), layouts=layouts, int8=full)).on(device)
+    kind = KINDS["minmax-8-bit" if full else "minmax"]
+    x = Case(Shape(dtype, new_tokens=2 if full else 0, lengths=(37, 18), layouts=layouts, kind=kind)).on(device)
     paging = (x.page_table, x.seq_lens)
     scales = {"k_scales": x.k_scales} if full else {}
     few = torch.tensor([2, 1], dtype=torch.int32, device=device)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import torch_baseline
-from helpers.operator_cases import Case, Shape, assert_accurate, assert_exact, assert_same_bits, shapes
+from helpers.operator_cases import KINDS, Case, Kind, Shape, assert_accurate, assert_exact, assert_same_bits, shapes
 from helpers.steps import assert_same_step, before_step, caches, four_steps, on, one_step
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,13 +19,14 @@ from torch import Tensor
 # Sequences that are long, short, idle in this step, empty, and of one token.
 LENGTHS, NEWS = (700, 37, 333, 0, 1), (3, 1, 0, 0, 1)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-BOTH_BOUNDS = pytest.mark.parametrize("int8", [False, True], ids=["16-bit", "8-bit"])
+MAIN_KINDS = ("minmax", "minmax-8-bit", "mean-std-4-bit")
+ALL_BOUNDS = pytest.mark.parametrize("kind", [KINDS[name] for name in MAIN_KINDS], ids=MAIN_KINDS)
 REDUCES = ("none", "max", "sum", "soft")
 
 
 @st.composite
 def ragged_shapes(draw: st.DrawFn) -> tuple[Shape, tuple[int, ...]]:
-    shape = draw(shapes(maybe_int8=True))
+    shape = draw(shapes(any_kind=True))
     T = max(1, shape.new_tokens)
     news = tuple(draw(st.integers(0, min(T, length))) for length in shape.lengths)
     return replace(shape, shared_pages=0), news
@@ -68,10 +69,10 @@ def test_against_the_reference(
 
 
 @DTYPES
-@BOTH_BOUNDS
+@ALL_BOUNDS
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_padded_row_has_the_bits_of_the_row_alone(device: str, dtype: torch.dtype, int8: bool, dense: bool) -> None:
-    shape = Shape(dtype, 128, 16, 2, 4, new_tokens=4, lengths=LENGTHS, int8=int8)
+def test_a_padded_row_has_the_bits_of_the_row_alone(device: str, dtype: torch.dtype, kind: Kind, dense: bool) -> None:
+    shape = Shape(dtype, 128, 16, 2, 4, new_tokens=4, lengths=LENGTHS, kind=kind)
     x = Case(shape).on(device)
     lens = torch.tensor(NEWS, dtype=torch.int32, device=device)
     scores = ops.estimate(*x.scoring, 16, x.k_scales, lens)
@@ -111,12 +112,12 @@ def test_a_step_is_the_four_operators(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@BOTH_BOUNDS
+@ALL_BOUNDS
 @pytest.mark.parametrize("group_reduce", ["max", "sum"])
 @pytest.mark.parametrize("sinks", [0, 2])
-def test_one_launch(device: str, dtype: torch.dtype, int8: bool, group_reduce: Any, sinks: int) -> None:
+def test_one_launch(device: str, dtype: torch.dtype, kind: Kind, group_reduce: Any, sinks: int) -> None:
     """A single kernel on a GPU: rows that pause, idle rows and budgets, in rows of one split and of many."""
-    shape = Shape(dtype, 128, 16, 8, 4, lengths=(9000, 2100, 333, 0, 1, 4096), int8=int8)
+    shape = Shape(dtype, 128, 16, 8, 4, lengths=(9000, 2100, 333, 0, 1, 4096), kind=kind)
     budgets = torch.tensor([64, 300, 5, 1, 0, 17], dtype=torch.int32, device=device)
     for limits in (None, budgets):
         step = assert_same_step(
@@ -135,7 +136,7 @@ def test_one_launch(device: str, dtype: torch.dtype, int8: bool, group_reduce: A
 def test_idle_rows_are_neither_written_nor_read(device: str, new_tokens: int, dtype: torch.dtype) -> None:
     """Rows of length 0, which a padded CUDA graph has, need no new_lens."""
     T = max(1, new_tokens)
-    shape = Shape(dtype, 64, 16, 2, 2, new_tokens=new_tokens, lengths=(50, T, 37), int8=True)
+    shape = Shape(dtype, 64, 16, 2, 2, new_tokens=new_tokens, lengths=(50, T, 37), kind=KINDS["minmax-8-bit"])
     x = on(before_step(shape), device)
     x.seq_lens[1] = x.start_lens[1] = 0
     before = [t.clone() for t in caches(x)]
@@ -151,7 +152,7 @@ def test_idle_rows_are_neither_written_nor_read(device: str, new_tokens: int, dt
 
 @DTYPES
 def test_the_same_budget_for_all_is_that_number_of_pages(device: str, dtype: torch.dtype) -> None:
-    shape = Shape(dtype, 64, 16, 2, 2, lengths=(700, 90, 20), int8=True)
+    shape = Shape(dtype, 64, 16, 2, 2, lengths=(700, 90, 20), kind=KINDS["minmax-8-bit"])
     budgets = torch.full((3,), 4, dtype=torch.int32, device=device)
     x, y = on(before_step(shape), device), on(before_step(shape), device)
     few, wide = one_step(x, 4), one_step(y, 9, budgets=budgets)
@@ -225,11 +226,11 @@ def test_wrong_tensors(device: str, name: str, value: Tensor, message: str) -> N
 
 
 @pytest.mark.gpu
-@BOTH_BOUNDS
-def test_graph_replays_with_idle_rows_and_budgets(int8: bool) -> None:
+@ALL_BOUNDS
+def test_graph_replays_with_idle_rows_and_budgets(kind: Kind) -> None:
     """One graph serves batches of any composition: who is idle, lengths and budgets change between replays."""
     device = "cuda"
-    shape = Shape(torch.bfloat16, 128, 16, 8, 4, lengths=(900, 500, 700), int8=int8)
+    shape = Shape(torch.bfloat16, 128, 16, 8, 4, lengths=(900, 500, 700), kind=kind)
     case = before_step(shape)
     x = on(case, device)
     budgets = torch.full((3,), 8, dtype=torch.int32, device=device)

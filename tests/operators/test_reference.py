@@ -22,6 +22,29 @@ def test_bounds_are_the_extremes_of_each_page_of_tokens(shape: Shape) -> None:
             assert_exact(bounds[:, 1], tokens.max(0).values)
 
 
+@given(st.integers(1, 128), st.sampled_from((0.0, 0.5, 1.0, 3.0)), st.integers(0, 2**31 - 1))
+def test_mean_and_standard_deviation_meet_float64(count: int, factor: float, seed: int) -> None:
+    """Within a few roundings of float32, however far the keys lie from zero."""
+    random = torch.Generator().manual_seed(seed)
+    places = torch.randn(8, generator=random) * 10.0 ** torch.randint(-2, 3, (8,), generator=random)
+    keys = places + torch.randn(count, 8, generator=random)
+    lower, upper = reference.bounds_of(keys, factor).double()
+    mean, std = keys.double().mean(0), keys.double().std(0, correction=0)
+    allowed = torch.finfo(torch.float32).eps * (4 * keys.double().abs().amax(0) + count * (1 + factor) * std)
+    assert (((lower + upper) / 2 - mean).abs() <= allowed).all()
+    assert (((upper - lower) / 2 - factor * std).abs() <= allowed).all()
+
+
+@given(st.lists(st.integers(-8, 7), min_size=2, max_size=64).filter(lambda x: len(x) % 2 == 0))
+def test_two_numbers_a_byte(numbers: list[int]) -> None:
+    whole = torch.tensor(numbers, dtype=torch.int8)
+    packed = reference.pack(whole)
+    assert packed.tolist() == [
+        (even + 8) + 16 * (odd + 8) for even, odd in zip(numbers[::2], numbers[1::2], strict=True)
+    ]
+    assert_exact(reference.unpack(packed), whole)
+
+
 def of_all_sizes(*size: int, seed: int) -> torch.Tensor:
     """Numbers of every float32 exponent, zero and the subnormals included."""
     random = torch.Generator().manual_seed(seed)

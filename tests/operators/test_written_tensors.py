@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.operator_cases import Case, Shape, assert_same_bits
+from helpers.operator_cases import KINDS, Case, Shape, assert_same_bits
 from quest_ops import ops
 from torch import Tensor
 
@@ -28,7 +28,7 @@ EACH = pytest.mark.parametrize(
 
 
 def arguments(name: str, device: str, int8: bool = False, dtype: torch.dtype = torch.float16) -> dict[str, Any]:
-    x = Case(Shape(dtype, lengths=(37, 20), int8=int8)).on(device)
+    x = Case(Shape(dtype, lengths=(37, 20), kind=KINDS["minmax-8-bit" if int8 else "minmax"])).on(device)
     k, v = (torch.randn(2, 1, 2, 64, device=device, dtype=dtype) for _ in "kv")
     scales = {"k_scales": x.k_scales} if int8 else {}
     caches = {"k_cache": x.k_cache, "v_cache": x.v_cache, "k_bounds": x.k_bounds, **scales}

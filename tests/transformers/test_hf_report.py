@@ -17,7 +17,7 @@ CONFIG = QuestConfig(32, S, dense_layers=1)
 
 
 @pytest.mark.parametrize("compile_it", [False, True])
-@pytest.mark.parametrize("kind", ["cache", "int8"])
+@pytest.mark.parametrize("kind", ["cache", "int8", "int4"])
 def test_counts(device: str, compile_it: bool, kind: BoundsKind) -> None:
     model = hf_models.make_model("qwen3", device)
     cache = enable_quest(model, replace(CONFIG, bounds=kind), max_tokens=128)

@@ -44,7 +44,7 @@ def test_a_budget_that_holds_everything_equals_dense_generate(name, device):
 
 
 @pytest.mark.parametrize("name", [*PLAIN, "gemma3", "gpt-oss"])
-@pytest.mark.parametrize("bounds", ["cache", "int8"])
+@pytest.mark.parametrize("bounds", ["cache", "int8", "int4"])
 def test_a_sparse_layer_within_the_budget_equals_dense_generate(name, bounds, device):
     """The cache is larger than the budget, so layers are sparse, but its contents are not."""
     model, inputs = make_model(name, device), prompt(90, device, padding=(0, 37))
@@ -61,7 +61,7 @@ def test_a_sparse_layer_within_the_budget_equals_dense_generate(name, bounds, de
 
 @pytest.mark.parametrize("name", [*PLAIN, "gemma3", "gpt-oss"])
 @pytest.mark.parametrize("padding", [(0,), (0, 53)], ids=["one row", "padded"])
-@pytest.mark.parametrize("bounds", ["cache", "int8"])
+@pytest.mark.parametrize("bounds", ["cache", "int8", "int4"])
 def test_less_equals_the_reference(name, padding, bounds, device):
     model, inputs = make_model(name, device), prompt(150, device, padding=padding)
     config = QuestConfig(budget=32, page_size=16, sink_pages=1, dense_layers=1, bounds=bounds)
@@ -153,7 +153,7 @@ def test_beam_search_equals_dense_beam_search(name, device):
     assert torch.equal(model.generate(**inputs, past_key_values=cache, **options), expected)
 
 
-@pytest.mark.parametrize("bounds", ["cache", "int8"])
+@pytest.mark.parametrize("bounds", ["cache", "int8", "int4"])
 def test_reordered_rows_carry_their_pages_bounds_and_lengths(bounds, device):
     model, inputs = make_model("gemma3", device), prompt(70, device, padding=(0, 9, 30))
     cache = enable_quest(model, replace(SPARSE, bounds=bounds), max_tokens=96)

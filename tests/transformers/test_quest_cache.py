@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 SPARSE = QuestConfig(budget=48, page_size=16, dense_layers=1)
-BOUNDS = pytest.mark.parametrize("bounds", ["cache", "int8"])
+BOUNDS = pytest.mark.parametrize("bounds", ["cache", "int8", "int4"])
 
 
 def bounds_of(cache):

@@ -63,6 +63,20 @@ __device__ __forceinline__ uint4 load_once(const void* from, bool exists) {
       : "l"(from), "r"(static_cast<unsigned>(exists)));
   return x;
 }
+// The same of 8 bytes.
+__device__ __forceinline__ uint2 load_once_8(const void* from, bool exists) {
+  uint2 x;
+  asm volatile(
+      "{\n"
+      "  .reg .pred exists;\n"
+      "  setp.ne.u32 exists, %3, 0;\n"
+      "  mov.u32 %0, 0; mov.u32 %1, 0;\n"
+      "  @exists ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n"
+      "}"
+      : "=&r"(x.x), "=&r"(x.y)
+      : "l"(from), "r"(static_cast<unsigned>(exists)));
+  return x;
+}
 __device__ __forceinline__ void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // 2^x by the special-function unit, with subnormal results flushed to zero.
@@ -83,6 +97,7 @@ __device__ __forceinline__ void count_if_at_most(uint32_t x, uint32_t limit, uns
 __device__ __forceinline__ void forget_origin(uint4& x) {
   asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
 }
+__device__ __forceinline__ void forget_origin(uint2& x) { asm volatile("" : "+r"(x.x), "+r"(x.y)); }
 
 // Counters in device memory by which blocks of one kernel hand over work.
 

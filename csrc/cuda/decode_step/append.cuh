@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../tile/page_bounds.cuh"
+#include "../tile/page_mean_std.cuh"
 #include "scheduler.cuh"
 
 namespace quest::cuda {
@@ -42,23 +43,28 @@ struct NewToken {
   }
 };
 
-template <class T>
-using WarpBounds = PageBounds<T, kWarpSize>;
-
 // Renews the bounds of the pages that the new tokens are in, a warp for each row. Nothing reads these bounds in this
 // step, so it comes after all splits. The new key may not be in the cache yet.
 template <class T, int D>
 struct BoundsRenewal {
-  // A function of its own: cold code must not take registers from the loops.
-  static __device__ __noinline__ void renew(
-      Cache cache, Bounds bounds, int page, int head, int tokens, const T* newest,
-      typename WarpBounds<T>::Shared& shared) {
+  union Shared {
+    typename PageBounds<T, kWarpSize>::Shared min_max;
+    typename PageMeanStd<T, kWarpSize>::Shared mean_std;
+  };
+
+  // Functions of their own: cold code must not take registers from the loops.
+  static __device__ __noinline__ void renew_min_max(
+      Cache cache, Bounds bounds, int page, int head, int tokens, const T* newest, Shared& shared) {
     cache.aligned = true;  // one launch needs it, and the compiler does not know
-    renew_page_bounds<T, kWarpSize>(cache, bounds, D, page, head, tokens, newest, shared);
+    renew_page_bounds<T, kWarpSize>(cache, bounds, D, page, head, tokens, newest, shared.min_max);
+  }
+  static __device__ __noinline__ void renew_mean_std(
+      Cache cache, Bounds bounds, int page, int head, int tokens, const T* newest, Shared& shared) {
+    cache.aligned = true;
+    renew_page_mean_std<T, kWarpSize>(cache, bounds, D, page, head, tokens, newest, shared.mean_std);
   }
 
-  static __device__ __forceinline__ void run(
-      const Scheduler& scheduler, int first_row, typename WarpBounds<T>::Shared* shared) {
+  static __device__ __forceinline__ void run(const Scheduler& scheduler, int first_row, Shared* shared) {
     const DecodeStepParams& p = scheduler.p;
     const int row = first_row + scheduler.warp, b = row / p.size.Hkv, head = row - b * p.size.Hkv;
     if (b >= p.size.B) return;
@@ -67,7 +73,10 @@ struct BoundsRenewal {
     const T* const newest =
         static_cast<const T*>(p.append.k.data) + b * p.append.k.stride_b + head * p.append.k.stride_h;
     const int tokens = (start & (p.paging.page_size() - 1)) + 1;
-    renew(p.append.k_cache, p.append.k_bounds, page, head, tokens, newest, shared[scheduler.warp]);
+    if (p.append.k_bounds.mean_std)
+      renew_mean_std(p.append.k_cache, p.append.k_bounds, page, head, tokens, newest, shared[scheduler.warp]);
+    else
+      renew_min_max(p.append.k_cache, p.append.k_bounds, page, head, tokens, newest, shared[scheduler.warp]);
   }
 };
 

@@ -19,7 +19,7 @@ struct RowAttender {
   static_assert(Attend::kThreads == kStepThreads && kCombineThreads == kStepThreads);
   static_assert(kSlotBytes == Attend::shared_bytes(D));
   static_assert(sizeof(CombineShared) <= kSlotBytes);
-  static_assert(kStepWarps * sizeof(typename WarpBounds<T>::Shared) <= kSlotBytes);
+  static_assert(kStepWarps * sizeof(typename BoundsRenewal<T, D>::Shared) <= kSlotBytes);
 
   struct Shared {
     int is_last;
@@ -148,7 +148,8 @@ struct RowAttender {
       int next = 0;
       if (scheduler.is_second()) next = atomicAdd(&params.taken->attend, 1);
       if (split.row < 0) {
-        BoundsRenewal<T, D>::run(scheduler, renewed_row, reinterpret_cast<typename WarpBounds<T>::Shared*>(slots));
+        BoundsRenewal<T, D>::run(
+            scheduler, renewed_row, reinterpret_cast<typename BoundsRenewal<T, D>::Shared*>(slots));
         __syncthreads();
         if (scheduler.is_second()) scheduler.describe_attend(next, stage ^ 1);
         __syncthreads();

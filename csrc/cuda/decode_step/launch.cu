@@ -85,8 +85,10 @@ template <class T, class Bound>
 bool launch_step(const DecodeStepParams& p, const Tensor& q, cudaStream_t stream) {
   bool launched = false;
   if constexpr (sizeof(T) == 2)
-    dispatch_head_dim(
-        p.size.D, [&]<int D>(std::integral_constant<int, D>) { launched = launch_step<T, Bound, D>(p, q, stream); });
+    dispatch_head_dim(p.size.D, [&]<int D>(std::integral_constant<int, D>) {
+      // Rows are copied in pieces of 16 bytes.
+      if constexpr (kBoundsRowBytes<Bound, D> % 16 == 0) launched = launch_step<T, Bound, D>(p, q, stream);
+    });
   return launched;
 }
 
@@ -96,10 +98,10 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
     Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor start_lens,
     Tensor seq_lens, int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages,
     std::optional<double> scale, std::optional<Tensor> k_scales, std::optional<Tensor> new_lens,
-    std::optional<Tensor> budgets) {
+    std::optional<Tensor> budgets, std::optional<double> std_factor) {
   DecodeStepParams p = check_decode_step(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
-      recent_pages, scale, k_scales, new_lens, budgets);
+      recent_pages, scale, k_scales, new_lens, budgets, std_factor);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
   check_values_if_requested(p, stream);
@@ -121,13 +123,15 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
     bool launched = false;
     dispatch_dtype(p.append.dtype, [&](auto element) {
       using T = decltype(element);
-      launched = p.append.k_bounds.scales ? launch_step<T, int8_t>(p, q, stream) : launch_step<T, T>(p, q, stream);
+      launched = p.append.k_bounds.packed   ? launch_step<T, Nibbles>(p, q, stream)
+                 : p.append.k_bounds.scales ? launch_step<T, int8_t>(p, q, stream)
+                                            : launch_step<T, T>(p, q, stream);
     });
     if (launched) return {out, lse, pages};
   }
   return four_operators(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
-      recent_pages, p.scale, k_scales, new_lens, budgets);
+      recent_pages, p.scale, k_scales, new_lens, budgets, std_factor);
 }
 
 QUEST_LIBRARY_IMPL(CUDA, m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }

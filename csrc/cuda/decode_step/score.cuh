@@ -39,12 +39,12 @@ __device__ __forceinline__ float reduce_group(const float (&scores)[4], int grou
 
 template <class T, class Bound, int D, int kSlotBytes>
 struct PageScorer {
-  static constexpr bool kInt8 = sizeof(Bound) == 1;
-  static constexpr int kAhead = kInt8 ? 2 : 1;  // tiles whose bounds are being copied while one is scored
-  // int8 bounds take one slot of three a tile, lower before upper. Others take one of two for lower, the third for
-  // upper.
+  static constexpr bool kCoded = kHasScales<Bound>;
+  static constexpr int kAhead = kCoded ? 2 : 1;  // tiles whose bounds are being copied while one is scored
+  // Bounds of 8 or 4 bits take one slot of three a tile, lower before upper. Others take one of two for lower, the
+  // third for upper.
   static constexpr int kWarpSlotBytes = kSlotBytes / 3 / kStepWarps;
-  using BoundsSlot = RowSlot<D * sizeof(Bound), ReadBy::row>;
+  using BoundsSlot = RowSlot<kBoundsRowBytes<Bound, D>, ReadBy::row>;
   using Selector = PageSelector<kSlotBytes>;
 
   struct Shared {
@@ -77,11 +77,11 @@ struct PageScorer {
     const Bounds& from = p.append.k_bounds;
     const Bound* const row =
         static_cast<const Bound*>(from.data) + physical * from.stride_n + head * from.stride_h + which * from.stride_c;
-    BoundsSlot::template copy<kInt8 ? 2 * kMmaRows : kMmaRows>(to, physical < 0 ? nullptr : row, from.data);
+    BoundsSlot::template copy<kCoded ? 2 * kMmaRows : kMmaRows>(to, physical < 0 ? nullptr : row, from.data);
   }
   __device__ void copy_first(int head, int physical, int stage) const {
-    copy_bounds(head, physical, slot(stage), kInt8 ? lane / kMmaRows : 0);
-    if constexpr (kInt8) {
+    copy_bounds(head, physical, slot(stage), kCoded ? lane / kMmaRows : 0);
+    if constexpr (kCoded) {
       const Bounds& from = p.append.k_bounds;
       const float* const scale = from.scales + max(physical, 0) * from.scales_stride_n + head * from.scales_stride_h;
       if (lane < kMmaRows) copy_async_4(&shared.scales[stage][warp][lane], scale);
@@ -96,12 +96,17 @@ struct PageScorer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = r + half * 8;
-      tile.scale[half] = kInt8 ? shared.scales[stage][warp][row] : 1.f;
+      tile.scale[half] = kCoded ? shared.scales[stage][warp][row] : 1.f;
 #pragma unroll
       for (int i = 0; i < decltype(tile)::Row::kCount; ++i) {
-        tile.lower[half].at[i] = BoundsSlot::read(slot(stage), row, 4 * i + c);
-        tile.upper[half].at[i] = kInt8 ? BoundsSlot::read(slot(stage), row + kMmaRows, 4 * i + c)
-                                       : BoundsSlot::read(slot(2), row, 4 * i + c);
+        if constexpr (std::is_same_v<Bound, Nibbles>) {
+          tile.lower[half].at[i] = BoundsSlot::read_8(slot(stage), row, 4 * i + c);
+          tile.upper[half].at[i] = BoundsSlot::read_8(slot(stage), row + kMmaRows, 4 * i + c);
+        } else {
+          tile.lower[half].at[i] = BoundsSlot::read(slot(stage), row, 4 * i + c);
+          tile.upper[half].at[i] = kCoded ? BoundsSlot::read(slot(stage), row + kMmaRows, 4 * i + c)
+                                          : BoundsSlot::read(slot(2), row, 4 * i + c);
+        }
       }
     }
     float scores[4];
@@ -155,7 +160,7 @@ struct PageScorer {
         wait_copies<kAhead>();
         score_tile(split, first_page(split, tile), pages[0], tile % (kAhead + 1), query);
       }
-      if constexpr (!kInt8) {
+      if constexpr (!kCoded) {
         if (ahead < tiles) copy_bounds(head, page, slot(2), 1);
         commit_copies();
       }

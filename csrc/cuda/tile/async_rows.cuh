@@ -42,6 +42,11 @@ struct RowSlot {
     if (piece >= kPieces) return {};
     return *reinterpret_cast<const uint4*>(slot + offset(row, piece));
   }
+  // A piece of 8 bytes, numbered so.
+  static __device__ __forceinline__ uint2 read_8(const std::byte* slot, int row, int piece) {
+    if (piece >= 2 * kPieces) return {};
+    return *reinterpret_cast<const uint2*>(slot + offset(row, piece / 2) + piece % 2 * 8);
+  }
 };
 
 }  // namespace quest::cuda

@@ -1,11 +1,10 @@
 // The elementwise minimum and maximum of the keys of one page and head, by a block or a warp. A NaN key makes NaN
 // bounds, so that a broken page shows and is not skipped.
 //
-// 8-bit bounds are multiples of the page's scale, its largest magnitude / 127 rounded up. Directed division rounds them
-// outward, so they stay bounds. The CPU computes the same numbers bit for bit.
+// The CPU computes the same numbers bit for bit.
 #pragma once
 
-#include "../core/elements.cuh"
+#include "bounds_codes.cuh"
 
 namespace quest::cuda {
 
@@ -82,29 +81,17 @@ struct PageBounds {
     if (bounds.scales) {
       if (row == 0) shared.lower[vec] = low, shared.upper[vec] = high;
       sync();
-      store_int8(bounds, page, head, shared);
+      largest = 0.f;
+      for (int w = 0; w < kWarps; ++w) largest = nan_max(largest, shared.largest[w]);
+      store_codes<true, kThreads>(
+          bounds, page, head, vecs * kVec, static_cast<int>(thread()), largest,
+          [&](int d) { return to_float(shared.lower[d / kVec].at[d % kVec]); },
+          [&](int d) { return to_float(shared.upper[d / kVec].at[d % kVec]); });
     } else if (row == 0) {
       T* const to = static_cast<T*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h + offset();
       store_vec(to, low, bounds.aligned);
       store_vec(to + bounds.stride_c, high, bounds.aligned);
     }
-  }
-
- private:
-  // By all kThreads, since a directed division takes long.
-  __device__ __forceinline__ void store_int8(const Bounds& bounds, int64_t page, int head, const Shared& shared) const {
-    float largest = 0.f;
-    for (int w = 0; w < kWarps; ++w) largest = nan_max(largest, shared.largest[w]);
-    const float scale = __fdiv_ru(largest, 127.f);
-    const bool finite = scale > 0.f && scale < INFINITY;  // else zeros: scores are 0, or NaN as the scale is
-    int8_t* const to = static_cast<int8_t*>(bounds.data) + page * bounds.stride_n + head * bounds.stride_h;
-    for (int d = static_cast<int>(thread()); d < vecs * kVec; d += kThreads) {
-      const float low = to_float(shared.lower[d / kVec].at[d % kVec]);
-      const float high = to_float(shared.upper[d / kVec].at[d % kVec]);
-      to[d] = finite ? static_cast<int8_t>(floorf(__fdiv_rd(low, scale))) : 0;
-      to[d + bounds.stride_c] = finite ? static_cast<int8_t>(ceilf(__fdiv_ru(high, scale))) : 0;
-    }
-    if (thread() == 0) bounds.scales[page * bounds.scales_stride_n + head * bounds.scales_stride_h] = scale;
   }
 };
 

@@ -2,14 +2,14 @@
 // the same bits.
 #pragma once
 
-#include "int8_rows.cuh"
+#include "code_rows.cuh"
 
 namespace quest::cuda {
 
 // The query heads of a tile: min(q, 0) meets the lower bounds, max(q, 0) the upper.
 template <class T, class Bound, int D>
 struct SignedQuery {
-  RowPieces<D, sizeof(Bound) == 1 ? 16 : 8> negative, positive;
+  RowPieces<D, kHasScales<Bound> ? 16 : 8> negative, positive;
 
   __device__ __forceinline__ void load(const T* row) {
     positive.load(row);
@@ -17,6 +17,9 @@ struct SignedQuery {
   }
   // Of the query that `positive` holds.
   __device__ __forceinline__ void split() {
+    if constexpr (std::is_same_v<Bound, Nibbles>)
+#pragma unroll
+      for (int i = 0; i < decltype(positive)::kCount; ++i) positive.at[i] = order_as_nibbles(positive.at[i]);
     negative = negative_part<T>(positive);
     positive = positive_part<T>(positive);
   }
@@ -24,9 +27,11 @@ struct SignedQuery {
 
 template <class T, class Bound, int D>
 struct PageScoreTile {
-  using Row = std::conditional_t<sizeof(Bound) == 1, Int8Row<D>, RowPieces<D>>;
+  using Row = std::conditional_t<
+      std::is_same_v<Bound, Nibbles>, NibbleRow<D>,
+      std::conditional_t<std::is_same_v<Bound, int8_t>, Int8Row<D>, RowPieces<D>>>;
   Row lower[2], upper[2];  // of pages r and r + 8
-  float scale[2];          // of 8-bit bounds; else 1, or NaN to make the scores NaN
+  float scale[2];          // of 8-bit and 4-bit bounds; else 1, or NaN to make the scores NaN
 
   // page: physical, or -1, which reads as zeros. The caller sets the scale.
   __device__ __forceinline__ void load(int half, const Bounds& bounds, int64_t page, int head) {
@@ -37,7 +42,7 @@ struct PageScoreTile {
 
   // Keeps the compiler from holding unpacked bounds in registers between the query heads of a loop.
   __device__ __forceinline__ void unpack_anew() {
-    if constexpr (sizeof(Bound) == 1)
+    if constexpr (kHasScales<Bound>)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll

@@ -24,7 +24,7 @@ class QuestReader(PageReader):
 
     def __init__(self, kv: LayerKV, policy: Quest) -> None:
         super().__init__(kv, policy)
-        self._bounds = PageBounds(self.view, kv.length.seq_lens, policy.page_size, policy.bounds)
+        self._bounds = PageBounds(self.view, kv.length.seq_lens, policy.page_size, policy.bounds, policy.std_factor)
 
     def attend(self, q: Tensor) -> Tensor:
         self._bounds.append()
@@ -52,8 +52,7 @@ class Quest(PagePolicy):
     Args:
         shared: one list for all heads: of the scores of the groups' mean queries, summed over the KV heads. SGLang's
             QuestAlgorithm does the same.
-        bounds: "cache" (the paper's, in the cache's dtype), "int8", as in :class:`quest_ops.QuestConfig`; or "meanstd":
-            mean and standard deviation in the cache's dtype.
+        bounds, std_factor: as in :class:`quest_ops.QuestConfig`; by default the paper's.
 
     Raises:
         ValueError: a budget, page size or selection that :class:`quest_ops.QuestConfig` refuses.
@@ -61,14 +60,19 @@ class Quest(PagePolicy):
 
     shared: bool = False
     bounds: Bounds = "cache"
+    std_factor: float | None = None
 
     def __post_init__(self) -> None:
         forced = self.sink_pages, self.recent_pages
-        QuestConfig(self.limit, self.page_size, *forced, self.dense_layers, self.group_reduce)
+        selection = *forced, self.dense_layers, self.group_reduce
+        QuestConfig(self.limit, self.page_size, *selection, self.bounds, self.std_factor)
 
     def label(self) -> str:
         who = "one list" if self.shared else {"none": "per head"}.get(self.group_reduce, self.group_reduce)
-        bounds = {"cache": "", "meanstd": ", mean ± std", "int8": ", int8"}[self.bounds]
+        factor = "" if self.std_factor == 1 else f"{self.std_factor} "
+        bounds = "" if self.std_factor is None else f", mean ± {factor}std"
+        bounds += "" if self.bounds == "cache" else f", {self.bounds}"
+        bounds += "" if self.page_size == 16 else f", pages of {self.page_size}"
         dense = "" if self.dense_layers else ", no dense layers"
         return f"Quest, {who}{bounds}{self.forced_label()}{dense}"
 

@@ -55,7 +55,7 @@ _BUILT_IN = {
     "quest-meanstd": _BuiltIn(
         Quest,
         "quest, by mean and standard deviation of a page's keys in place of minimum and maximum",
-        {"bounds": "meanstd"},
+        {"std_factor": 1.0},
     ),
     "quest-int8": _BuiltIn(Quest, "quest, with bounds of 8 bits, as QuestConfig has it by default", {"bounds": "int8"}),
     "quest-nodense": _BuiltIn(Quest, "quest, in the first layers as well", {"dense_layers": 0}),

@@ -41,7 +41,15 @@ class PagedLayer(QuestCacheLayer):
         page_table = torch.arange(pages, dtype=torch.int32, device=device).view(batch, -1)
         pool = (1, pages, heads, config.page_size, head_dim)
         # Zeroed: dense attention gives unwritten tokens a weight of 0, and 0 times NaN is NaN.
-        self.state = KVState.allocate(pool, page_table, self.seq_lens, dtype=dtype, bounds=config.bounds, zeroed=True)
+        self.state = KVState.allocate(
+            pool,
+            page_table,
+            self.seq_lens,
+            dtype=dtype,
+            bounds=config.bounds,
+            std_factor=config.std_factor,
+            zeroed=True,
+        )
         self.keys, self.values = self.state.layer(0)[:2]  # the storage, where transformers expects it
         return [*self.state.pools, page_table]
 
