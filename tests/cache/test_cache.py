@@ -228,7 +228,7 @@ def test_bad_arguments(device: str, call: Callable[[PagedKVCache], None], messag
     [
         ({"page_size": 24}, "page_size must be one of 8, 16, 32, 64, 128, got 24"),
         ({"dtype": torch.float64}, "dtype must be one of .*, got torch.float64"),
-        ({"bounds": "int4"}, "bounds must be one of cache, int8, got int4"),
+        ({"bounds": "int2"}, "bounds must be one of cache, int8, int4, got int2"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"num_pages": 0}, "num_pages must be at least 1, got 0"),

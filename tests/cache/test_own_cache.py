@@ -31,8 +31,8 @@ class Pair:
     def __init__(self, engine: Any, device: str, num_pages: int) -> None:
         self.engine, self.device, self.num_pages, self.random = engine, device, num_pages, torch.Generator()
         sizes = {"max_tokens": engine.max_pages * S, "batch_size": 3, "page_size": S, "dtype": torch.float32}
-        self.cache = PagedKVCache(L, HKV, D, **sizes, device=device)
-        self.config = QuestConfig(num_pages * S, S, dense_layers=0)
+        self.cache = PagedKVCache(L, HKV, D, **sizes, bounds="int8", device=device)
+        self.config = QuestConfig(num_pages * S, S, dense_layers=0, bounds="int8")
         self.k = {name: torch.empty(L, 0, HKV, D, device=device) for name in "abc"}
         self.v = dict(self.k)
 

@@ -21,7 +21,7 @@ from quest_ops import (
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-CONFIG = QuestConfig(24, S, dense_layers=0)
+CONFIG = QuestConfig(24, S, sink_pages=0, dense_layers=0)
 
 
 def own_pages(layer: int, q: Tensor, pages: LayerPages, config: QuestConfig) -> Tensor:

@@ -8,7 +8,6 @@ from helpers.policy_layers import CONTEXT, HKV, HQ, SCALE, B, D, S, make_layer, 
 from quest_eval.decoding.attention_mass import attention_mass
 from quest_eval.policies import NAMES, column_sums, emulation, make
 from quest_ops import reference
-from quest_ops.bounds import update_mean_std_bounds
 
 
 def paged(kv):
@@ -21,11 +20,8 @@ def paged(kv):
 def reference_step(kv, q, name, num_pages):
     k, v, table, lens = paged(kv)
     q, bounds = q.cpu(), torch.zeros(len(k), HKV, 2, D, dtype=torch.float64)
-    if name == "quest-meanstd":
-        bounds = bounds.float()
-        update_mean_std_bounds(k, bounds, table, lens)  # test_policies_bounds.py holds it to float64
-    else:
-        bounds = reference.update_bounds(k.double(), bounds, table, lens)
+    factor = 1.0 if name == "quest-meanstd" else None
+    bounds = reference.update_bounds(k, bounds.to(k.dtype), table, lens, std_factor=factor)
     if name == "quest-shared":
         scores = reference.estimate(q.double().unflatten(1, (HKV, -1)).mean(2), bounds, table, lens, S)
         pages = reference.topk_pages(scores, lens, S, num_pages, 1, "sum").expand(-1, HKV, -1)

@@ -157,13 +157,13 @@ def test_every_field_of_the_configuration_can_be_set():
     ours, theirs = ({field.name: field for field in dataclasses.fields(kind)} for kind in (Quest, QuestConfig))
     del theirs["selector"]  # a function: a selection of one's own is a policy of one's own
     assert set(theirs) <= set(ours)
-    name = "quest,page_size=8,sink_pages=1,recent_pages=2,dense_layers=0,group_reduce=soft,bounds=int8"
+    name = "quest,page_size=8,sink_pages=1,recent_pages=2,dense_layers=0,group_reduce=soft,bounds=int8,std_factor=0.5"
     policy = make(name, 64, page_size=16)
     assert QuestConfig(**{field: getattr(policy, field) for field in theirs}) == QuestConfig(
-        64, 8, 1, 2, 0, "soft", "int8"
+        64, 8, 1, 2, 0, "soft", "int8", 0.5
     )
     assert policy.name == name
-    assert policy.label() == "Quest, soft, int8, sink 1, recent 2, no dense layers"
+    assert policy.label() == "Quest, soft, mean ± 0.5 std, int8, pages of 8, sink 1, recent 2, no dense layers"
 
 
 @pytest.mark.parametrize(

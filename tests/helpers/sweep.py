@@ -11,7 +11,7 @@ from .tiny_models import tiny_model
 
 #: More than the prompt and the answer, and less than the cache, so that layers are sparse and read everything.
 FULL = QuestConfig(budget=112, dense_layers=0)
-SMALL = QuestConfig(budget=32, dense_layers=0)
+SMALL = QuestConfig(budget=32, sink_pages=0, dense_layers=0)
 MAX_TOKENS = 200
 #: Of a difference between logits, as a share of the largest one.
 TOLERANCE = 1e-3

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 FULL = QuestConfig(budget=112, dense_layers=0)
-SPARSE = QuestConfig(budget=32, dense_layers=1)
+SPARSE = QuestConfig(budget=32, sink_pages=0, dense_layers=1)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from quest_ops.bounds import BoundsKind
 from quest_ops.transformers import enable_quest
 
 S, PROMPT, NEW = 16, 50, 12
-CONFIG = QuestConfig(32, S, dense_layers=1)
+CONFIG = QuestConfig(32, S, sink_pages=0, dense_layers=1)
 
 
 @pytest.mark.parametrize("compile_it", [False, True])
@@ -28,7 +28,8 @@ def test_counts(device: str, compile_it: bool, kind: BoundsKind) -> None:
     hf_models.generate(model, hf_models.prompt(PROMPT, device, padding=(0, 10)), cache, new=NEW, **options)
     held = sum(-(-(PROMPT - padding + i) // S) for i in range(1, NEW) for padding in (0, 10))
     heads, head_dim = hf_models.COMMON["num_key_value_heads"], hf_models.COMMON["head_dim"]
-    page, bounds = 2 * S * head_dim * 4, 2 * head_dim * 4 if kind == "cache" else 2 * head_dim + 4
+    page = 2 * S * head_dim * 4
+    bounds = {"cache": 2 * head_dim * 4, "int8": 2 * head_dim + 4, "int4": head_dim + 4}[kind]
     dense, *sparse = cache.report()
     assert (dense.plan.path, dense.prefills, dense.steps) == ("dense", 1, NEW - 1)
     assert dense.pages_read == dense.pages_held == held * heads

@@ -8,7 +8,7 @@ from helpers.hf_models import compiled, generate, make_model, prompt
 from quest_ops import QuestConfig, select_pages
 from quest_ops.transformers import enable_quest
 
-CONFIG = QuestConfig(32, 16, dense_layers=1)
+CONFIG = QuestConfig(32, 16, sink_pages=0, dense_layers=1)
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager"])

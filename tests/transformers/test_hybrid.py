@@ -14,7 +14,7 @@ from quest_ops.transformers import QuestCache, enable_quest
 from transformers import DynamicCache, LlamaConfig, MambaConfig
 
 FULL = QuestConfig(budget=112, dense_layers=0)
-SMALL = QuestConfig(budget=16, dense_layers=0)
+SMALL = QuestConfig(budget=16, sink_pages=0, dense_layers=0)
 # States beside attention in other layers, or in the same: the paths of the layers.
 PATHS = {
     "qwen3_next": ["none", "none", "none", "sparse"],

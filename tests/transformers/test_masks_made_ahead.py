@@ -29,7 +29,7 @@ def test_a_padded_batch_equals_dense(name, device):
 
 @pytest.mark.parametrize("name", ["biogpt", "opt"])  # the others take padding for positions, dense or not
 def test_padding_changes_nothing_under_a_small_budget(name, device):
-    batch, config = prompt(90, device, padding=(0, 31)), QuestConfig(budget=16, dense_layers=0)
+    batch, config = prompt(90, device, padding=(0, 31)), QuestConfig(budget=16, sink_pages=0, dense_layers=0)
     model = tiny_model(name).to(device)
     together, _ = generate(model, batch, enable_quest(model, config, max_tokens=200))
     for row, count in enumerate((0, 31)):

@@ -78,7 +78,7 @@ def test_less_equals_the_reference(name, padding, bounds, device):
 @pytest.mark.parametrize("reduce", ["none", "sum", "soft"])
 def test_the_groups_way_of_selecting_is_the_references(reduce, device):
     model, inputs = make_model("llama", device), prompt(150, device)
-    config = QuestConfig(budget=32, page_size=8, dense_layers=0, group_reduce=reduce)
+    config = QuestConfig(budget=32, page_size=8, sink_pages=0, dense_layers=0, group_reduce=reduce)
     use_reference(model, config)
     expected, logits = generate(model, inputs, DynamicCache(config=model.config), new=4)
     got, sparse_logits = generate(model, inputs, enable_quest(model, config, max_tokens=160), new=4)
@@ -91,7 +91,7 @@ def test_the_groups_way_of_selecting_is_the_references(reduce, device):
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_padding_changes_nothing_under_any_budget(name, device):
-    model, config = make_model(name, device), QuestConfig(budget=16, dense_layers=0)
+    model, config = make_model(name, device), QuestConfig(budget=16, sink_pages=0, dense_layers=0)
     batch = prompt(130, device, padding=(0, 5, 83))
     together, logits = generate(model, batch, enable_quest(model, config, max_tokens=140))
     for row, count in enumerate((0, 5, 83)):
@@ -316,10 +316,10 @@ def test_the_budget_may_change_between_steps(device):
     token = prompt(1, device, seed=8)["input_ids"]
     dense = step(model, token, cache)
     cache.crop(-1)
-    cache.quest_config = QuestConfig(budget=16, dense_layers=0)
+    cache.quest_config = QuestConfig(budget=16, sink_pages=0, dense_layers=0)
     assert not torch.allclose(step(model, token, cache), dense, atol=1e-2)
     cache.crop(-1)
-    cache.quest_config = QuestConfig(budget=16, dense_layers=3)
+    cache.quest_config = QuestConfig(budget=16, sink_pages=0, dense_layers=3)
     assert torch.equal(step(model, token, cache), dense)
 
 

@@ -31,8 +31,9 @@ def bounds_of(cache):
 
 
 @pytest.mark.parametrize("back", [1, 8, 20, 23])
-def test_crop_leaves_the_cache_as_if_nothing_had_come(back, device):
-    model, config = make_model("gemma3", device), replace(SPARSE, bounds="cache")
+@pytest.mark.parametrize("std_factor", [None, 1.0])
+def test_crop_leaves_the_cache_as_if_nothing_had_come(back, std_factor, device):
+    model, config = make_model("gemma3", device), replace(SPARSE, bounds="cache", std_factor=std_factor)
     ids, rest = prompt(100, device)["input_ids"], prompt(24, device, seed=3)["input_ids"]
     cache = enable_quest(model, config, max_tokens=256)
     step(model, ids, cache)
@@ -44,9 +45,9 @@ def test_crop_leaves_the_cache_as_if_nothing_had_come(back, device):
     assert int(cache.get_seq_length()) == kept
     used = reference.num_pages(kept, 16)
     for layer, old, new in zip(cache.layers[1:], before, bounds_of(cache), strict=True):
-        last = layer.keys[used - 1, :, : kept - (used - 1) * 16].cpu()
+        last = reference.bounds_of(layer.keys[used - 1, :, : kept - (used - 1) * 16].cpu(), std_factor)
         assert torch.equal(new[: used - 1], old[: used - 1])
-        assert torch.equal(new[used - 1], torch.stack([last.amin(1), last.amax(1)], 1))
+        assert torch.equal(new[used - 1], last)
     expected = step(model, rest[:, 24 - back : 25 - back], cache)
     replay = enable_quest(model, config, max_tokens=256)
     step(model, ids, replay)
@@ -64,7 +65,7 @@ def test_crop_renews_int8_bounds(device):
     for layer, other in zip(cache.layers, short.layers, strict=True):
         (keys, _, bounds, scales), others = layer.state.layer(0), other.state.layer(0).k_scales
         fresh = torch.zeros_like(bounds), torch.zeros_like(scales)
-        update_bounds(keys, fresh[0], layer.state.page_table, layer.seq_lens, k_scales=fresh[1])
+        update_bounds(keys, fresh[0], layer.state.page_table, layer.seq_lens, None, fresh[1], layer.state.std_factor)
         assert torch.equal(bounds[:6], fresh[0][:6])
         assert torch.equal(scales[:6], fresh[1][:6])
         assert scales[:6].gt(0).all()
@@ -106,8 +107,9 @@ def test_a_cache_costs_its_keys_values_and_bounds(bounds, device):
 
     token = 2 * COMMON["num_key_value_heads"] * COMMON["head_dim"] * 2 * 4  # of both rows, keys and values
     table = 2 * 4  # an int32 for each page of both rows
-    # In float32 a page's two bounds take the bytes of a token's key and value. int8 adds a scale a head.
-    of_a_page = token if bounds == "cache" else token // 4 + 2 * COMMON["num_key_value_heads"] * 4
+    # In float32 a page's two bounds take the bytes of a token's key and value. Fewer bits add a scale a head.
+    scales = 0 if bounds == "cache" else 2 * COMMON["num_key_value_heads"] * 4
+    of_a_page = token // {"cache": 1, "int8": 4, "int4": 8}[bounds] + scales
     sliding, *paged = zip(small.layers, large.layers, strict=True)
     assert bytes_of(sliding[0]) == bytes_of(sliding[1]) <= token * (WINDOW + SLACK + 1) + 64
     for fewer, more in paged:
@@ -284,8 +286,10 @@ def test_another_page_size_for_a_cache_is_an_error():
 
 def test_other_bounds_for_a_cache_are_an_error():
     cache = QuestCache(LlamaConfig(**COMMON), SPARSE, max_tokens=64)
-    with pytest.raises(ValueError, match="bounds of a cache cannot change: it was made with int8, got cache"):
+    with pytest.raises(ValueError, match="bounds of a cache cannot change: it was made with int4, got cache"):
         cache.quest_config = replace(SPARSE, bounds="cache")
+    with pytest.raises(ValueError, match="std_factor of a cache cannot change: it was made with 1.0, got None"):
+        cache.quest_config = replace(SPARSE, std_factor=None)
 
 
 # Gradients

@@ -57,7 +57,12 @@ _BUILT_IN = {
         "quest, by mean and standard deviation of a page's keys in place of minimum and maximum",
         {"std_factor": 1.0},
     ),
-    "quest-int8": _BuiltIn(Quest, "quest, with bounds of 8 bits, as QuestConfig has it by default", {"bounds": "int8"}),
+    "quest-int8": _BuiltIn(Quest, "quest, with bounds of 8 bits", {"bounds": "int8"}),
+    "quest-default": _BuiltIn(
+        Quest,
+        "Quest as QuestConfig has it: mean and standard deviation in 4 bits, the first page forced",
+        {"bounds": "int4", "std_factor": 1.0, "sink_pages": 1},
+    ),
     "quest-nodense": _BuiltIn(Quest, "quest, in the first layers as well", {"dense_layers": 0}),
     "summary": _BuiltIn(
         PageSummaryPolicy, "pages by mean and standard deviation of 8 bits, the first page forced; emulated"

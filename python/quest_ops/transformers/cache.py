@@ -208,7 +208,7 @@ class QuestCache(Cache):  # type: ignore[misc]
 
     @quest_config.setter
     def quest_config(self, config: QuestConfig) -> None:
-        for name in ("page_size", "bounds"):
+        for name in ("page_size", "bounds", "std_factor"):
             made_with, got = getattr(self.quest_config, name), getattr(config, name)
             if got != made_with:
                 raise ValueError(f"{name} of a cache cannot change: it was made with {made_with}, got {got}")

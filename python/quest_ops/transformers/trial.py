@@ -19,7 +19,7 @@ from .generation import CACHE_NAME
 from .layer import QuestCacheLayer
 
 #: A small budget in a cache of two pages, so that layers which can be sparse are sparse.
-TRIAL_CONFIG = QuestConfig(budget=16, page_size=16, dense_layers=0)
+TRIAL_CONFIG = QuestConfig(budget=16, page_size=16, sink_pages=0, dense_layers=0)
 TRIAL_TOKENS = 32
 
 
