@@ -20,17 +20,20 @@ from pathlib import Path
 ONE_STAGE = (
     "quest-int8",
     "quest-int8,sink_pages=1",
-    "summary",
-    "summary,bits=4",
-    "summary,page_size=8",
-    "summary,page_size=8,bits=4",
-    "summary,group_reduce=soft",
+    "quest-default",
+    "quest-default,bounds=int8",
+    "quest-default,sink_pages=0",
+    "quest-default,page_size=8",
+    "quest-default,page_size=8,bounds=int8",
+    "quest-default,page_size=32",
+    "quest-default,group_reduce=soft",
+    "quest-default,group_reduce=none",
     "summary,summary=mean_var",
 )
 TWO_STAGES = (
     "two-stage",
     "two-stage,rerank=lse",
-    "two-stage,keep=0.125",
+    "two-stage,bits=4",
     "two-stage,keep=0.125,rerank=lse",
     "two-stage,code_bits=1",
     "two-stage,page_size=8,bits=4",
@@ -50,23 +53,24 @@ def _budgets(policies: tuple[str, ...], *budgets: int) -> dict[str, tuple[int, .
     return dict.fromkeys(policies, budgets)
 
 
+_ALL = (*ONE_STAGE, *TWO_STAGES, "page-oracle")
 _SMOLLM2 = ("--model", "smollm2", "--dense-layers", "0")
 SUITES = {
     "loss": Suite(
         ("loss", *_SMOLLM2, "--lengths", "7936", "--tries", "10", "--scored", "128"),
-        _budgets((*ONE_STAGE, *TWO_STAGES, "page-oracle"), 256, 512, 1024),
+        _budgets((*_ALL, "quest-default,dense_layers=2"), 256, 512, 1024, 2048),
     ),
     "facts": Suite(
-        ("facts", *_SMOLLM2, "--lengths", "4096", "--tries", "100", "--batch", "50"),
-        _budgets(ONE_STAGE, 128, 256, 512, 1024) | _budgets((*TWO_STAGES, "page-oracle"), 128, 256),
+        ("facts", *_SMOLLM2, "--lengths", "4096", "--tries", "100", "--batch", "25"),
+        _budgets(ONE_STAGE, 128, 256, 512, 1024) | _budgets((*TWO_STAGES, "page-oracle"), 128, 256, 512),
     ),
     "needles": Suite(
         ("needles", "--lengths", "32768", "--tries", "10", "--dense-layers", "2"),
-        _budgets((*ONE_STAGE, *TWO_STAGES, "page-oracle"), 256, 512, 1024),
+        _budgets(_ALL, 256, 512, 1024, 2048),
     ),
     "perplexity": Suite(
         ("perplexity", "--lengths", "32768", "--tries", "16", "--scored", "128", "--dense-layers", "2"),
-        _budgets((*ONE_STAGE, *TWO_STAGES, "page-oracle"), 256, 512, 1024),
+        _budgets(_ALL, 256, 512, 1024, 2048),
     ),
 }
 
