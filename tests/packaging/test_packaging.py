@@ -108,7 +108,7 @@ def test_wheel_name(wheel: Path) -> None:
 
 @needs_builder
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
-    names = set(zipfile.ZipFile(wheel).namelist())
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     package = ROOT / "python" / "quest_ops"
     ours = {f"quest_ops/{f.relative_to(package).as_posix()}" for f in package.rglob("*") if f.is_file()}
     ours = {name for name in ours if "__pycache__" not in name}
@@ -133,6 +133,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     text = zipfile.ZipFile(wheel).read(f"quest_ops-{VERSION}.dist-info/METADATA").decode()
     assert "Requires-Python: >=3.10" in text
     assert re.search(r"^Requires-Dist: torch>=2\.10$", text, re.MULTILINE)
+    assert "Project-URL: Paper, https://arxiv.org/abs/2406.10774" in text
     assert "License-Expression: BSD-3-Clause" in text
     assert set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE)) == {"transformers", "test", "dev"}
 
