@@ -47,8 +47,15 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--batch", type=int, metavar="N", help="contexts at a time (all that fit)")
     run.add_argument("--chat", action="store_true", default=None, help="use the model's chat template")
-    advise = commands.add_parser("advise", help="the attention mass that each budget keeps on your text, by layer")
-    advise.add_argument("--target", type=float, metavar="X", help="mass to keep in every layer (0.99)")
+    advise = commands.add_parser("advise", help="the budget that a model needs on your text, and what each one keeps")
+    advise.add_argument(
+        "--criterion",
+        choices=("mass", "perplexity"),
+        help="attention mass in every layer, or perplexity over dense (mass)",
+    )
+    advise.add_argument(
+        "--target", type=float, metavar="X", help="least mass (0.99), or most perplexity over dense attention's (1.01)"
+    )
     advise.add_argument("--policy", metavar="NAME", help="a name, with fields or not, or MODULE:CLASS (quest-int8)")
     advise.add_argument("--length", type=int, metavar="N", help="tokens of the text (4096)")
     advise.add_argument("--tokens", type=int, metavar="N", help="decoded tokens that are measured (64)")
