@@ -1,5 +1,7 @@
 """`quest-eval run` and `advise`: files, tables, other models, and errors of bad input."""
 
+import dataclasses
+import importlib
 import json
 
 import pytest
@@ -9,7 +11,7 @@ pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from quest_eval import command_line, models, tasks
+from quest_eval import command_line, models, policies, tasks
 from quest_eval.commands import advise as advise_command
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -54,6 +56,24 @@ def test_the_help_names_all_tasks(capsys):
         command_line.main(["run", "--help"])
     words = capsys.readouterr().out.replace(",", " ").split()
     assert set(tasks.NAMES) <= set(words)
+
+
+@pytest.mark.parametrize("command", ["run", "advise", "demo"])
+def test_the_help_names_all_policies_and_every_default(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        command_line.main([command, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for name, description in policies.NAMES.items() if command != "demo" else ():
+        assert f"{name} {' '.join(description.split())}" in words
+    module = importlib.import_module(f"quest_eval.commands.{command}")
+    for field in dataclasses.fields(module.Options):
+        default = field.default
+        if isinstance(default, tuple):
+            default = " ".join(map(str, default))
+        if default in (None, "", False, dataclasses.MISSING) or field.name in ("model", "genres"):
+            continue
+        assert f"({default})" in words, field.name
 
 
 def test_an_evaluation_writes_tables_and_pictures(tmp_path, capsys):

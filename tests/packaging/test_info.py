@@ -101,6 +101,11 @@ def test_the_transformers_module_names_what_to_install():
     assert f"run `pip install '{info.TRANSFORMERS}'`." in run.stderr
 
 
+def test_the_version_is_printed():
+    run = subprocess.run([sys.executable, "-m", "quest_ops", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"quest_ops {__version__}\n"
+
+
 def test_no_command_prints_the_help(capsys):
     assert __main__.main([]) == 0
     out = capsys.readouterr().out
