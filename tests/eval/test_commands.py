@@ -11,32 +11,10 @@ pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+from helpers.checkpoint import SIZES, save
 from quest_eval import command_line, models, policies, tasks
 from quest_eval.commands import advise as advise_command
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
-
-SIZES = {
-    "vocab_size": 257,
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "max_position_embeddings": 2048,
-}
-
-
-def save(model, folder):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(BPE({token: i for i, token in enumerate([*alphabet, "<end>"])}, []))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
-    model.save_pretrained(folder)
-    return str(folder)
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 
 @pytest.fixture(scope="module")
