@@ -117,6 +117,7 @@ def run_commands(page: Path, folder: Path, replaced: dict[str, str], files: dict
     dropped = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VIRTUAL_ENV", "QUEST_CUDA", "CUDAARCHS", "PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment["PATH"] = f"{programs}:{environment['PATH']}"
+    environment["OMP_NUM_THREADS"] = "1"  # the models are small: threads would wait for each other
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)], cwd=folder, env=environment, text=True, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -67,6 +67,7 @@ def test_installed_library(stem: str) -> None:
 
 def test_one_version() -> None:
     assert VERSION == quest_ops.__version__ == metadata.version("quest_ops")
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_resources() -> None:
