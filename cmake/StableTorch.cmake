@@ -1,4 +1,5 @@
-# Targets torch::cpu and torch::all: headers and libraries of the torch that the building Python sees.
+# Targets torch::cpu and torch::all: headers and libraries of the torch that the building Python sees. Sets
+# QUEST_TORCH_HEADERS, its version, and QUEST_TORCH_HAS_CUDA.
 #
 # find_package(Torch) would run a CUDA discovery of its own on a CUDA torch and ignore CMAKE_CUDA_ARCHITECTURES. Nothing
 # is cached, as an isolated build has its torch in another folder each time.
@@ -38,6 +39,12 @@ endif()
 if(QUEST_TORCH_HEADERS VERSION_LESS QUEST_TORCH_TARGET)
   message(FATAL_ERROR "quest_ops needs torch ${QUEST_TORCH_TARGET} or newer to build, found ${QUEST_TORCH_HEADERS} in "
                       "${torch_folder}: run `pip install 'torch>=${QUEST_TORCH_TARGET}'`.")
+endif()
+
+# Whether this torch is built for CUDA.
+set(QUEST_TORCH_HAS_CUDA OFF)
+if(EXISTS "${torch_folder}/lib/libtorch_cuda.so")
+  set(QUEST_TORCH_HAS_CUDA ON)
 endif()
 
 function(quest_torch_target target library)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import tasks
+from . import policies, tasks
 from .errors import InputError
 from .library import PAGE_SIZES
 from .tasks import genres
@@ -16,9 +17,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+#: The policies of ``quest-eval run`` where none are named.
+DEFAULT_POLICIES = ("dense", "quest", "quest-head", "h2o", "tova", "streaming", "page-oracle")
+
+
 def parser() -> argparse.ArgumentParser:
     # Defaults are those of the commands' Options: arguments that are not given stay None, and are left out.
     result = argparse.ArgumentParser(prog="quest-eval", description="Accuracy of Quest and other sparse attention.")
+    result.add_argument("--version", action="version", version=f"quest_eval {metadata.version('quest_eval')}")
     commands = result.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
         "demo",
@@ -28,11 +34,16 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--tokens", type=int, metavar="N", help="length of the text in bytes (16384; 32768 on a GPU)")
     demo.add_argument("--facts", type=int, metavar="N", help="number of facts to hide (8)")
-    run = commands.add_parser("run", help="the accuracy that policies keep of a model's, by task, length and budget")
-    run.add_argument("tasks", nargs="+", choices=tasks.NAMES, metavar="TASK", help=", ".join(tasks.NAMES))
-    run.add_argument(
-        "--policies", nargs="+", metavar="NAME", help="dense, quest, quest,sink_pages=1, h2o, ... (docs/evaluation.md)"
+    known = "\n".join(f"  {name:13} {description}" for name, description in policies.NAMES.items())
+    about_policies: dict[str, Any] = {
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "epilog": f"policies, each with fields behind it or not (quest,sink_pages=1):\n{known}",
+    }
+    run = commands.add_parser(
+        "run", help="the accuracy that policies keep of a model's, by task, length and budget", **about_policies
     )
+    run.add_argument("tasks", nargs="+", choices=tasks.NAMES, metavar="TASK", help=", ".join(tasks.NAMES))
+    run.add_argument("--policies", nargs="+", metavar="NAME", help=f"see below ({' '.join(DEFAULT_POLICIES)})")
     run.add_argument(
         "--policy", action="append", metavar="MODULE:CLASS", help="a policy of your own beside them; may be repeated"
     )
@@ -47,8 +58,17 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--batch", type=int, metavar="N", help="contexts at a time (all that fit)")
     run.add_argument("--chat", action="store_true", default=None, help="use the model's chat template")
-    advise = commands.add_parser("advise", help="the attention mass that each budget keeps on your text, by layer")
-    advise.add_argument("--target", type=float, metavar="X", help="mass to keep in every layer (0.99)")
+    advise = commands.add_parser(
+        "advise", help="the budget that a model needs on your text, and what each one keeps", **about_policies
+    )
+    advise.add_argument(
+        "--criterion",
+        choices=("mass", "perplexity"),
+        help="attention mass in every layer, or perplexity over dense (mass)",
+    )
+    advise.add_argument(
+        "--target", type=float, metavar="X", help="least mass (0.99), or most perplexity over dense attention's (1.01)"
+    )
     advise.add_argument("--policy", metavar="NAME", help="a name, with fields or not, or MODULE:CLASS (quest-int8)")
     advise.add_argument("--length", type=int, metavar="N", help="tokens of the text (4096)")
     advise.add_argument("--tokens", type=int, metavar="N", help="decoded tokens that are measured (64)")
@@ -59,7 +79,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--prefills", type=float, metavar="GIB", help="kept on disk for later runs (8; cuda: 0)")
         command.add_argument("--dense-layers", type=int, metavar="N", help="first layers that read everything (2)")
     three = "64 256 1024"
-    for command, name, budgets in ((demo, "demo", three), (run, "run", three), (advise, "advise", "64 128 ... 2048")):
+    for command, name, budgets in (
+        (demo, "demo", three),
+        (run, "run", three),
+        (advise, "advise", "64 128 256 512 1024 2048"),
+    ):
         command.add_argument(
             "--budgets", type=int, nargs="+", metavar="N", help=f"tokens a head attends to ({budgets})"
         )

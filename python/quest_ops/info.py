@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from importlib import metadata
 from typing import Any
 
@@ -18,7 +19,7 @@ def report() -> list[tuple[str, str]]:
         ("quest_ops", f"{cpu['version']}, operators in torch.ops.{_library.NAMESPACE}"),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads"),
-        ("transformers", _version("transformers", "transformers")),
+        ("transformers", _transformers()),
         ("CPU library", f"loaded, instruction set {cpu['cpu_isa']}, compiled by {cpu['compiler']}, {_build(cpu)}"),
         ("CUDA library", _cuda(cuda) if cuda else f"not loaded: {_library.cuda_missing}"),
         ("GPU", _gpus()),
@@ -26,11 +27,24 @@ def report() -> list[tuple[str, str]]:
     ]
 
 
-def _version(package: str, extra: str) -> str:
+#: The versions of transformers that the tests ran with, as an argument of pip: those of the extra "transformers".
+TRANSFORMERS = "transformers>=5.17,<5.25"
+
+
+def _transformers() -> str:
     try:
-        return metadata.version(package)
+        found = metadata.version("transformers")
     except metadata.PackageNotFoundError:
-        return f"not installed: run `pip install 'quest_ops[{extra}]'`"
+        return f"not installed: run `pip install '{TRANSFORMERS}'`"
+    first, last = re.findall(r"[0-9.]+", TRANSFORMERS)
+    if _numbers(first) <= _numbers(found) < _numbers(last):
+        return found
+    return f"{found}, which was not tested: run `pip install '{TRANSFORMERS}'`"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading two numbers of a version."""
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def _build(info: dict[str, Any]) -> str:
@@ -56,9 +70,7 @@ def _match(cpu: dict[str, Any], cuda: dict[str, Any] | None) -> str:
         version = cpu["version"]
     if version != cpu["version"]:
         return f"no: the Python files are {version}, the CPU library is {cpu['version']}: reinstall quest_ops"
-    target = tuple(map(int, cpu["torch_target"].split(".")[:2]))
-    running = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
-    if running < target:
+    if _numbers(torch.__version__) < _numbers(cpu["torch_target"]):
         return f"no: the CPU library needs torch {cpu['torch_target']}, this is {torch.__version__}: rebuild quest_ops"
     if cuda and torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

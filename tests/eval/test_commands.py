@@ -1,5 +1,7 @@
 """`quest-eval run` and `advise`: files, tables, other models, and errors of bad input."""
 
+import dataclasses
+import importlib
 import json
 
 import pytest
@@ -9,31 +11,10 @@ pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from quest_eval import command_line, models, tasks
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
-
-SIZES = {
-    "vocab_size": 257,
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "max_position_embeddings": 2048,
-}
-
-
-def save(model, folder):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(BPE({token: i for i, token in enumerate([*alphabet, "<end>"])}, []))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
-    model.save_pretrained(folder)
-    return str(folder)
+from helpers.checkpoint import SIZES, save
+from quest_eval import command_line, models, policies, tasks
+from quest_eval.commands import advise as advise_command
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +34,24 @@ def test_the_help_names_all_tasks(capsys):
         command_line.main(["run", "--help"])
     words = capsys.readouterr().out.replace(",", " ").split()
     assert set(tasks.NAMES) <= set(words)
+
+
+@pytest.mark.parametrize("command", ["run", "advise", "demo"])
+def test_the_help_names_all_policies_and_every_default(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        command_line.main([command, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for name, description in policies.NAMES.items() if command != "demo" else ():
+        assert f"{name} {' '.join(description.split())}" in words
+    module = importlib.import_module(f"quest_eval.commands.{command}")
+    for field in dataclasses.fields(module.Options):
+        default = field.default
+        if isinstance(default, tuple):
+            default = " ".join(map(str, default))
+        if default in (None, "", False, dataclasses.MISSING) or field.name in ("model", "genres"):
+            continue
+        assert f"({default})" in words, field.name
 
 
 def test_an_evaluation_writes_tables_and_pictures(tmp_path, capsys):
@@ -83,25 +82,70 @@ def test_a_chat_template_goes_around_the_prompt(llama):
     assert (tokenizer.decode(before), tokenizer.decode(behind)) == ("<user>", "</user><model>")
 
 
+def advise(arguments, folder, capsys):
+    """The content of advice.json, and the printed words on one line."""
+    assert command_line.main(["advise", *arguments.split(), "--out", str(folder)]) == 0
+    return json.loads((folder / "advice.json").read_text()), " ".join(capsys.readouterr().out.split())
+
+
 def test_advice_is_a_budget_that_keeps_the_target(tmp_path, capsys):
-    arguments = "advise --length 600 --tokens 4 --budgets 64 128 608 --target 0.999 --out"
-    assert command_line.main([*arguments.split(), str(tmp_path)]) == 0
-    advice = json.loads((tmp_path / "advice.json").read_text())
-    assert advice["recommended_budget"] == 608
+    advice, words = advise("--length 600 --tokens 4 --budgets 64 128 592 608 --target 0.98", tmp_path, capsys)
     masses = [row["weakest_layer"] for row in advice["budgets"]]
     assert masses == sorted(masses)
-    assert masses[0] < 0.999
-    assert masses[2] == pytest.approx(1, abs=1e-5)
-    assert advice["budgets"][2]["perplexity"] == pytest.approx(advice["dense_perplexity"], rel=1e-4)
+    assert masses[1] < 0.98 <= masses[2]
+    assert advice["recommended_budget"] == 592
+    assert not advice["recommends_dense"]
+    assert "Recommended budget: 592 of 600 tokens, the smallest of these that keeps 98.0% of the attention's" in words
+    assert masses[3] == pytest.approx(1, abs=1e-5)
+    assert advice["budgets"][3]["perplexity"] == pytest.approx(advice["dense_perplexity"], rel=1e-4)
+    assert advice["budgets"][3]["perplexity_over_dense_error"] == pytest.approx(0, abs=1e-4)
     assert (tmp_path / "advice.png").read_bytes().startswith(b"\x89PNG")
-    assert "Recommended budget: 608 tokens" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_budget_of_the_whole_text_is_called_dense(tmp_path, capsys):
+    advice, words = advise("--length 600 --tokens 4 --budgets 64 128 608 --target 0.999", tmp_path, capsys)
+    assert advice["recommended_budget"] == 608
+    assert advice["recommends_dense"]
+    assert "Recommended: dense attention. Only a budget that holds all 600 tokens keeps 99.9%" in words
+    best = advice["budgets"][1]
+    assert f"The largest below that, 128 tokens, keeps {best['weakest_layer']:.1%} in its weakest layer" in words
+
+
+def test_perplexity_decides_where_it_is_asked_to(tmp_path, capsys):
+    arguments = "--length 600 --tokens 8 --budgets 64 128 608 --criterion perplexity --target"
+    advice, words = advise(f"{arguments} 100", tmp_path, capsys)
+    assert advice["criterion"] == "perplexity"
+    assert advice["recommended_budget"] == 64
+    assert "the smallest of these that has at most 100 times dense attention's perplexity" in words
+    ratios = [row["perplexity_over_dense"] for row in advice["budgets"]]
+    target = (max(ratios[:2]) + 1) / 2
+    advice, _ = advise(f"{arguments} {target}", tmp_path, capsys)
+    assert advice["recommended_budget"] == (128 if ratios[1] <= target else 608)
 
 
 def test_no_budget_is_enough(tmp_path, capsys):
-    arguments = "advise --length 600 --tokens 2 --budgets 32 --target 1 --out"
-    assert command_line.main([*arguments.split(), str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "advice.json").read_text())["recommended_budget"] is None
-    assert "No budget keeps 100.0%" in capsys.readouterr().out
+    advice, words = advise("--length 600 --tokens 2 --budgets 32 --target 1", tmp_path, capsys)
+    assert advice["recommended_budget"] is None
+    (row,) = advice["budgets"]
+    assert "No budget of these keeps 100.0% of the attention's weights" in words
+    assert f"The largest, 32 tokens, keeps {row['weakest_layer']:.1%} in its weakest layer" in words
+    assert f"perplexity is {abs(row['perplexity_over_dense'] - 1):.1%}" in words
+
+
+def test_the_answer_by_the_other_criterion_is_told():
+    row = {
+        "budget": 64,
+        "mass_by_layer": [1, 0.8],
+        "perplexity_over_dense": 0.996,
+        "perplexity_over_dense_error": 0.004,
+    }
+    advice = {"budgets": [row], "length": 600, "criterion": "mass", "target": 0.99, "dense_layers": 1}
+    words = advise_command._advice(advice, {"mass": None, "perplexity": 64})
+    assert "By --criterion perplexity the answer is 64 tokens, which keeps 80.0% in its weakest layer (1)" in words
+    assert "its perplexity is 0.4% below dense attention's (standard error 0.4%)" in words
+    assert "decode more" not in words
+    row["perplexity_over_dense_error"] = 0.02
+    assert "decode more --tokens for a sure answer" in advise_command._advice(advice, {"mass": None, "perplexity": 64})
 
 
 @pytest.mark.parametrize(
@@ -118,7 +162,8 @@ def test_no_budget_is_enough(tmp_path, capsys):
         ("run needles --lengths 500", "--lengths must be at least 1024 for 8 facts, got 500"),
         ("run passkey --out file", "--out file cannot be written"),
         ("run passkey --model /none", "--model /none cannot be had ("),
-        ("advise --target 2", "--target must be above 0 and at most 1, got 2.0"),
+        ("advise --target 2", "--target must be above 0 and at most 1 for mass, got 2.0"),
+        ("advise --criterion perplexity --target 0.9", "--target must be at least 1 for perplexity, got 0.9"),
         ("advise --policy dense", "--policy dense has no budget to advise on"),
     ],
 )

@@ -219,6 +219,7 @@ def test_all_policies_are_there(short_run):
         assert policy["ms_per_token"] > 0
     for policy in results["policies"][1:]:
         assert policy["kv_bytes_per_token"] < everything
+    assert "Dense attention itself" not in text
     for word in ("Quest", "window", "exact match", "ms a token", "sparse layers", results["facts"][0]["name"]):
         assert word in text
 
@@ -237,6 +238,17 @@ def test_picture_and_numbers_are_written(short_run):
     assert len({tuple(pixel) for pixel in (pixels[:: len(pixels) // 20000] * 255).astype(int).tolist()}) > 5
     assert "pages.png" in text
     assert "results.json" in text
+
+
+def test_a_text_that_the_model_does_not_know_is_said_to_be_one(tmp_path):
+    text = tmp_path / "zeros"
+    text.write_bytes(b"0" * 1200)
+    console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
+    results = demo.run(demo.Options(text=text, facts=1, budgets=(64,), out=tmp_path), console)
+    words = console.export_text()
+    assert ", 1 fact hidden in them" in words
+    assert results["policies"][0]["right"] == [False]
+    assert "Dense attention itself finds 0 of 1: the bundled model does not know such a text." in words
 
 
 def test_a_text_of_ones_own(tmp_path):

@@ -1,6 +1,7 @@
 """The scripts of bench/ that need no GPU: tables from the JSON, and the comparison of two builds."""
 
 import importlib.resources
+import importlib.util
 import json
 import os
 import shutil
@@ -28,6 +29,14 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def compare_speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load("compare_speed", monkeypatch)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="there is triton")
+def test_kernels_without_triton_end_in_a_sentence() -> None:
+    done = subprocess.run([sys.executable, BENCH / "kernels.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("the scripts of bench/ time kernels on a GPU with triton")
+    assert done.stderr.count("\n") == 1
 
 
 def test_committed_tables() -> None:

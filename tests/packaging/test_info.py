@@ -1,7 +1,9 @@
 """`python -m quest_ops`: the report on the installation, and errors that name the remedy."""
 
+import re
 import subprocess
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -61,8 +63,34 @@ def test_which_gpus_architectures_serve(architectures, capability, expected):
     assert info._serves(architectures.split(), *capability) is expected
 
 
-def test_info_names_what_to_install():
-    assert info._version("no such package", "extra") == "not installed: run `pip install 'quest_ops[extra]'`"
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [
+        (None, "not installed: run `pip install 'transformers>=5.17,<5.25'`"),
+        ("5.17.0", "5.17.0"),
+        ("5.24.3", "5.24.3"),
+        ("5.16.2", "5.16.2, which was not tested: run `pip install 'transformers>=5.17,<5.25'`"),
+        ("5.25.0.dev0", "5.25.0.dev0, which was not tested: run `pip install 'transformers>=5.17,<5.25'`"),
+    ],
+)
+def test_info_judges_transformers(installed, expected, monkeypatch):
+    version = metadata.version
+
+    def given(package):
+        if package != "transformers":
+            return version(package)
+        if installed is None:
+            raise metadata.PackageNotFoundError(package)
+        return installed
+
+    monkeypatch.setattr(metadata, "version", given)
+    assert dict(info.report())["transformers"] == expected
+
+
+def test_the_extra_names_the_tested_transformers():
+    (required,) = [line for line in metadata.requires("quest_ops") if line.startswith("transformers")]
+    name, *bounds = re.split(r"(?=[<>])|,", required.partition(";")[0].strip())
+    assert [name, *sorted(filter(None, bounds), reverse=True)] == ["transformers", *info.TRANSFORMERS[12:].split(",")]
 
 
 def test_the_transformers_module_names_what_to_install():
@@ -70,7 +98,12 @@ def test_the_transformers_module_names_what_to_install():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "ImportError: quest_ops.transformers needs transformers 5.17 or newer" in run.stderr
-    assert "pip install 'quest_ops[transformers]'" in run.stderr
+    assert f"run `pip install '{info.TRANSFORMERS}'`." in run.stderr
+
+
+def test_the_version_is_printed():
+    run = subprocess.run([sys.executable, "-m", "quest_ops", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"quest_ops {__version__}\n"
 
 
 def test_no_command_prints_the_help(capsys):

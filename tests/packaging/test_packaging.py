@@ -67,6 +67,7 @@ def test_installed_library(stem: str) -> None:
 
 def test_one_version() -> None:
     assert VERSION == quest_ops.__version__ == metadata.version("quest_ops")
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_resources() -> None:
@@ -108,7 +109,7 @@ def test_wheel_name(wheel: Path) -> None:
 
 @needs_builder
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
-    names = set(zipfile.ZipFile(wheel).namelist())
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     package = ROOT / "python" / "quest_ops"
     ours = {f"quest_ops/{f.relative_to(package).as_posix()}" for f in package.rglob("*") if f.is_file()}
     ours = {name for name in ours if "__pycache__" not in name}
@@ -133,6 +134,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     text = zipfile.ZipFile(wheel).read(f"quest_ops-{VERSION}.dist-info/METADATA").decode()
     assert "Requires-Python: >=3.10" in text
     assert re.search(r"^Requires-Dist: torch>=2\.10$", text, re.MULTILINE)
+    assert "Project-URL: Paper, https://arxiv.org/abs/2406.10774" in text
     assert "License-Expression: BSD-3-Clause" in text
     assert set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE)) == {"transformers", "test", "dev"}
 
@@ -161,22 +163,66 @@ print(quest_ops.__file__, quest_ops.estimate(q, bounds, one[None] - 1, one, 16).
     assert done.stdout.split(maxsplit=1) == [str(unpacked / "quest_ops" / "__init__.py"), "[[[64.0], [64.0]]]\n"]
 
 
+def run_cmake(tmp_path: Path, *options: str, **environment: str) -> tuple[int, str]:
+    """CMake's exit status as it configures, and its words on one line."""
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}", *options]
+    inherited = {name: value for name, value in os.environ.items() if name not in ("QUEST_CUDA", "CUDAARCHS")}
+    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=False)
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
 def configure(tmp_path: Path, *options: str, **environment: str) -> str:
     """What CMake says as it refuses to configure."""
-    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}", *options]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert done.returncode != 0, done.stdout
-    return " ".join(done.stderr.split())
+    status, words = run_cmake(tmp_path, *options, **environment)
+    assert status != 0, words
+    return words
 
 
-def fake_torch(tmp_path: Path, version: str) -> str:
+def fake_torch(tmp_path: Path, version: str, *libraries: str) -> str:
+    """A folder for PYTHONPATH with a torch of that version, of the files that CMake looks at."""
     header = tmp_path / "torch" / "include" / "torch" / "headeronly" / "version.h"
-    header.parent.mkdir(parents=True)
+    header.parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "torch" / "__init__.py").touch()
     names = ("MAJOR", "MINOR", "PATCH")
     lines = (f"#define TORCH_VERSION_{name} {part}" for name, part in zip(names, version.split("."), strict=True))
     header.write_text("\n".join(lines))
+    (tmp_path / "torch" / "lib").mkdir(exist_ok=True)
+    for library in libraries:
+        (tmp_path / "torch" / "lib" / f"lib{library}.so").touch()
     return str(tmp_path)
+
+
+CPU_TORCH = ("torch_cpu", "torch")
+CUDA_TORCH = (*CPU_TORCH, "torch_cuda")
+
+
+@pytest.fixture
+def broken_nvcc(tmp_path: Path) -> str:
+    """An nvcc that notes each of its calls in a file beside it, and fails."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho called >> {tmp_path}/calls\nexit 1\n")
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+@needs_builder
+@pytest.mark.parametrize("choice", [None, "AUTO"])
+def test_a_cpu_torch_leaves_cuda_out(choice: str | None, broken_nvcc: str, tmp_path: Path) -> None:
+    torch = fake_torch(tmp_path, "2.13.0", *CPU_TORCH)
+    environment = {} if choice is None else {"QUEST_CUDA": choice}
+    status, words = run_cmake(tmp_path, PYTHONPATH=torch, CUDACXX=broken_nvcc, **environment)
+    assert status == 0, words
+    assert "torch 2.13.0 is not built for CUDA: the CUDA library is left out" in words
+    assert not (tmp_path / "calls").exists()
+
+
+@needs_builder
+def test_an_nvcc_that_does_not_work_leaves_cuda_out(broken_nvcc: str, tmp_path: Path) -> None:
+    torch = fake_torch(tmp_path, "2.13.0", *CUDA_TORCH)
+    status, words = run_cmake(tmp_path, PYTHONPATH=torch, CUDACXX=broken_nvcc)
+    assert status == 0, words
+    assert "no nvcc that works: the CUDA library is left out" in words
+    assert (tmp_path / "calls").exists()
 
 
 @needs_builder
@@ -187,8 +233,31 @@ def test_cuda_wanted_without_nvcc(tmp_path: Path) -> None:
 
 
 @needs_builder
+def test_the_environment_decides_about_cuda(broken_nvcc: str, tmp_path: Path) -> None:
+    shared = {"PYTHONPATH": fake_torch(tmp_path, "2.13.0", *CUDA_TORCH), "CUDACXX": broken_nvcc}
+    status, words = run_cmake(tmp_path, QUEST_CUDA="OFF", **shared)
+    assert status == 0, words
+    assert "QUEST_CUDA=OFF: the CUDA library is left out" in words
+    # In the same build folder: a later environment counts, and an argument counts more.
+    assert "QUEST_CUDA=ON needs nvcc" in configure(tmp_path, QUEST_CUDA="ON", **shared)
+    status, words = run_cmake(tmp_path, "-DQUEST_CUDA=OFF", QUEST_CUDA="ON", **shared)
+    assert status == 0, words
+
+
+@needs_builder
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_without_cutlass(tmp_path: Path) -> None:
+    venv.create(tmp_path / "empty", symlinks=True)
+    python = f"-DPython_EXECUTABLE={tmp_path / 'empty' / 'bin' / 'python'}"
+    torch = fake_torch(tmp_path, "2.13.0", *CUDA_TORCH)
+    message = configure(tmp_path, python, PYTHONPATH=torch, CUDAARCHS="90a")
+    assert "run `pip install nvidia-cutlass`, or build without it by QUEST_CUDA=OFF" in message
+
+
+@needs_builder
 def test_unknown_cuda_choice(tmp_path: Path) -> None:
     assert "QUEST_CUDA must be AUTO, ON or OFF, got perhaps" in configure(tmp_path, "-DQUEST_CUDA=perhaps")
+    assert "QUEST_CUDA must be AUTO, ON or OFF, got maybe" in configure(tmp_path / "other", QUEST_CUDA="maybe")
 
 
 @needs_builder

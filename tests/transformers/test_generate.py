@@ -46,6 +46,19 @@ def held_bytes():
     return sum(o.untyped_storage().nbytes() for o in gc.get_objects() if type(o) is torch.Tensor)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_both_names_of_the_cache_serve_without_a_deprecation(name, device, recwarn):
+    """Whatever transformers is installed: it calls the argument past_key_values before 5.24, and drops that in 6.0."""
+    model, inputs = make_model("qwen3", device), prompt(90, device, padding=(0, 5))
+    expected = tokens(model, inputs)
+    cache = enable_quest(model, FULL, max_tokens=128)
+    assert torch.equal(tokens(model, inputs, **{name: cache}), expected)
+    assert cache.get_seq_length() == 97
+    assert not [str(w.message) for w in recwarn if "deprecated" in str(w.message)]
+    with pytest.raises(ValueError, match="which a prompt of 90 does not continue"):
+        tokens(model, inputs, **{name: cache})
+
+
 # Without a cache in the call
 
 

@@ -9,9 +9,10 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from helpers.hf_models import MODELS, generate, make_model, prompt, step, use_reference
+from helpers.hf_models import MODELS, generate, make_model, passing, prompt, step, use_reference
 from quest_ops import QuestConfig
 from quest_ops.transformers import QuestCache, _say, enable_quest
+from quest_ops.transformers.generation import CACHE_NAME
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -141,7 +142,7 @@ def test_sampling_draws_what_dense_sampling_draws(device):
     expected = model.generate(**inputs, max_new_tokens=8, **options)
     torch.manual_seed(3)
     cache = enable_quest(model, FULL, max_tokens=64)
-    assert torch.equal(model.generate(**inputs, past_key_values=cache, max_new_tokens=8, **options), expected)
+    assert torch.equal(model.generate(**inputs, **passing(cache), max_new_tokens=8, **options), expected)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
@@ -150,7 +151,7 @@ def test_beam_search_equals_dense_beam_search(name, device):
     options = {"num_beams": 3, "max_new_tokens": 10, "do_sample": False}
     expected = model.generate(**inputs, **options)
     cache = enable_quest(model, FULL, max_tokens=64)
-    assert torch.equal(model.generate(**inputs, past_key_values=cache, **options), expected)
+    assert torch.equal(model.generate(**inputs, **passing(cache), **options), expected)
 
 
 @pytest.mark.parametrize("bounds", ["cache", "int8", "int4"])
@@ -175,7 +176,7 @@ def test_assisted_decoding_equals_dense_greedy(name, drafted, device):
     expected = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     cache = enable_quest(model, FULL, max_tokens=128)
     assistant.generation_config.num_assistant_tokens = drafted
-    got = model.generate(**inputs, past_key_values=cache, assistant_model=assistant, max_new_tokens=16, do_sample=False)
+    got = model.generate(**inputs, **passing(cache), assistant_model=assistant, max_new_tokens=16, do_sample=False)
     assert torch.equal(got, expected)
 
 
@@ -281,7 +282,7 @@ def test_another_cache_runs_densely_and_says_so_once(kind, device, said):
         cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=100)
         got, _ = generate(model, inputs, cache)
         assert torch.equal(got, expected)
-    assert sum("past_key_values=quest_ops.transformers.QuestCache" in message for message in said()) == 1
+    assert sum(f"{CACHE_NAME}=quest_ops.transformers.QuestCache" in message for message in said()) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt-oss"])

@@ -13,7 +13,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from helpers.hf_models import COMMON, WINDOW, generate, make_model, prompt, step
+from helpers.hf_models import COMMON, WINDOW, generate, make_model, passing, prompt, step
 from quest_ops import QuestConfig, reference, update_bounds
 from quest_ops.transformers import QuestCache, enable_quest
 from quest_ops.transformers.sliding import SLACK
@@ -171,9 +171,9 @@ def test_a_padded_prefill_makes_nothing_of_the_size_of_the_prompt_squared(name, 
     model, inputs = make_model(name, device, num_hidden_layers=3), prompt(tokens, device, padding=(0, 100))
     cache = enable_quest(model, SPARSE, max_tokens=tokens)
     with Largest() as seen, torch.no_grad():
-        model.model(**inputs, past_key_values=cache)
+        model.model(**inputs, **passing(cache))
     with Largest() as usual, torch.no_grad():
-        make_model(name, device).model(**inputs, past_key_values=DynamicCache(config=model.config))
+        make_model(name, device).model(**inputs, **passing(DynamicCache(config=model.config)))
     assert seen.elements < 2 * tokens * tokens / 2
     assert usual.elements >= 2 * tokens * tokens, "the measure must see a mask, or the test shows nothing"
 
@@ -302,7 +302,7 @@ def test_a_step_over_the_cache_has_no_backward(name, tokens, device):
     model = make_model(name, device)
     cache = enable_quest(model, SPARSE, max_tokens=200)
     step(model, prompt(100, device)["input_ids"], cache)
-    logits = model(prompt(tokens, device, seed=2)["input_ids"], past_key_values=cache).logits
+    logits = model(prompt(tokens, device, seed=2)["input_ids"], **passing(cache)).logits
     with pytest.raises(RuntimeError, match="attention 'quest' over a QuestCache has no backward"):
         logits.sum().backward()
 
@@ -317,7 +317,7 @@ def test_a_first_prefill_has_the_gradients_of_dense_attention(name, device):
 
     expected = gradient(use_cache=False)
     cache = enable_quest(model, SPARSE, max_tokens=200)
-    got = gradient(past_key_values=cache)
+    got = gradient(**passing(cache))
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
     assert not any(tensor.requires_grad for layer in cache.layers for tensor in tensors_of(layer))
 

@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from helpers.hf_models import COMMON, compiled, generate, make_model, prompt, step
+from helpers.hf_models import COMMON, compiled, generate, make_model, passing, prompt, step
 from quest_ops import QuestConfig
 from quest_ops.transformers import QuestCache, enable_quest
 from torch._dynamo.utils import counters
@@ -171,7 +171,7 @@ def test_more_rows_than_the_cache_has_are_named(padding, device):
 def test_attention_weights_are_refused(device):
     model, ids = make_model("qwen3", device), prompt(30, device)["input_ids"]
     cache = enable_quest(model, FULL, max_tokens=64)
-    for options in ({}, {"past_key_values": cache}):
+    for options in ({}, passing(cache)):
         with pytest.raises(ValueError, match="got output_attentions=True"):
             model(ids, output_attentions=True, **options)
     with pytest.raises(ValueError, match="got output_attentions=True"):

@@ -1,4 +1,4 @@
-"""``quest-eval advise``: the attention mass that each budget keeps on a text, and a recommended budget."""
+"""``quest-eval advise``: the attention mass and perplexity that each budget keeps on a text, and a recommendation."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+#: Targets where none is given: the least share of the attention mass, and the most perplexity over dense attention's.
+TARGETS = {"mass": 0.99, "perplexity": 1.01}
+
+
 @dataclass(frozen=True)
 class Options:
     model: str = models.BUNDLED
     text: Path | None = None
-    target: float = 0.99
+    #: Decides on a budget: one of TARGETS.
+    criterion: str = "mass"
+    target: float | None = None
     budgets: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     policy: str = "quest-int8"
     length: int = 4096
@@ -47,8 +53,11 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     Raises:
         InputError: before any long work, for an argument that cannot be used.
     """
-    if not 0 < options.target <= 1:
-        raise InputError(f"--target must be above 0 and at most 1, got {options.target}")
+    target = TARGETS[options.criterion] if options.target is None else options.target
+    if options.criterion == "mass" and not 0 < target <= 1:
+        raise InputError(f"--target must be above 0 and at most 1 for mass, got {target}")
+    if options.criterion == "perplexity" and not target >= 1:
+        raise InputError(f"--target must be at least 1 for perplexity, got {target}")
     models.check_device(options.device)
     budgets = sorted(set(options.budgets))
     policies = make_policies((options.policy,), budgets, options.page_size, options.dense_layers)
@@ -72,23 +81,29 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     with console.status("reading the text"):
         decoder.prefill(ids[:, : -sample.tail], policies=[dense, *policies])
     tail = ids[:, -sample.tail :]
-    dense_loss = -float(decoder.score(dense, tail).mean())
+    of_dense = decoder.score(dense, tail)
+    dense_perplexity = math.exp(-float(of_dense.mean()))
     rows: list[dict[str, Any]] = []
     for policy in policies:
         decoder.observer = recall = Recall()
         with console.status(f"decoding {sample.tail} tokens with a budget of {policy.budget}"):
-            loss = -float(decoder.score(policy, tail).mean())
+            lost = of_dense - decoder.score(policy, tail)
         kept = recall.by_head()
+        ratio = math.exp(float(lost.mean()))
         rows.append(
             {
                 "budget": policy.budget,
                 "mass_by_layer": kept.mean(1).tolist(),
                 "mass_by_layer_and_head": kept.tolist(),
                 "weakest_layer": float(kept.mean(1)[policy.dense_layers :].min()),
-                "perplexity": math.exp(loss),
+                "perplexity": dense_perplexity * ratio,
+                "perplexity_over_dense": ratio,
+                "perplexity_over_dense_error": ratio * float(lost.std()) / math.sqrt(lost.numel()),
             }
         )
-    enough = [row["budget"] for row in rows if row["weakest_layer"] >= options.target]
+    found = {criterion: _smallest(rows, criterion, TARGETS[criterion]) for criterion in TARGETS}
+    found[options.criterion] = _smallest(rows, options.criterion, target)
+    budget = found[options.criterion]
     advice: dict[str, Any] = {
         "model": options.model,
         "text": text.name,
@@ -97,9 +112,11 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "policy": options.policy,
         "page_size": options.page_size,
         "dense_layers": options.dense_layers,
-        "target": options.target,
-        "recommended_budget": enough[0] if enough else None,
-        "dense_perplexity": math.exp(dense_loss),
+        "criterion": options.criterion,
+        "target": target,
+        "recommended_budget": budget,
+        "recommends_dense": budget is not None and budget >= options.length,
+        "dense_perplexity": dense_perplexity,
         "budgets": rows,
     }
     (options.out / "advice.json").write_text(json.dumps(advice, indent=1) + "\n")
@@ -109,8 +126,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         masses, "layer", "budget in tokens", [f"{budget}" for budget in budgets], title, options.out / "advice.png"
     )
     console.print(_table(advice))
-    console.print(_sentence(advice, rows), highlight=False)
+    console.print(_advice(advice, found), highlight=False)
     return advice
+
+
+def _smallest(rows: list[dict[str, Any]], criterion: str, target: float) -> int | None:
+    """The smallest budget that meets the target as all larger ones do: perplexity may meet it by chance."""
+    budget = None
+    for row in reversed(rows):
+        met = row["weakest_layer"] >= target if criterion == "mass" else row["perplexity_over_dense"] <= target
+        if not met:
+            break
+        budget = row["budget"]
+    return budget
 
 
 def _table(advice: dict[str, Any]) -> Table:
@@ -124,16 +152,51 @@ def _table(advice: dict[str, Any]) -> Table:
     table.add_section()
     table.add_row("weakest", *(f"{row['weakest_layer']:.3f}" for row in rows), "1")
     table.add_row("perplexity", *(f"{row['perplexity']:.3f}" for row in rows), f"{advice['dense_perplexity']:.3f}")
+    table.add_row("over dense", *(f"{row['perplexity_over_dense'] - 1:+.1%}" for row in rows), "")
+    table.add_row("± error", *(f"{row['perplexity_over_dense_error']:.1%}" for row in rows), "")
     return table
 
 
-def _sentence(advice: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    if advice["recommended_budget"] is None:
-        return (
-            f"No budget keeps {advice['target']:.1%} in every layer: the largest, {rows[-1]['budget']:,}, keeps "
-            f"{rows[-1]['weakest_layer']:.1%} in its weakest. Try larger --budgets or a lower --target."
-        )
+def _advice(advice: dict[str, Any], found: dict[str, int | None]) -> str:
+    """The answer, the figures behind it, and the answer by the other criterion where that is smaller."""
+    rows, length, criterion = advice["budgets"], advice["length"], advice["criterion"]
+    other = "perplexity" if criterion == "mass" else "mass"
+    kept = {row["budget"]: _kept(row, advice["dense_layers"]) for row in rows}
+    aim = {
+        "mass": f"keeps {advice['target']:.1%} of the attention's weights in every sparse layer",
+        "perplexity": f"has at most {advice['target']:.4g} times dense attention's perplexity",
+    }[criterion]
+    budget, second, smaller = found[criterion], found[other], [each for each in kept if each < length]
+    if budget is None:
+        words = [
+            f"No budget of these {aim}.",
+            f"The largest, {rows[-1]['budget']:,} tokens, {kept[rows[-1]['budget']]}.",
+        ]
+    elif budget >= length:
+        words = [f"Recommended: dense attention. Only a budget that holds all {length:,} tokens {aim}."]
+        words += [f"The largest below that, {smaller[-1]:,} tokens, {kept[smaller[-1]]}."] if smaller else []
+    else:
+        words = [
+            f"Recommended budget: {budget:,} of {length:,} tokens, the smallest of these that {aim}.",
+            f"It {kept[budget]}.",
+        ]
+    told = budget if criterion == "perplexity" else None
+    if second is not None and second < length and (budget is None or second < budget):
+        words.append(f"By --criterion {other} the answer is {second:,} tokens, which {kept[second]}.")
+        told = second if other == "perplexity" else told
+    elif budget is None:
+        words.append("Try larger --budgets or another --target.")
+    margin = (advice["target"] if criterion == "perplexity" else TARGETS["perplexity"]) - 1
+    if told is not None and any(row["budget"] == told and row["perplexity_over_dense_error"] > margin for row in rows):
+        words.append(f"That error is larger than the margin of {margin:.1%}: decode more --tokens for a sure answer.")
+    return " ".join(words)
+
+
+def _kept(row: dict[str, Any], dense_layers: int) -> str:
+    masses = row["mass_by_layer"]
+    weakest = min(range(dense_layers, len(masses)), key=masses.__getitem__)
+    more, error = row["perplexity_over_dense"] - 1, row["perplexity_over_dense_error"]
     return (
-        f"Recommended budget: {advice['recommended_budget']:,} tokens, the smallest of these that keeps "
-        f"{advice['target']:.1%} of the attention's weights in every sparse layer, as a mean over heads and tokens."
+        f"keeps {masses[weakest]:.1%} in its weakest layer ({weakest}); its perplexity is {abs(more):.1%} "
+        f"{'above' if more >= 0 else 'below'} dense attention's (standard error {error:.1%})"
     )

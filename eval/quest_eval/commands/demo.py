@@ -97,9 +97,10 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     make_folder(options.out)
     length, facts = len(haystack.text), haystack.facts
     dtype = DTYPES[options.device]
+    hidden = "1 fact" if len(facts) == 1 else f"{len(facts)} facts"
     console.print(
-        f"{length:,} tokens (one a byte) of {options.text or 'the Python standard library'}, {len(facts)} facts hidden "
-        f"in them; {options.device}, {str(dtype).removeprefix('torch.')}, pages of {options.page_size}",
+        f"{length:,} tokens (one a byte) of {options.text or 'the Python standard library'}, {hidden} hidden in them; "
+        f"{options.device}, {str(dtype).removeprefix('torch.')}, pages of {options.page_size}",
         highlight=False,
         soft_wrap=True,
     )
@@ -120,6 +121,12 @@ def run(options: Options, console: Console) -> dict[str, Any]:
                 progress.advance(bar)
             columns.append(_column(decoder, policy, length, answers))
     console.print(_table(columns, facts, length, console))
+    if columns[0].right < len(facts):
+        console.print(
+            f"Dense attention itself finds {columns[0].right} of {len(facts)}: the bundled model does not know such a "
+            f"text. Judge the other columns by the facts that dense attention finds.",
+            highlight=False,
+        )
     console.print(
         f"Question and answer are decoded token by token from one densely read text; ms is the median. Quest and the "
         f"window of recent tokens read everything in the first {DENSE_LAYERS} of {decoder.num_layers} layers. "

@@ -12,6 +12,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import models, plots, tasks
+from ..command_line import DEFAULT_POLICIES
 from ..decoding.observers import PagesRead, Recall
 from ..decoding.policy_decoder import PolicyDecoder
 from ..errors import InputError
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
     from ..decoding.prefill_store import PrefillStore
     from ..policies import Policy
-
-DEFAULT_POLICIES = ("dense", "quest", "quest-head", "h2o", "tova", "streaming", "page-oracle")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""Lines: the metric against the budget, perplexity against the position."""
+"""Lines: the metric against the budget, and perplexity over dense attention's against the position."""
 
 from __future__ import annotations
 
+import math
+import textwrap
 from typing import TYPE_CHECKING, Any
 
-from .style import is_reference, line, new_figure, save
+from matplotlib import colormaps
+
+from .style import is_reference, lines, new_figure, save, set_title
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,8 +17,12 @@ if TYPE_CHECKING:
 
 # More lines than this in one panel cannot be told apart.
 _MOST_LINES = 9
-# Panels of positions, one for each budget.
-_MOST_BUDGETS = 4
+# Points of a line over the positions: the sections of a curve are averaged, as one surprising token hides a trend.
+_MOST_POINTS = 12
+# Panels beside each other over the positions.
+_MOST_COLUMNS = 4
+# Policies of equal score are drawn beside each other: the width that their markers take, in powers of two.
+_DODGE = 0.24
 
 
 def against_budget(cells: list[Cell], path: Path) -> None:
@@ -29,15 +37,19 @@ def against_budget(cells: list[Cell], path: Path) -> None:
     panels = figure.subplots(len(rows), len(lengths), sharex=True, sharey=True, squeeze=False)
     budgets = sorted({cell["budget"] for cell in cells if cell["budget"] is not None})
     for names, row in zip(rows, panels, strict=True):
+        styles = lines(names)
         for length, axes in zip(lengths, row, strict=True):
-            for name in names:
-                _draw_policy(axes, [cell for cell in cells if (cell["length"], cell["policy"]) == (length, name)])
+            for i, name in enumerate(names):
+                found = [cell for cell in cells if (cell["length"], cell["policy"]) == (length, name)]
+                _draw_policy(axes, found, styles[name], 2 ** (_DODGE * (i / max(1, len(names) - 1) - 0.5)))
             axes.set_title(f"{length:,} tokens", loc="left", fontsize=10)
             axes.grid(alpha=0.3)
-        row[0].set_ylabel(f"{metric} of {task}" if task != metric else metric)
+        row[0].set_ylabel(metric if metric.startswith("perplexity") else f"{metric} of {task}")
         # A policy may have been run at one of the lengths only.
         handles = {
-            label: handle for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+            textwrap.fill(label, 30): handle
+            for axes in row
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
         row[-1].legend(
             handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, frameon=False
@@ -54,17 +66,16 @@ def against_budget(cells: list[Cell], path: Path) -> None:
 
 
 def _rows(names: list[str]) -> list[list[str]]:
-    variants = [name for name in names if name.startswith("quest-")]
+    variants = [name for name in names if name.startswith(("quest-", "quest,"))]
     if len(names) <= _MOST_LINES or not variants:
         return [names]
     rivals = [name for name in names if name not in variants]
     return [rivals, [name for name in names if is_reference(name) or name.startswith("quest")]]
 
 
-def _draw_policy(axes: Any, cells: list[Cell]) -> None:
+def _draw_policy(axes: Any, cells: list[Cell], style: dict[str, Any], shift: float) -> None:
     if not cells:
         return
-    style = line(cells[0]["policy"])
     if cells[0]["budget"] is None:
         axes.axhline(cells[0]["value"], label=cells[0]["label"], **style)
         return
@@ -72,28 +83,76 @@ def _draw_policy(axes: Any, cells: list[Cell]) -> None:
     x, y, error = ([cell[key] for cell in cells] for key in ("budget", "value", "error"))
     # Perplexity varies far more between texts than between policies, so bars would hide the policies' differences.
     bars = None if cells[0]["metric"] == "perplexity" else error
-    axes.errorbar(x, y, bars, label=cells[0]["label"], capsize=2, elinewidth=0.8, **style)
+    axes.errorbar(
+        [budget * shift for budget in x], y, bars, label=cells[0]["label"], capsize=2, elinewidth=0.8, **style
+    )
 
 
 def against_position(cells: list[Cell], path: Path) -> None:
-    """A panel for each length and budget, a line for each policy, with dense in all."""
+    """A panel for each length and policy, a line for each budget: perplexity over that of dense attention.
+
+    Without dense among the cells it is the perplexity itself.
+    """
     lengths = sorted({cell["length"] for cell in cells})
-    budgets = sorted({cell["budget"] for cell in cells if cell["budget"] is not None})[:_MOST_BUDGETS] or [None]
-    names = _rows(list(dict.fromkeys(cell["policy"] for cell in cells)))[0]
-    figure = new_figure(2.6 + 5 * len(lengths), 0.5 + 2.4 * len(budgets))
-    panels = figure.subplots(len(budgets), len(lengths), sharex="col", sharey=True, squeeze=False)
-    for budget, row in zip(budgets, panels, strict=True):
-        for length, axes in zip(lengths, row, strict=True):
-            for cell in cells:
-                if cell["length"] == length and cell["budget"] in (None, budget) and cell["policy"] in names:
-                    style = line(cell["policy"]) | {"marker": ""}
-                    axes.plot(*zip(*cell["curve"], strict=True), label=cell["label"], **style)
-            axes.set_title(f"{length:,} tokens, budget {budget or 'all'}", loc="left", fontsize=10)
+    dense = {cell["length"]: _points(cell) for cell in cells if cell["policy"] == "dense"}
+    names = [name for name in _rows(list(dict.fromkeys(cell["policy"] for cell in cells)))[0] if name != "dense"]
+    names = names or ["dense"]  # alone
+    budgets = sorted({cell["budget"] for cell in cells if cell["budget"] is not None})
+    columns = min(_MOST_COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    figure = new_figure(1.8 + 2.6 * columns, 1.2 + 2.1 * rows * len(lengths))
+    panels = figure.subplots(rows * len(lengths), columns, sharey=True, squeeze=False)
+    of_dense = names != ["dense"] and bool(dense)
+    for i, length in enumerate(lengths):
+        block = panels[i * rows : (i + 1) * rows].flatten()
+        for name, axes in zip(names, block, strict=False):
+            found = [cell for cell in cells if (cell["length"], cell["policy"]) == (length, name)]
+            for cell in sorted(found, key=lambda cell: cell["budget"] or 0):
+                points = _points(cell)
+                if of_dense and length in dense:
+                    points = {x: y / dense[length][x] for x, y in points.items() if x in dense[length]}
+                shade = budgets.index(cell["budget"]) / max(1, len(budgets) - 1) if cell["budget"] else 0
+                label = "all" if cell["budget"] is None else f"{cell['budget']:,}"
+                axes.plot(
+                    list(points), list(points.values()), color=colormaps["viridis_r"](0.1 + 0.9 * shade), label=label
+                )
+            if found:
+                title = textwrap.fill(f"{found[0]['label']}: {length:,} tokens", 34)
+                axes.set_title(title, loc="left", fontsize=9)
+            if of_dense:
+                axes.axhline(1, color="black", linestyle="--", linewidth=1)
             axes.grid(alpha=0.3)
-        row[0].set_ylabel("perplexity")
-    panels[0][0].set_yscale("log")  # a single surprising token would flatten all others
-    for axis in (panels[0][0].yaxis.set_major_formatter, panels[0][0].yaxis.set_minor_formatter):
-        axis(lambda y, _: f"{y:g}")
+            axes.tick_params(labelsize=8)
+            axes.locator_params(axis="x", nbins=4)
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        for axes in block[len(names) :]:
+            axes.remove()
+    if not of_dense:
+        panels[0][0].set_yscale("log")
+        for axis in (panels[0][0].yaxis.set_major_formatter, panels[0][0].yaxis.set_minor_formatter):
+            axis(lambda y, _: f"{y:g}")
+    set_title(figure, "Perplexity over that of dense attention (dashed)" if of_dense else "Perplexity")
     figure.supxlabel("position in tokens", fontsize=10)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        title="budget\nin tokens",
+        loc="outside right center",
+        fontsize=9,
+        frameon=False,
+    )
     save(figure, path)
+
+
+def _points(cell: Cell) -> dict[float, float]:
+    """The perplexity of a curve's neighbouring sections together, by their middle position."""
+    curve = cell["curve"]
+    together = -(-len(curve) // _MOST_POINTS)
+    groups = [curve[i : i + together] for i in range(0, len(curve), together)]
+    return {
+        sum(x for x, _ in group) / len(group): math.exp(sum(math.log(y) for _, y in group) / len(group))
+        for group in groups
+    }

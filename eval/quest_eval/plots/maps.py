@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .style import new_figure, save
+from .style import new_figure, save, set_title
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,7 @@ def depth_by_length(cells: list[Cell], path: Path) -> None:
     depths = sorted({depth for cell in cells for depth, *_ in cell["depths"]})
     labels = list(dict.fromkeys(cell["label"] for cell in cells))
     budgets = sorted({cell["budget"] for cell in cells if cell["budget"] is not None}) or [None]
-    figure = new_figure(2 + (0.5 + 0.25 * len(lengths)) * len(labels), 1 + 1.2 * len(budgets))
+    figure = new_figure(max(4, 2 + (0.5 + 0.25 * len(lengths)) * len(labels)), max(3.4, 1 + 1.2 * len(budgets)))
     panels = figure.subplots(len(budgets), len(labels), sharex=True, sharey=True, squeeze=False)
     for budget, row in zip(budgets, panels, strict=True):
         for label, axes in zip(labels, row, strict=True):
@@ -34,9 +34,13 @@ def depth_by_length(cells: list[Cell], path: Path) -> None:
     for label, axes in zip(labels, panels[0], strict=True):
         axes.set_title(label.replace(", ", ",\n"), fontsize=9)
     shown = range(0, len(depths), 3)
-    panels[0][0].set_xticks(range(len(lengths)), [f"{length / 1024:g}K" for length in lengths], fontsize=8)
+    panels[0][0].set_xticks(
+        range(len(lengths)),
+        [f"{length:,}" if length % 1024 else f"{length // 1024}K" for length in lengths],
+        fontsize=8,
+    )
     panels[0][0].set_yticks(shown, [f"{depths[i]:.0%}" for i in shown], fontsize=8)
-    figure.supylabel("budget in tokens, and in each row the depth of the fact", fontsize=10)
+    figure.supylabel("budget in tokens; in a row,\nthe depth of the fact", fontsize=10)
     figure.supxlabel("length in tokens", fontsize=10)
     figure.colorbar(image, ax=panels, label=cells[0]["metric"], aspect=40, pad=0.01)
     save(figure, path)
@@ -44,7 +48,7 @@ def depth_by_length(cells: list[Cell], path: Path) -> None:
 
 def grid(values: Tensor, rows: str, columns: str, names: list[str], title: str, path: Path) -> None:
     """Attention mass, float [rows, columns] from 0 to 1, each number in its place."""
-    figure = new_figure(2.5 + 0.62 * values.shape[1], 1.6 + 0.36 * values.shape[0])
+    figure = new_figure(max(5, 2.5 + 0.62 * values.shape[1]), 1.8 + 0.36 * values.shape[0])
     axes = figure.subplots()
     image = axes.imshow(values.tolist(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for y, line in enumerate(values.tolist()):
@@ -54,6 +58,6 @@ def grid(values: Tensor, rows: str, columns: str, names: list[str], title: str, 
     axes.set_yticks(range(values.shape[0]))
     axes.set_xlabel(columns)
     axes.set_ylabel(rows)
-    axes.set_title(title, loc="left", fontsize=10)
+    set_title(figure, title)
     figure.colorbar(image, label="share of dense attention's weights")
     save(figure, path)

@@ -11,7 +11,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from torch.nn.functional import pad
 
-from .style import new_figure, save
+from .style import new_figure, save, set_title
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 _MOST_COLUMNS = 300
 _LEAST_WIDTH = 1 / 500
 # Pages to either side of the fact in the lower panel.
-_ZOOM_PAGES = 20
+_ZOOM_PAGES = 12
 _FACT_COLOUR, _DENSE_COLOUR, _INK = "#D55E00", "#DDDDDD", "#333333"
 
 
 def pages_over_time(pages: dict[int, Tensor], page_size: int, title: str, path: Path) -> None:
-    """For each layer, float [steps, P]: the share of the lists that a page is in. Time goes down."""
+    """For each layer, float [steps, P]: the share of its lists that a page is in. Time goes down."""
     figure = new_figure(11, 0.8 + 1.9 * len(pages))
     panels = figure.subplots(len(pages), 1, squeeze=False, sharex=True)
     for (layer, shares), axes in zip(pages.items(), panels[:, 0], strict=True):
@@ -37,13 +37,15 @@ def pages_over_time(pages: dict[int, Tensor], page_size: int, title: str, path: 
         missing = -shares.shape[1] % together
         counts = pad(shares, (0, missing)).unflatten(1, (-1, together)).amax(2)
         extent: Any = (0, counts.shape[1] * together * page_size, counts.shape[0], 0)
-        axes.imshow(
+        image = axes.imshow(
             counts.tolist(), cmap="Blues", aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=extent
         )
-        axes.set_ylabel(f"layer {layer}\ndecoded token", fontsize=8)
+        axes.set_ylabel(f"layer {layer}", fontsize=10)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    panels[0, 0].set_title(title, loc="left", fontsize=10)
+    set_title(figure, title)
+    figure.supylabel("decoded token, the question's first", fontsize=10)
     panels[-1, 0].set_xlabel("position in tokens")
+    figure.colorbar(image, ax=panels, label="share of the layer's page lists that hold the page", aspect=40, pad=0.01)
     save(figure, path)
 
 
@@ -85,12 +87,15 @@ def pages_of_answer(answer: AnswerPages, fact: tuple[int, int], others: Sequence
         cmap=ListedColormap([blues(0.25 + 0.75 * n / most) for n in range(1, most + 1)]),
     )
     rows = answer.num_layers * len(next(iter(answer.counts.values()), [None]))
-    figure = new_figure(12, 2.6 + 0.38 * rows)
+    figure = new_figure(12, 2.8 + 0.38 * rows)
+    set_title(figure, title)
     whole, near = figure.subplots(2, 1)
     _draw_rows(whole, answer, 0, answer.length, scale)
-    whole.set_title(title, loc="left", fontsize=12, pad=26)
     _mark_facts(whole, fact[0], others, answer.length)
-    whole.set_xlabel(f"position in tokens; question and answer follow the text's {answer.text_tokens:,}", fontsize=10)
+    whole.set_xlabel(
+        f"position in tokens; question and answer follow the text's {answer.text_tokens:,}; pages are drawn wider",
+        fontsize=10,
+    )
 
     start, stop = fact
     reach = _ZOOM_PAGES * answer.page_size
@@ -109,7 +114,8 @@ def pages_of_answer(answer: AnswerPages, fact: tuple[int, int], others: Sequence
 def _mark_facts(axes: Any, start: int, others: Sequence[int], length: int) -> None:
     axes.axvline(start, color=_FACT_COLOUR, linewidth=1.5, zorder=4)
     above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-    axes.plot(others, [1.03] * len(others), "v", color="#999999", markersize=5, **above)
+    if others:  # a line of no points has no extent, and the layout of the figure collapses
+        axes.plot(others, [1.03] * len(others), "v", color="#999999", markersize=5, **above)
     axes.plot([start], [1.03], "v", color=_FACT_COLOUR, markersize=8, **above)
     on_left = start < length / 2
     axes.annotate(
@@ -129,11 +135,12 @@ def _draw_rows(axes: Any, answer: AnswerPages, first: int, last: int, scale: Any
     page_size = answer.page_size
     heads = len(next(iter(answer.counts.values()), [None]))
     half = max(page_size, (last - first) * _LEAST_WIDTH) / 2
-    boxes, counts, ticks = [], [], []
+    boxes, counts = [], []
+    ticks: dict[float, str] = {}
     for layer in range(answer.num_layers):
         top = layer * (heads + 0.5)
-        ticks.append(top + heads / 2)
         if layer not in answer.counts:
+            ticks[top + heads / 2] = f"layer {layer}"
             axes.fill_between([first, last], top, top + heads, color=_DENSE_COLOUR, linewidth=0)
             axes.annotate(
                 "dense: reads everything",
@@ -147,6 +154,7 @@ def _draw_rows(axes: Any, answer: AnswerPages, first: int, last: int, scale: Any
             continue
         for head, row in enumerate(answer.counts[layer]):
             y = top + head
+            ticks[y + 0.45] = f"{f'layer {layer}, ' if head == 0 else ''}KV head {head}"
             for page in row.nonzero().flatten().tolist():
                 left, right = (page + 0.5) * page_size - half, (page + 0.5) * page_size + half
                 boxes.append([(left, y), (right, y), (right, y + 0.9), (left, y + 0.9)])
@@ -157,7 +165,7 @@ def _draw_rows(axes: Any, answer: AnswerPages, first: int, last: int, scale: Any
     axes.add_collection(PolyCollection([boxes[i] for i in order], facecolors=colours, linewidths=0, zorder=2))
     axes.set_xlim(first, last)
     axes.set_ylim(answer.num_layers * (heads + 0.5) - 0.5, 0)
-    axes.set_yticks(ticks, [f"layer {layer}" for layer in range(answer.num_layers)], fontsize=10, color=_INK)
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=9, color=_INK)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)

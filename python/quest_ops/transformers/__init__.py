@@ -9,12 +9,13 @@
 Importing this package registers the attention implementation ``"quest"`` with its mask function.
 """
 
+from ..info import TRANSFORMERS
+
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
 except ImportError as error:
     raise ImportError(
-        f"quest_ops.transformers needs transformers 5.17 or newer ({error}): "
-        "run `pip install 'quest_ops[transformers]'`."
+        f"quest_ops.transformers needs transformers 5.17 or newer ({error}): run `pip install '{TRANSFORMERS}'`."
     ) from error
 
 from .attention import quest_attention_forward

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .._autograd import refuse_backward
 from ..dense import Features, attend, prefill
 from ._say import say_once
+from .generation import CACHE_NAME
 from .layer import QuestCacheLayer
 from .masks import is_quest_mask, step_mask
 
@@ -102,7 +103,7 @@ def _other_cache(
     if k.shape[2] > tokens and not torch.compiler.is_compiling() and causal:
         say_once(
             "attention 'quest' runs densely because the keys come from another cache: pass "
-            "past_key_values=quest_ops.transformers.QuestCache(...)"
+            f"{CACHE_NAME}=quest_ops.transformers.QuestCache(...)"
         )
     if mask is not None and is_quest_mask(mask, q):
         real, visible = step_mask(mask, q, causal)

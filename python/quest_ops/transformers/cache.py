@@ -26,7 +26,7 @@ IMPLEMENTATION = "quest"
 
 
 class QuestCache(Cache):  # type: ignore[misc]
-    """A static cache with page bounds; pass it as ``past_key_values``.
+    """A static cache with page bounds; pass it as ``cache``, or as ``past_key_values`` before transformers 5.24.
 
     Only the attention "quest" can read it: call ``model.set_attn_implementation("quest")``, or :func:`enable_quest`.
     Rows of a batch may be padded on the left. Padding is not stored, so it never shifts pages, but it counts in

@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 
     from .cache import QuestCache
 
+_CACHE_NAMES = ("cache", "past_key_values")
 #: The name under which transformers passes a cache: "past_key_values" before version 5.24, "cache" since.
 CACHE_NAME = next(
-    name
-    for name in ("cache", "past_key_values")
-    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    name for name in _CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
 
 _STATE = "_quest_generation"
@@ -108,9 +107,17 @@ def _quest_cache(cache: Any) -> QuestCache | None:
 
 
 def _generate(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """``generate``: a prompt over a cache that holds tokens must continue them."""
-    cache = _quest_cache(kwargs.get("cache", kwargs.get("past_key_values")))
-    if _active(model) is None or cache is None:
+    """``generate``: a prompt over a cache that holds tokens must continue them.
+
+    Both names of the cache serve, under every version of transformers: code need not change with it.
+    """
+    if _active(model) is None:
+        return method(model, *args, **kwargs)
+    given = [name for name in _CACHE_NAMES if name in kwargs]
+    if len(given) == 1:
+        kwargs[CACHE_NAME] = kwargs.pop(given[0])
+    cache = _quest_cache(kwargs.get(CACHE_NAME))
+    if cache is None:
         return method(model, *args, **kwargs)
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     embeds = kwargs.get("inputs_embeds")
