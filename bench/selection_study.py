@@ -1,10 +1,11 @@
 """Compare page summaries and a second stage of selection on two models: loss and facts found against bytes read.
 
     python bench/selection_study.py [SUITE ...] [--device cuda] [--out results/selection] [--processes 12]
+    python bench/selection_study.py --plot docs/images/selection-frontier.png
 
 A suite is a task of `quest-eval run` with its policies. Each policy runs in a process of its own, `--processes` at a
 time. A second call goes on where the first stopped. The results of a suite are in OUT/SUITE/results.json. SmolLM2 comes
-from `make eval-model`. Figures of the documentation: bench/results/evaluation/selection-*.json.
+from `make eval-model`. bench/results/evaluation/selection-*.json has the figures of the documentation. `--plot` draws them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,39 @@ TWO_STAGES = (
     "two-stage,page_size=8,bits=4",
     "two-stage,page_size=8,bits=4,rerank=lse",
 )
+
+
+#: The selections of the documentation's tables, with their policies.
+CHOICES = {
+    "dense": "dense",
+    "earlier default: min and max, 8 bits": "quest-int8",
+    "the same, first page forced": "quest-int8,sink_pages=1",
+    "**default: mean ± std, 4 bits, first page forced**": "quest-default",
+    "default, 8 bits": "quest-default,bounds=int8",
+    "default, first page not forced": "quest-default,sink_pages=0",
+    "default, pages of 8": "quest-default,page_size=8",
+    "default, pages of 8, 8 bits": "quest-default,page_size=8,bounds=int8",
+    "default, pages of 32": "quest-default,page_size=32",
+    "default, `soft`": "quest-default,group_reduce=soft",
+    "default, a list for each query head": "quest-default,group_reduce=none",
+    "default, two dense layers": "quest-default,dense_layers=2",
+    "two stages, 4 bits": "two-stage,bits=4",
+    "two stages, 4 bits, pages of 8": "two-stage,page_size=8,bits=4,rerank=lse",
+    "page oracle, for each query head": "page-oracle",
+}
+#: Those of the picture, with their colours and markers.
+DRAWN = {
+    "quest-int8": ("earlier default", "#777777", "o"),
+    "quest-default": ("default", "#0072B2", "o"),
+    "quest-default,sink_pages=0": ("default, first page not forced", "#D55E00", "v"),
+    "quest-default,page_size=8": ("default, pages of 8", "#56B4E9", "s"),
+    "quest-default,page_size=32": ("default, pages of 32", "#CC79A7", "^"),
+    "quest-default,group_reduce=none": ("default, a list for each query head", "#8B6914", "P"),
+    "two-stage,bits=4": ("two stages, 4 bits", "#009E73", "D"),
+    "two-stage,page_size=8,bits=4,rerank=lse": ("two stages, 4 bits, pages of 8", "#E69F00", "*"),
+    "page-oracle": ("page oracle, for each query head", "black", "x"),
+}
+RESULTS = Path(__file__).parent / "results" / "evaluation"
 
 
 @dataclass(frozen=True)
@@ -100,13 +134,54 @@ def merge(folders: list[Path], out: Path) -> None:
     )
 
 
+def plot(path: Path) -> None:
+    """Loss over dense and facts found against the bytes read: a line for each selection, a point for each budget."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, suite in zip(panels, ("loss", "facts"), strict=True):
+        cells = json.loads((RESULTS / f"selection-{suite}.json").read_text())["cells"]
+        for policy, (label, colour, marker) in DRAWN.items():
+            points = [
+                (100 * cell["kv_bytes_read"] / cell["kv_bytes_dense"], cell["value"], cell["budget"])
+                for cell in cells
+                if cell["policy"] == policy
+            ]
+            x, y, _ = zip(*sorted(points, key=lambda point: point[2]), strict=True)
+            y = [value - 1 for value in y] if suite == "loss" else list(y)
+            width = 2.2 if policy == "quest-default" else 1.2
+            axes.plot(x, y, color=colour, marker=marker, markersize=6, linewidth=width, label=label)
+        axes.set_xscale("log")
+        ticks = (4, 6, 8, 10, 15, 20, 30, 50, 80)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("keys, values and summaries read, % of dense")
+        axes.grid(alpha=0.3)
+    loss, facts = panels
+    loss.set_yscale("log")
+    loss.set_yticks(levels := (0.003, 0.01, 0.03, 0.1, 0.3, 1, 2), [f"{1 + level:g}" for level in levels])
+    loss.minorticks_off()
+    loss.set_title("Loss over dense, ten texts of 7,936 tokens; budgets 256 to 2,048", loc="left", fontsize=10)
+    dense = next(cell["value"] for cell in cells if cell["policy"] == "dense")
+    facts.axhline(dense, color="black", linestyle="--", label="dense")
+    facts.set_ylim(0)
+    facts.set_title("Facts found of 100, 4,096 tokens; budgets 128 to 1,024", loc="left", fontsize=10)
+    figure.legend(*facts.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("suites", nargs="*", default=list(SUITES), metavar="SUITE", help=", ".join(SUITES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("results/selection"))
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the committed results, and run nothing")
     options = parser.parse_args()
+    if options.plot is not None:
+        plot(options.plot)
+        return
     if unknown := set(options.suites) - SUITES.keys():
         parser.error(f"SUITE must be of {', '.join(SUITES)}, got {' '.join(sorted(unknown))}")
     folders = {name: {p: options.out / name / p for p in SUITES[name].policies} for name in options.suites}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nsight_metrics import METRICS, STALL
+from selection_study import CHOICES
 from targets import DENSE, median, targets
 from workloads import GQA, MHA
 
@@ -52,7 +53,8 @@ def label(workload: dict[str, Any]) -> str:
     cells = [f"{w['heads']}/{w['kv_heads']}", str(w["batch"]), tokens(w["context"]), str(w["budget"] or "all")]
     cells += [f"pages of {w['page_size']}"] * (w["page_size"] != 16)
     cells += [f"head_dim {w['head_dim']}"] * (w["head_dim"] != 128)
-    cells += ["16-bit bounds"] * (w["bounds"] != "int8")
+    cells += {"int8": [], "int4": ["4-bit bounds"]}.get(w["bounds"], ["16-bit bounds"])
+    cells += ["mean and std"] * (w.get("std_factor") is not None)
     cells += ["fp16"] * (w["dtype"] == "torch.float16")
     cells += [w["selection"]] * (w["selection"] != "random")
     return ", ".join(cells)
@@ -160,6 +162,73 @@ def nsight_others() -> Table:
     return nsight(columns)
 
 
+def cells_of(name: str) -> dict[tuple[str, int | None], dict[str, Any]]:
+    """The cells of an evaluation at its longest length, by policy and budget."""
+    cells = read(f"evaluation/{name}.json")["cells"]
+    longest = max(cell["length"] for cell in cells)
+    return {(cell["policy"], cell["budget"]): cell for cell in cells if cell["length"] == longest}
+
+
+def bytes_read(cell: dict[str, Any]) -> float:
+    """Of dense attention's bytes, in all layers."""
+    return float(cell["kv_bytes_read"] / cell["kv_bytes_dense"])
+
+
+def in_row(found: dict[tuple[str, int | None], dict[str, Any]], policy: str, budgets: Iterable[int], form: str) -> str:
+    """A policy's values at some budgets. Dense attention has one value, and budgets that were not run leave a dash."""
+    if (policy, None) in found:
+        return format(found[policy, None]["value"], form)
+    return " / ".join(format(c["value"], form) if (c := found.get((policy, n))) else "-" for n in budgets)
+
+
+def selection() -> Table:
+    """SmolLM2: loss over dense and facts found, by selection."""
+    loss, facts = cells_of("selection-loss"), cells_of("selection-facts")
+    budgets = (256, 512, 1024, 2048)
+    table = [["selection", "bytes read, % of dense", "loss over dense, 256 / 512 / 1,024 / 2,048"]]
+    table[0].append("facts found, 128 / 256 / 512 / 1,024")
+    for choice, policy in CHOICES.items():
+        shares = [f"{100 * bytes_read(cell):.1f}" for n in budgets if (cell := loss.get((policy, n)))]
+        row = [choice, " / ".join(shares) or "100", in_row(loss, policy, budgets, ".2f")]
+        table.append([*row, in_row(facts, policy, (128, 256, 512, 1024), ".2f")])
+    return table
+
+
+def selection_long() -> Table:
+    """The bundled model at 32K: eight needles and perplexity, by selection. Two of its six layers are dense."""
+    needles, perplexity = cells_of("selection-needles"), cells_of("selection-perplexity")
+    budgets = (256, 512, 1024, 2048)
+    table = [["selection", "bytes read in sparse layers, % of dense", "needles found, 256 / 512 / 1,024 / 2,048"]]
+    table[0].append("perplexity at the same budgets")
+    for choice, policy in CHOICES.items():
+        if "sink_pages" in policy:  # this model has no attention sink
+            continue
+        shares = [(bytes_read(cell) - 2 / 6) / (4 / 6) for n in budgets if (cell := needles.get((policy, n)))]
+        row = [choice, " / ".join(f"{100 * share:.1f}" for share in shares) or "100"]
+        table.append([*row, *(in_row(found, policy, budgets, ".2f") for found in (needles, perplexity))])
+    return table
+
+
+RIVALS = ("dense", "quest", "quest-head", "quest-soft", "h2o", "tova", "streaming", "snapkv", "sparq", "page-oracle")
+
+
+def rivals() -> Table:
+    """The bundled model: Quest, its rivals and an oracle."""
+    needles, at_8k = cells_of("needles"), {}
+    for cell in read("evaluation/perplexity-held-out.json")["cells"]:
+        if cell["length"] == 8192:
+            at_8k[cell["policy"], cell["budget"]] = cell
+    budgets = (64, 256, 1024, 2048)
+    table = [["policy", "needles at 32K, 64 / 256 / 1,024 / 2,048", "perplexity at 8K, the same budgets"]]
+    table[0] += ["KV read, %", "KV held, %"]
+    for policy in RIVALS:
+        largest = needles.get((policy, None)) or needles[policy, 2048]
+        shares = [100 * largest[name] / largest["kv_bytes_dense"] for name in ("kv_bytes_read", "kv_bytes_held")]
+        values = [in_row(found, policy, budgets, ".2f") for found in (needles, at_8k)]
+        table.append([f"`{policy}`", *values, *(f"{share:.0f}" for share in shares)])
+    return table
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "steps": steps,
     "steps-in-full": steps_in_full,
@@ -167,6 +236,9 @@ TABLES: dict[str, Callable[[], Table]] = {
     "targets": target_table,
     "nsight-step": nsight_step,
     "nsight-others": nsight_others,
+    "selection": selection,
+    "selection-long": selection_long,
+    "rivals": rivals,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,12 @@ from quest_eval.results.tables import markdown
 
 LENGTHS, BUDGETS = (1024, 2048), (64, 128)
 ROOT = Path(__file__).parents[2]
-MEASURED = sorted(path for path in (ROOT / "bench/results/evaluation").glob("*.json") if path.stem != "emulation")
+# Those of bench/selection_study.py have a plot of their own and no curves.
+MEASURED = [
+    path
+    for path in sorted((ROOT / "bench/results/evaluation").glob("*.json"))
+    if path.stem != "emulation" and not path.stem.startswith("selection")
+]
 
 
 def cells(names: list[str], task: str = "needles", metric: str = "accuracy") -> list[dict[str, Any]]:
@@ -49,15 +53,6 @@ def test_pictures_of_few_and_of_all_policies(names: list[str], tmp_path: Any) ->
     wanted = {"needles-depth.png", "perplexity-depth.png", "needles-position.png", "perplexity-position.png"}
     assert set(written) == wanted | ({"needles-budget.png", "perplexity-budget.png"} if len(names) > 1 else set())
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in written)
-
-
-@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
-def test_tables_of_the_documentation_are_those_of_the_measurements(path: Path) -> None:
-    found = read(path)
-    page = (ROOT / "docs" / "evaluation.md").read_text()
-    (shown,) = re.findall(f"<!-- {path.stem}: begin -->(.*?)<!-- {path.stem}: end -->", page, re.DOTALL)
-    table = markdown(found)
-    assert table in shown
 
 
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)

@@ -49,6 +49,35 @@ def test_tables_are_used(tables: ModuleType) -> None:
         assert any(f"<!-- table: {name} -->" in page for page in pages), name
 
 
+def test_the_plot_of_selections(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    study = load("selection_study", monkeypatch)
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda *points, label, **_: drawn.append((label, *points[1:])))
+    monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda *_, **__: None)
+    study.plot(tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    cells = json.loads((BENCH / "results" / "evaluation" / "selection-loss.json").read_text())["cells"]
+    (cell,) = (cell for cell in cells if (cell["policy"], cell["budget"]) == ("quest-default", 256))
+    label, shares, losses = drawn[list(study.DRAWN).index("quest-default")]
+    assert label == "default" and len(shares) == 4
+    assert shares[0] == pytest.approx(100 * cell["kv_bytes_read"] / cell["kv_bytes_dense"])
+    assert losses[0] == pytest.approx(cell["value"] - 1)
+
+
+@pytest.mark.parametrize("name", ["selection", "selection-long", "rivals"])
+def test_tables_of_the_evaluation_follow_the_json(
+    tables: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = tables.TABLES[name]()
+    assert all(len(row) == len(before[0]) for row in before)
+    shutil.copytree(BENCH / "results" / "evaluation", tmp_path / "evaluation")
+    for path in (tmp_path / "evaluation").glob("*.json"):
+        path.write_text(path.read_text().replace('"value": 0.', '"value": 1.'))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.TABLES[name]() != before
+
+
 def test_table_follows_the_json(tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = tables.filled("before\n<!-- table: steps -->\n<!-- /table -->\nafter\n")
     assert page.startswith("before\n") and page.endswith("<!-- /table -->\nafter\n")
