@@ -5,7 +5,7 @@
 
 A suite is a task of `quest-eval run` with its policies. Each policy runs in a process of its own, `--processes` at a
 time. A second call goes on where the first stopped. The results of a suite are in OUT/SUITE/results.json. SmolLM2 comes
-from `make eval-model`. bench/results/evaluation/selection-*.json has the figures of the documentation. `--plot` draws them.
+from `make eval-model`. bench/results/evaluation/selection-*.json has the documentation's figures, which `--plot` draws.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     advise.add_argument(
         "--target", type=float, metavar="X", help="least mass (0.99), or most perplexity over dense attention's (1.01)"
     )
-    advise.add_argument("--policy", metavar="NAME", help="a name, with fields or not, or MODULE:CLASS (quest-int8)")
+    advise.add_argument("--policy", metavar="NAME", help="a name, with fields or not, or MODULE:CLASS (quest-default)")
     advise.add_argument("--length", type=int, metavar="N", help="tokens of the text (4096)")
     advise.add_argument("--tokens", type=int, metavar="N", help="decoded tokens that are measured (64)")
     for command in (run, advise):

@@ -125,8 +125,8 @@ def test_bytes_read_are_counted_as_the_operators_read_them():
 
     assert share_read(dense, 1000) == 1
     # 1000 tokens are 63 pages, the last with 8 tokens: 3 full pages and that one, and the bounds of 63. Those are two
-    # rows of bytes and a float32, and a token is two rows of float16.
-    bounds = (2 * 64 + 4) / (2 * 64 * 2)
+    # rows of half bytes and a float32, and a token is two rows of float16.
+    bounds = (64 + 4) / (2 * 64 * 2)
     assert share_read(quest, 1000) == (3 * 16 + 8 + 63 * bounds) / 1000
     assert share_read(window, 1000) == (3 * 16 + 8) / 1000
     assert share_read(quest, 40) == (40 + 3 * bounds) / 40
@@ -154,9 +154,9 @@ def asked(model):
 
 def test_an_answer_leaves_the_text_as_it_was(asked):
     decoder, facts = asked
-    first = demo.ask(decoder, make("quest-int8", 64), facts[0])
+    first = demo.ask(decoder, make("quest-default", 64), facts[0])
     demo.ask(decoder, make("window", 64), facts[1])
-    again = demo.ask(decoder, make("quest-int8", 64), facts[0])
+    again = demo.ask(decoder, make("quest-default", 64), facts[0])
     assert again.text == first.text
     assert len(first.seconds) == len(facts[0].question) + needles.KEY_DIGITS - 1
     assert min(first.seconds) > 0
@@ -175,7 +175,7 @@ def test_a_dense_answer_is_transformers_own(model, asked):
 
 def test_watching_notes_the_pages_of_the_answer(asked):
     decoder, facts = asked
-    answer, pages = demo.watch(decoder, make("quest-int8", 128), facts[1], 1200)
+    answer, pages = demo.watch(decoder, make("quest-default", 128), facts[1], 1200)
     assert sorted(pages.counts) == [2, 3, 4, 5], "layers 0 and 1 are dense"
     assert pages.length == 1200 + len(facts[1].question) + needles.KEY_DIGITS - 1
     counts = torch.stack([pages.counts[layer] for layer in sorted(pages.counts)])

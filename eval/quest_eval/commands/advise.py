@@ -36,7 +36,7 @@ class Options:
     criterion: str = "mass"
     target: float | None = None
     budgets: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
-    policy: str = "quest-int8"
+    policy: str = "quest-default"
     length: int = 4096
     tokens: int = 64
     device: str = "cpu"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: Tokens of the text where none are asked for.
 DEFAULT_TOKENS = {"cpu": 16384, "cuda": 32768}
 #: Columns of the table, by policy.
-COLUMNS = {"dense": "dense", "quest-int8": "Quest", "window": "window"}
+COLUMNS = {"dense": "dense", "quest-default": "Quest", "window": "window"}
 #: Layers that are dense under every policy, as in the paper.
 DENSE_LAYERS = 2
 # Tokens prefilled at a time: small enough on a CPU for the bar to move.
