@@ -67,7 +67,7 @@ def test_the_example_selects_by_the_mean_of_the_keys(paths, monkeypatch, device)
 
 def test_the_documentation_shows_the_example():
     code = (EXAMPLES / "mean_key.py").read_text().partition('"""\n\n')[2]
-    assert f"```python\n{code}```\n" in (ROOT / "docs" / "evaluation.md").read_text()
+    assert f"```python\n{code}```\n" in (ROOT / "eval" / "README.md").read_text()
 
 
 def test_bytes_of_the_example(paths, monkeypatch):
