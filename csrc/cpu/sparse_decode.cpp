@@ -128,7 +128,7 @@ static void attend_queries(
   for (int i = 0; i < queries; ++i) {
     const int64_t query = first_query + i, head = list.head + query % list.heads;
     const int64_t offset = list.b * p.q.stride_b + list.token(query) * p.q.stride_t + head * p.q.stride_h;
-    loops.load[type](element(p.q.data, offset, p.dtype), D, q + i * D);
+    loops.load_query[type](element(p.q.data, offset, p.dtype), D, q + i * D);
   }
   loops.dots[type](q, queries, tokens.keys, tokens.n, D, p.scale, weights[0], kSplitTokens);
 
@@ -191,7 +191,7 @@ static void combine_query(const DecodeKernelParams& p, int64_t index, int64_t qu
     p.loops.accumulate[dtype_index(DType::f32)](weights, 0, 1, outs, n, D, out);
   }
   for (int d = 0; d < D; ++d) out[d] /= sum;
-  p.loops.store[dtype_index(p.op.dtype)](out, D, to);
+  p.loops.store_output[dtype_index(p.op.dtype)](out, D, to);
   p.op.lse[place] = std::isinf(max) ? max : max + std::log(sum);
 }
 
