@@ -40,12 +40,19 @@ QUEST_INLINE void prefetch(const void* const* tokens, int first, int last, int D
       __builtin_prefetch(static_cast<const typename E::Storage*>(tokens[i]) + d);
 }
 
-// ---- Dot products: tiles of R queries by kSums / R keys.
+// ---- Dot products: tiles of R queries by kSums / kChains / R keys.
+
+// Sums of a dot product that are added at the end. With those of the lanes there are 8 at least, so that few additions
+// round one after the other.
+constexpr int kChains = W == 4 ? 2 : 1;
+
+template <int R>
+constexpr int kKeys = kSums / kChains / R;
 
 template <class E, int R>
 QUEST_INLINE void dots_tile(
     const float* q, const void* const* keys, int n, int D, float scale, float* out, int64_t out_stride) {
-  constexpr int N = kSums / R;
+  constexpr int N = kKeys<R>;
   const typename E::Storage* key[N];
 #pragma GCC unroll 16
   for (int j = 0; j < N; ++j) key[j] = static_cast<const typename E::Storage*>(keys[j < n ? j : 0]);
@@ -63,7 +70,7 @@ QUEST_INLINE void dots_tile(
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sums[r * N + j] += x[r] * a;
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sums[r * N + j] += y[r] * b;
+      for (int r = 0; r < R; ++r) sums[(kChains - 1) * R * N + r * N + j] += y[r] * b;
     }
   }
   if (d < D)
@@ -75,6 +82,8 @@ QUEST_INLINE void dots_tile(
     }
   float dots[kSums];
   sum_lanes(sums, dots);
+  if (kChains == 2)
+    for (int i = 0; i < R * N; ++i) dots[i] += dots[R * N + i];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < min(n, N); ++j) out[r * out_stride + j] = dots[r * N + j] * scale;
 }
@@ -86,7 +95,7 @@ void dots(
     const int end = min(begin + kBlock, n);
     int r = 0;
     const auto tiles = [&]<int R>() __attribute__((always_inline)) {
-      constexpr int N = kSums / R;
+      constexpr int N = kKeys<R>;
       for (int j = begin; j < end; j += N) {
         if (r == 0) prefetch<E>(keys, min(j + kBlock, n), min(j + kBlock + N, n), D);
         dots_tile<E, R>(q + r * D, keys + j, end - j, D, scale, out + r * out_stride + j, out_stride);

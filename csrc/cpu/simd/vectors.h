@@ -138,19 +138,18 @@ QUEST_INLINE __m512i add(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); 
 
 template <class V>
 QUEST_INLINE V sum_lanes(V* v) {
-  const auto low = [](V a, V b) { return (V)_mm512_maskz_unpacklo_ps(0xffff, (__m512)a, (__m512)b); };
-  const auto high = [](V a, V b) { return (V)_mm512_maskz_unpackhi_ps(0xffff, (__m512)a, (__m512)b); };
-  const auto low2 = [](V a, V b) { return (V)_mm512_maskz_unpacklo_pd(0xff, (__m512d)a, (__m512d)b); };
-  const auto high2 = [](V a, V b) { return (V)_mm512_maskz_unpackhi_pd(0xff, (__m512d)a, (__m512d)b); };
-  const auto even = [](V a, V b) { return (V)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)a, (__m512)b, 0x88); };
-  const auto odd = [](V a, V b) { return (V)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)a, (__m512)b, 0xdd); };
+  // Even and odd lanes, in each quarter; and even and odd quarters.
+  const auto even = [](V a, V b) { return (V)_mm512_maskz_shuffle_ps(0xffff, (__m512)a, (__m512)b, 0x88); };
+  const auto odd = [](V a, V b) { return (V)_mm512_maskz_shuffle_ps(0xffff, (__m512)a, (__m512)b, 0xdd); };
+  const auto even_quarters = [](V a, V b) { return (V)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)a, (__m512)b, 0x88); };
+  const auto odd_quarters = [](V a, V b) { return (V)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)a, (__m512)b, 0xdd); };
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) v[i] = add(low(v[2 * i], v[2 * i + 1]), high(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 8; ++i) v[i] = add(even(v[2 * i], v[2 * i + 1]), odd(v[2 * i], v[2 * i + 1]));
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) v[i] = add(low2(v[2 * i], v[2 * i + 1]), high2(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; ++i) v[i] = add(even(v[2 * i], v[2 * i + 1]), odd(v[2 * i], v[2 * i + 1]));
 #pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) v[i] = add(even(v[2 * i], v[2 * i + 1]), odd(v[2 * i], v[2 * i + 1]));
-  return add(even(v[0], v[1]), odd(v[0], v[1]));
+  for (int i = 0; i < 2; ++i) v[i] = add(even_quarters(v[2 * i], v[2 * i + 1]), odd_quarters(v[2 * i], v[2 * i + 1]));
+  return add(even_quarters(v[0], v[1]), odd_quarters(v[0], v[1]));
 }
 
 QUEST_INLINE void sum_lanes(Vec* v, float* sums) { store(sums, (Vec)sum_lanes<__m512>((__m512*)v)); }
