@@ -53,6 +53,10 @@ struct Loops {
   // Elementwise minimum and maximum over n >= 1 keys; NaN wins.
   void (*bounds[3])(const void* keys, int64_t stride, int n, int D, float* lower, float* upper);
 
+  // Bounds as multiples of *scale, rounded outward so that they stay bounds. The scale is the largest magnitude / 127,
+  // rounded up; where it is 0 or not finite the multiples are 0.
+  void (*store_int8)(const float* lower, const float* upper, int D, int8_t* low, int8_t* high, float* scale);
+
   float (*max)(const float* x, int n);                // -inf where n = 0; NaN wins
   float (*exp_sum)(float* x, int n, float subtract);  // x = exp(x - subtract), for x <= subtract; their sum
 };

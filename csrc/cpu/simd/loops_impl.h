@@ -1,6 +1,7 @@
 // The loops, written once over the compiler's vector types. One file for each instruction set includes them and sets
 // QUEST_ISA, the namespace, and QUEST_WIDTH. Everything is static or in that namespace.
 #include "attend.h"
+#include "bounds.h"
 #include "score.h"
 #include "vectors.h"
 
@@ -17,38 +18,7 @@ void store_row(const float* src, int n, void* dst) {
   for (int i = 0; i < n; i += W) E::store(static_cast<typename E::Storage*>(dst) + i, load(src + i));
 }
 
-// ---- Minima and maxima.
-
-template <class E, int V>
-QUEST_INLINE void bounds_tile(const typename E::Storage* keys, int64_t stride, int n, float* lower, float* upper) {
-  Vec least[V], most[V];
-  Bits nan[V] = {};  // comparisons with NaN are false, so minimum and maximum miss it
-#pragma GCC unroll 4
-  for (int i = 0; i < V; ++i) least[i] = most[i] = E::load(keys + i * W);
-  for (int j = 0; j < n; ++j)
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) {
-      const Vec k = keep(E::load(keys + j * stride + i * W));
-      least[i] = k < least[i] ? k : least[i];
-      most[i] = k > most[i] ? k : most[i];
-      nan[i] |= (Bits)(k != k);
-    }
-#pragma GCC unroll 4
-  for (int i = 0; i < V; ++i) {
-    store(lower + i * W, floats(bits(least[i]) | nan[i]));
-    store(upper + i * W, floats(bits(most[i]) | nan[i]));
-  }
-}
-
-template <class E>
-void bounds(const void* keys, int64_t stride, int n, int D, float* lower, float* upper) {
-  const auto* key = static_cast<const typename E::Storage*>(keys);
-  int d = 0;
-  for (; d + 4 * W <= D; d += 4 * W) bounds_tile<E, 4>(key + d, stride, n, lower + d, upper + d);
-  for (; d < D; d += W) bounds_tile<E, 1>(key + d, stride, n, lower + d, upper + d);
-}
-
-QUEST_INLINE Vec nan_max(Vec a, Vec b) { return ((b > a) | (b != b)) ? b : a; }
+// ---- Softmax.
 
 // The last n < W elements, with `fill` in the lanes past them.
 QUEST_INLINE Vec load_tail(const float* x, int n, float fill) {
@@ -62,9 +32,7 @@ float max(const float* x, int n) {
   int i = 0;
   for (; i + W <= n; i += W) most = nan_max(most, load(x + i));
   if (i < n) most = nan_max(most, load_tail(x + i, n - i, -kInf));
-  float result = most[0];
-  for (int lane = 1; lane < W; ++lane) result = most[lane] > result || most[lane] != most[lane] ? most[lane] : result;
-  return result;
+  return max_lane(most);
 }
 
 // ---- exp(x) for x <= 0 to about 1 ulp, as 2^k * p(r). Here k = round(x / ln 2), r = x - k ln 2, |r| <= ln(2) / 2.
@@ -120,6 +88,7 @@ extern const Loops kLoops = {
     split_query,
     {score<PlainBounds<F32>>, score<PlainBounds<F16>>, score<PlainBounds<BF16>>, score<Int8Bounds>},
     {bounds<F32>, bounds<F16>, bounds<BF16>},
+    store_int8,
     max,
     exp_sum};
 

@@ -94,7 +94,7 @@ struct Chunk {  // 64 elements
 };
 
 struct Digits {
-  int32_t start[3][16];  // of the accumulators: the digits of negative elements, in lane 0
+  int32_t start[3][16];  // of the accumulators: the sums of the digits of negative elements
   float unit;
   int finite;  // NaN and infinite queries are scored in float32
   int32_t padding[14];
@@ -105,45 +105,37 @@ QUEST_INLINE const Digits& digits_of(const void* queries, int64_t stride, int r,
   return *reinterpret_cast<const Digits*>(static_cast<const char*>(queries) + r * stride + 2 * D * sizeof(float));
 }
 
-// The exponent of x > 0, as of a normal number at least.
-QUEST_INLINE int exponent_of(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  const int biased = static_cast<int>(bits >> 23);
-  return (biased ? biased : 1) - 127;
-}
-
-QUEST_INLINE double power_of_two(int exponent) {  // -1022 to 1023
-  const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
-  double x;
-  __builtin_memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 QUEST_INLINE void split_digits(const float* q, int D, Digits& out) {
-  float largest = 0;
-  out.finite = 1;
-  for (int d = 0; d < D; ++d) {
-    const float x = __builtin_fabsf(q[d]);
-    if (!(x < kInf)) out.finite = 0;
-    largest = x > largest ? x : largest;
+  __m512 largest = {};
+  for (int d = 0; d < D; d += W) {
+    const __m512 magnitude = (__m512)floats(bits(load(q + d)) & 0x7fffffff);
+    largest = (__m512)nan_max((Vec)largest, (Vec)magnitude);
   }
+  const float most = max_lane((Vec)largest);
+  out.finite = most < kInf;
   if (!out.finite) return;
-  const int exponent = exponent_of(largest) - 23;
-  const double inverse = power_of_two(-exponent);
-  out.unit = static_cast<float>(power_of_two(exponent));
-  __builtin_memset(out.start, 0, sizeof out.start);
-  for (int d = 0; d < (D + 63) / 64 * 64; ++d) {
-    const float x = d < D ? q[d] : 0;
-    const auto magnitude = static_cast<uint32_t>(__builtin_fabs(double{x}) * inverse + 0.5);
+  // most < 2^(exponent + 1), and a denormal number has the exponent of the smallest normal one.
+  const int biased = static_cast<int>(__builtin_bit_cast(uint32_t, most) >> 23), exponent = (biased ? biased : 1) - 127;
+  const __m512 shift = (__m512)splat(static_cast<float>(23 - exponent));
+  out.unit = _mm_cvtss_f32(_mm_scalef_ss(_mm_set_ss(1), _mm_set_ss(static_cast<float>(exponent - 23))));
+  __m512i start[3] = {};
+  __builtin_memset(out.chunks, 0, sizeof out.chunks);
+  for (int d = 0; d < D; d += W) {
+    const __m512 x = (__m512)load(q + d);
+    const __m512i magnitude = _mm512_maskz_cvt_roundps_epi32(
+        0xffff, _mm512_maskz_scalef_ps(0xffff, (__m512)floats(bits((Vec)x) & 0x7fffffff), shift),
+        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __mmask16 negative = _mm512_movepi32_mask((__m512i)x);
     Chunk& chunk = out.chunks[d / 64];
-    chunk.negative[d % 64] = x < 0 ? 0xff : 0;
+    store_as(chunk.negative + d % 64, _mm_movm_epi8(negative));
+#pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) {
-      const auto digit = static_cast<uint8_t>(magnitude >> (16 - 8 * i));
-      chunk.digits[i][d % 64] = digit;
-      if (x < 0) out.start[i][0] += digit;
+      const __m512i digit = _mm512_maskz_srli_epi32(0xffff, magnitude, 16 - 8 * i) & (__m512i)(Bits{} + 0xff);
+      store_as(chunk.digits[i] + d % 64, _mm512_maskz_cvtepi32_epi8(0xffff, digit));
+      start[i] = _mm512_mask_add_epi32(start[i], negative, start[i], digit);
     }
   }
+  for (int i = 0; i < 3; ++i) store_as(out.start[i], start[i]);
 }
 
 // The sums of the two lower digits fit in int32 together: 256 elements of at most 128 * 65535.

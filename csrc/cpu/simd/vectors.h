@@ -127,6 +127,14 @@ struct F16 {
   QUEST_INLINE void store_pair(uint16_t* p, Vec a, Vec b) { store(p, a), store(p + W, b); }
 };
 
+QUEST_INLINE Vec nan_max(Vec a, Vec b) { return ((b > a) | (b != b)) ? b : a; }
+
+QUEST_INLINE float max_lane(Vec v) {
+  float result = v[0];
+  for (int lane = 1; lane < W; ++lane) result = v[lane] > result || v[lane] != v[lane] ? v[lane] : result;
+  return result;
+}
+
 // ---- Sums of lanes: sum i is that of vector i. The order of the additions is that of a single vector.
 
 constexpr int kSums = W == 16 ? 16 : 8;  // accumulators of a tile, which stay in registers
