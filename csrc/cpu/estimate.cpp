@@ -11,6 +11,7 @@
 #include "checked_copies.h"
 #include "elements.h"
 #include "simd/loops.h"
+#include "steps.h"
 
 namespace quest::cpu {
 
@@ -101,27 +102,31 @@ static void estimate_pages(const EstimateKernelParams& kernel, int b, int first)
     }
 }
 
+void score_pages(const EstimateParams& p) {
+  const Loops& loops = cpu::loops();
+  const Queries queries = split_queries(p, loops);
+  const EstimateKernelParams kernel{
+      .op = p, .loops = loops, .queries = queries.get(), .query_bytes = loops.query_bytes(p.size.D)};
+  const int64_t tasks = (int64_t{p.paging.P} + kTaskPages - 1) / kTaskPages;
+  const int64_t bound = p.k_bounds.scales ? 1 : element_size(p.dtype);
+  const int64_t bytes = std::min(kTaskPages, p.paging.P) * int64_t{p.size.Hkv} * 2 * p.size.D * bound;
+  torch::stable::parallel_for(0, p.size.B * tasks, grain(bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      estimate_pages(kernel, static_cast<int>(i / tasks), static_cast<int>(i % tasks) * kTaskPages);
+  });
+}
+
 Tensor estimate(
     Tensor q, Tensor k_bounds, Tensor page_table, Tensor seq_lens, int64_t page_size, std::optional<Tensor> k_scales,
     std::optional<Tensor> new_lens) {
   EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales, new_lens);
   const CheckedCopies copies(p);
-  const auto [B, T, Hq, Hkv, D] = p.size;
-  const int64_t P = p.paging.P;
+  const int64_t B = p.size.B, T = p.size.T, Hq = p.size.Hq, P = p.paging.P;
   Tensor scores = q.dim() == 4 ? torch::stable::new_empty(q, {B, T, Hq, P}, ScalarType::Float)
                                : torch::stable::new_empty(q, {B, Hq, P}, ScalarType::Float);
   if (P == 0) return scores;  // any number of queries
   p.scores = static_cast<float*>(scores.mutable_data_ptr());
-  const Loops& loops = cpu::loops();
-  const Queries queries = split_queries(p, loops);
-  const EstimateKernelParams kernel{
-      .op = p, .loops = loops, .queries = queries.get(), .query_bytes = loops.query_bytes(D)};
-  const int64_t tasks = (P + kTaskPages - 1) / kTaskPages;
-  const int64_t bytes = int64_t{kTaskPages} * Hkv * 2 * D * (p.k_bounds.scales ? 1 : element_size(p.dtype));
-  torch::stable::parallel_for(0, B * tasks, grain(bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      estimate_pages(kernel, static_cast<int>(i / tasks), static_cast<int>(i % tasks) * kTaskPages);
-  });
+  score_pages(p);
   return scores;
 }
 

@@ -16,6 +16,7 @@
 #include "checked_copies.h"
 #include "elements.h"
 #include "simd/loops.h"
+#include "steps.h"
 
 namespace quest::cpu {
 
@@ -218,11 +219,13 @@ static DecodeKernelParams make_tasks(const DecodeParams& op) {
   return p;
 }
 
-static void decode(const DecodeParams& op) {
+void attend_pages(const DecodeParams& op) {
   const DecodeKernelParams p = make_tasks(op);
   if (p.outer == 0) return;
   const int Hs = op.Hs;
-  torch::stable::parallel_for(0, p.tasks(), 1, [&](int64_t begin, int64_t end) {
+  const int64_t tokens = std::min(kSplitTokens, std::min(op.K, op.paging.P) << op.paging.page_shift);
+  const int64_t task_bytes = tokens * 2 * op.size.D * element_size(op.dtype);
+  torch::stable::parallel_for(0, p.tasks(), grain(task_bytes), [&](int64_t begin, int64_t end) {
     const std::vector<int64_t>& first = p.first_task;
     int64_t outer = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t task = begin; task < end; ++task) {
@@ -250,7 +253,7 @@ std::tuple<Tensor, Tensor> sparse_decode(
                           : torch::stable::new_empty(q, {B, Hq}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  decode(p);
+  attend_pages(p);
   return {out, lse};
 }
 

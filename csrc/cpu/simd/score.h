@@ -119,7 +119,7 @@ QUEST_INLINE void split_digits(const float* q, int D, Digits& out) {
   const __m512 shift = (__m512)splat(static_cast<float>(23 - exponent));
   out.unit = _mm_cvtss_f32(_mm_scalef_ss(_mm_set_ss(1), _mm_set_ss(static_cast<float>(exponent - 23))));
   __m512i start[3] = {};
-  __builtin_memset(out.chunks, 0, sizeof out.chunks);
+  if (D % 64) __builtin_memset(&out.chunks[D / 64], 0, sizeof out.chunks[0]);
   for (int d = 0; d < D; d += W) {
     const __m512 x = (__m512)load(q + d);
     const __m512i magnitude = _mm512_maskz_cvt_roundps_epi32(
