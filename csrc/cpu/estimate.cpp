@@ -64,9 +64,10 @@ static void estimate_pages(const EstimateKernelParams& kernel, int b, int first)
   const int64_t size = bounds.scales ? 1 : element_size(p.dtype);
   const int group = p.size.group();
   const int width = std::min(kTaskPages, p.paging.P - first);
-  const int pages = std::clamp(p.paging.pages_of(p.paging.length(b)) - first, 0, width);
-  const std::byte* rows[kTaskPages];  // of the first head
-  for (int i = 0; i < pages; ++i)
+  const int left = std::max(0, p.paging.pages_of(p.paging.length(b)) - first), pages = std::min(left, width);
+  const int known = std::min(left, kTaskPages + kBlockPages);
+  const std::byte* rows[kTaskPages + kBlockPages];  // of the first head; the last are prefetched for the next task
+  for (int i = 0; i < known; ++i)
     rows[i] =
         static_cast<const std::byte*>(bounds.data) + p.paging.physical(b, first + i) * bounds.stride_n * size;
   int seen[kMaxNewTokens];
@@ -88,10 +89,10 @@ static void estimate_pages(const EstimateKernelParams& kernel, int b, int first)
         const int64_t page = p.paging.physical(b, first + begin + i);
         block.scales[i] = bounds.scales[page * bounds.scales_stride_n + h * bounds.scales_stride_h];
       }
-      for (int i = begin + kBlockPages; i < std::min(begin + 2 * kBlockPages, pages); ++i)
+      for (int i = begin + kBlockPages; i < std::min(begin + 2 * kBlockPages, known); ++i)
         for (const int c : {0, 1})
           for (int64_t byte = 0; byte < D * size; byte += 64)
-            __builtin_prefetch(rows[i] + (h * bounds.stride_h + c * bounds.stride_c) * size + byte);
+            __builtin_prefetch(rows[i] + (h * bounds.stride_h + c * bounds.stride_c) * size + byte, 0, 2);
       for (int t = 0; t < T; ++t) {
         const int64_t query = ((int64_t{b} * Hkv + h) * T + t) * group;
         float* const scores = p.scores + ((int64_t{b} * T + t) * Hq + h * group) * p.paging.P + first + begin;

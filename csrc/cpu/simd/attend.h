@@ -30,14 +30,16 @@ void store_output(const float* out, int D, void* dst) {
   if (d < D) E::store(to + d, load(out + d));
 }
 
-// ---- The tokens of a page list are scattered, so hardware does not prefetch them. Work on a block prefetches the next
-// one, a few tokens at a time.
+// ---- The tokens of a page list are scattered, so hardware does not prefetch them. The first tile of a token prefetches
+// the same elements of the token kAhead places later, a line at a time, to the second-level cache.
 
+// The cache lines of `count` elements from d on.
 template <class E>
-QUEST_INLINE void prefetch(const void* const* tokens, int first, int last, int D) {
-  for (int i = first; i < last; ++i)
-    for (int d = 0; d < D; d += 64 / int{sizeof(typename E::Storage)})
-      __builtin_prefetch(static_cast<const typename E::Storage*>(tokens[i]) + d);
+QUEST_INLINE void prefetch(const void* token, int d, int count) {
+  constexpr int kLine = 64 / sizeof(typename E::Storage);
+#pragma GCC unroll 16
+  for (int i = 0; i < count; i += kLine)
+    __builtin_prefetch(static_cast<const typename E::Storage*>(token) + d + i, 0, 2);
 }
 
 // ---- Dot products: tiles of R queries by kSums / kChains / R keys.
@@ -49,7 +51,7 @@ constexpr int kChains = W == 4 ? 2 : 1;
 template <int R>
 constexpr int kKeys = kSums / kChains / R;
 
-template <class E, int R>
+template <class E, int R, bool First>
 QUEST_INLINE void dots_tile(
     const float* q, const void* const* keys, int n, int D, float scale, float* out, int64_t out_stride) {
   constexpr int N = kKeys<R>;
@@ -66,6 +68,7 @@ QUEST_INLINE void dots_tile(
     for (int j = 0; j < N; ++j) {
       Vec a, b;
       E::load_pair(key[j] + d, a, b);
+      if (First) prefetch<E>(keys[j + kAhead], d, 2 * W);
       if (R > 1) a = keep(a), b = keep(b);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sums[r * N + j] += x[r] * a;
@@ -97,8 +100,8 @@ void dots(
     const auto tiles = [&]<int R>() __attribute__((always_inline)) {
       constexpr int N = kKeys<R>;
       for (int j = begin; j < end; j += N) {
-        if (r == 0) prefetch<E>(keys, min(j + kBlock, n), min(j + kBlock + N, n), D);
-        dots_tile<E, R>(q + r * D, keys + j, end - j, D, scale, out + r * out_stride + j, out_stride);
+        const auto tile = r == 0 ? dots_tile<E, R, true> : dots_tile<E, R, false>;
+        tile(q + r * D, keys + j, end - j, D, scale, out + r * out_stride + j, out_stride);
       }
       r += R;
     };
@@ -110,11 +113,12 @@ void dots(
 
 // ---- Weighted sums: tiles of R queries by V vectors of the head dimension.
 
-template <class E, int R, int V>
+template <class E, int R, int V, bool First>
 QUEST_INLINE void accumulate_tile(
     const float* weights, int64_t weights_stride, const void* const* values, int n, int d, int D, float* out) {
   Vec sums[R][V] = {};
   for (int j = 0; j < n; ++j) {
+    if (First) prefetch<E>(values[j + kAhead], d, V * W);
     const auto* value = static_cast<const typename E::Storage*>(values[j]) + d;
     Vec v[V];
     if constexpr (V == 1)
@@ -154,11 +158,8 @@ void accumulate(
       const auto columns = [&]<int V>() __attribute__((always_inline)) {
         if constexpr (V <= kMost)
           for (; d + V * W <= D; d += V * W) {
-            if (r == 0) {  // this tile's share of the next block
-              const int next = min(end + d * kBlock / D, n), last = min(end + (d + V * W) * kBlock / D, n);
-              prefetch<E>(values, next, last, D);
-            }
-            accumulate_tile<E, R, V>(w, weights_stride, values + begin, end - begin, d, D, out + r * D);
+            const auto tile = r == 0 ? accumulate_tile<E, R, V, true> : accumulate_tile<E, R, V, false>;
+            tile(w, weights_stride, values + begin, end - begin, d, D, out + r * D);
           }
       };
       columns.template operator()<8>();

@@ -18,6 +18,9 @@ namespace quest::cpu {
 
 // Values are summed in blocks, and then the blocks.
 inline constexpr int kBlock = 16;
+// `dots` and `accumulate` prefetch tokens that many places ahead, so this many more pointers follow each array of tokens.
+// They are not loaded from.
+inline constexpr int kAhead = 32;
 
 // A query, or a head's output, between load_query and store_output is in an order that only `dots` and `accumulate` know.
 // An array has one loop for each DType, in its order.
