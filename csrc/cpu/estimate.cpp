@@ -68,8 +68,7 @@ static void estimate_pages(const EstimateKernelParams& kernel, int b, int first)
   const int known = std::min(left, kTaskPages + kBlockPages);
   const std::byte* rows[kTaskPages + kBlockPages];  // of the first head; the last are prefetched for the next task
   for (int i = 0; i < known; ++i)
-    rows[i] =
-        static_cast<const std::byte*>(bounds.data) + p.paging.physical(b, first + i) * bounds.stride_n * size;
+    rows[i] = static_cast<const std::byte*>(bounds.data) + p.paging.physical(b, first + i) * bounds.stride_n * size;
   int seen[kMaxNewTokens];
   for (int t = 0; t < T; ++t) {
     seen[t] = std::clamp(p.paging.pages_of(p.paging.visible(b, t, T)) - first, 0, pages);

@@ -159,8 +159,7 @@ static void attend_queries(
       loops.accumulate[type](weights[i] + common, 0, 1, tokens.values() + common, seen[i] - common, D, out + i * D);
 }
 
-static void attend_split(
-    const DecodeKernelParams& p, const List& list, const Tokens& tokens, int split, int64_t task) {
+static void attend_split(const DecodeKernelParams& p, const List& list, const Tokens& tokens, int split, int64_t task) {
   const int64_t queries = int64_t{list.real} * list.heads;
   for (int64_t query = 0; query < queries; query += kQueries) {
     const int64_t at = task * p.queries + query;

@@ -30,8 +30,8 @@ void store_output(const float* out, int D, void* dst) {
   if (d < D) E::store(to + d, load(out + d));
 }
 
-// ---- The tokens of a page list are scattered, so hardware does not prefetch them. The first tile of a token prefetches
-// the same elements of the token kAhead places later, a line at a time, to the second-level cache.
+// ---- The tokens of a page list are scattered, so hardware does not prefetch them. The first tile of a token
+// prefetches the same elements of the token kAhead places later, a line at a time, to the second-level cache.
 
 // The cache lines of `count` elements from d on.
 template <class E>

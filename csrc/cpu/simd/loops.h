@@ -18,12 +18,12 @@ namespace quest::cpu {
 
 // Values are summed in blocks, and then the blocks.
 inline constexpr int kBlock = 16;
-// `dots` and `accumulate` prefetch tokens that many places ahead, so this many more pointers follow each array of tokens.
-// They are not loaded from.
+// `dots` and `accumulate` prefetch tokens that many places ahead, so this many more pointers follow each array of
+// tokens. They are not loaded from.
 inline constexpr int kAhead = 32;
 
-// A query, or a head's output, between load_query and store_output is in an order that only `dots` and `accumulate` know.
-// An array has one loop for each DType, in its order.
+// A query, or a head's output, between load_query and store_output is in an order that only `dots` and `accumulate`
+// know. An array has one loop for each DType, in its order.
 struct Loops {
   const char* name;
 
@@ -47,8 +47,8 @@ struct Loops {
   int64_t (*query_bytes)(int D);
   void (*split_query)(const float* q, int D, void* parts);
 
-  // out[i, j] = scales[j] * sum_d max(q[i, d] * lower[j, d], q[i, d] * upper[j, d]) for n pages; queries contiguous, out
-  // [count, n] with out_stride. Without scales they are 1. The last is for int8 bounds.
+  // out[i, j] = scales[j] * sum_d max(q[i, d] * lower[j, d], q[i, d] * upper[j, d]) for n pages; queries contiguous,
+  // out [count, n] with out_stride. Without scales they are 1. The last is for int8 bounds.
   void (*score[4])(
       const void* queries, int count, const void* const* lower, const void* const* upper, const float* scales, int n,
       int D, float* out, int64_t out_stride);

@@ -13,9 +13,7 @@ namespace {
 
 template <class E>
 struct PlainBounds {
-  QUEST_INLINE Vec load(const void* row, int d) {
-    return E::load(static_cast<const typename E::Storage*>(row) + d);
-  }
+  QUEST_INLINE Vec load(const void* row, int d) { return E::load(static_cast<const typename E::Storage*>(row) + d); }
 };
 
 struct Int8Bounds {
@@ -88,8 +86,8 @@ QUEST_INLINE void score_tile(
 
 constexpr int kMaxChunks = 4;  // 256 elements
 
-struct Chunk {  // 64 elements
-  uint8_t negative[64];  // all bits set where an element is negative
+struct Chunk {            // 64 elements
+  uint8_t negative[64];   // all bits set where an element is negative
   uint8_t digits[3][64];  // the most significant first; zero past the head dimension
 };
 
@@ -187,8 +185,7 @@ QUEST_INLINE void score_tile_bytes(
   store(totals, (Vec)_mm512_maskz_cvtepi32_ps(0xffff, sum_lanes(both)));
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < N; ++j)
-      scores[r * N + j] =
-          (totals[r * N + j] * 65536 + totals[8 + r * N + j]) * digits_of(queries, stride, r, D).unit;
+      scores[r * N + j] = (totals[r * N + j] * 65536 + totals[8 + r * N + j]) * digits_of(queries, stride, r, D).unit;
 }
 
 #endif

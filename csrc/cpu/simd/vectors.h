@@ -85,9 +85,7 @@ struct BF16 {
     return v != v ? b | 0x400000 : b + 0x7fff + ((b >> 16) & 1);
   }
   QUEST_INLINE void store(uint16_t* p, Vec v) { store_as(p, __builtin_convertvector(round(v) >> 16, Halves)); }
-  QUEST_INLINE void store_pair(uint16_t* p, Vec a, Vec b) {
-    store_as(p, (round(a) >> 16) | (round(b) & 0xffff0000));
-  }
+  QUEST_INLINE void store_pair(uint16_t* p, Vec a, Vec b) { store_as(p, (round(a) >> 16) | (round(b) & 0xffff0000)); }
 };
 
 struct F16 {
