@@ -5,8 +5,8 @@
 Everything of a workload is timed in rounds, each of which makes one call of each kind. So a slow minute of the machine
 meets all alike. A figure is the median of the rounds, with the quartiles beside it. With one thread it is the time of
 that thread on the processor, with two it is that of the clock. Calls go through distinct layers, whose bytes exceed
-512 MiB together where 8 layers do. The smallest workload, 16 pages, is timed in the cache by 20 calls in a row. The step
-is decode_step: it writes the token, scores, selects and attends. The dense kernels only attend.
+512 MiB together where 8 layers do. The smallest workload, 16 pages, is timed in the cache by 20 calls in a row.
+The step is decode_step: it writes the token, scores, selects and attends. The dense kernels only attend.
 
 vLLM's kernel is timed where its package for the CPU is installed, and FlexAttention at 32K tokens, as it compiles for
 each shape. Writes a JSON and a plot beside it.

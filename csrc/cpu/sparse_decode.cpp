@@ -47,7 +47,7 @@ struct DecodeKernelParams {
   int64_t outer;
   int64_t queries;  // of a list
   // Scratch. The partial of task i and query j is at i * queries + j. The tasks of one outer index go split by split,
-  // and head by head in a split, as the heads of a page are adjacent in memory.
+  // and in a split head by head. The heads of a page are adjacent in memory.
   std::vector<int64_t> first_task;  // [outer + 1]
   std::unique_ptr<float[]> partial_max, partial_sum, partial_out;
 

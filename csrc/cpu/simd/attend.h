@@ -56,8 +56,12 @@ QUEST_INLINE void dots_tile(
     const float* q, const void* const* keys, int n, int D, float scale, float* out, int64_t out_stride) {
   constexpr int N = kKeys<R>;
   const typename E::Storage* key[N];
+  const void* ahead[N];
 #pragma GCC unroll 16
-  for (int j = 0; j < N; ++j) key[j] = static_cast<const typename E::Storage*>(keys[j < n ? j : 0]);
+  for (int j = 0; j < N; ++j) {
+    key[j] = static_cast<const typename E::Storage*>(keys[j < n ? j : 0]);
+    ahead[j] = keys[(j < n ? j : 0) + kAhead];
+  }
   Vec sums[kSums] = {};
   int d = 0;
   for (; d + 2 * W <= D; d += 2 * W) {
@@ -68,7 +72,7 @@ QUEST_INLINE void dots_tile(
     for (int j = 0; j < N; ++j) {
       Vec a, b;
       E::load_pair(key[j] + d, a, b);
-      if (First) prefetch<E>(keys[j + kAhead], d, 2 * W);
+      if (First) prefetch<E>(ahead[j], d, 2 * W);
       if (R > 1) a = keep(a), b = keep(b);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sums[r * N + j] += x[r] * a;

@@ -61,8 +61,8 @@ constexpr int min(int a, int b) { return a < b ? a : b; }
 
 // ---- Elements. Conversions are exact or round to nearest even, in every denormal mode of the processor.
 //
-// load_pair and store_pair convert 2W elements at once, in an order of their own: BF16 puts even elements in the first
-// vector and odd ones in the second, which takes half the instructions of `load`. Sums over tokens keep that order.
+// load_pair and store_pair convert 2W elements at once, in an order of their own. BF16 puts even elements in the first
+// vector and odd ones in the second, by half the instructions of `load`. Sums over tokens keep that order.
 
 struct F32 {
   using Storage = float;
