@@ -289,8 +289,9 @@ def measure(w: Workload, layers: list[Layer], seconds: float, vllm: VllmCaches |
     times: dict[str, list[float]] = {name: [] for name in kinds}
     started, rounds = time.perf_counter(), 0
     while rounds < 5 or (rounds < 60 and time.perf_counter() - started < seconds):
-        for name, calls in kinds.items():
-            times[name].append(time_call(calls[rounds % len(calls)], w.threads, w.calls))
+        for i, (name, calls) in enumerate(kinds.items()):  # another layer than the kind before, which read it
+            call = calls[(rounds * len(kinds) + i) % len(calls)]
+            times[name].append(time_call(call, w.threads, w.calls))
         rounds += 1
     summaries = {}
     for name, values in times.items():

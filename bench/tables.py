@@ -167,7 +167,7 @@ def cpu_steps() -> Table:
     table = [["heads, context, dtype", *names[:-1], "reading alone", "over SDPA", "over vLLM"]]
     for row in read("cpu.json")["rows"]:
         w, times = row["workload"], row["milliseconds"]
-        if w["batch"] > 1 or w["threads"] > 1 or w["context"] < (8192 if w["kv_heads"] == 8 else 32768):
+        if w["batch"] > 1 or w["threads"] > 1 or w["context"] < 32768:
             continue
         cells = [f"{times[name]['median']:.2f}" if name in times else "-" for name in names]
         ratios = [times[x]["median"] / times[cpu.STEP]["median"] if x in times else None for x in (cpu.SDPA, cpu.VLLM)]
