@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import torch_baseline
-from helpers.operator_cases import HEAD_DIMS, Case, Shape, assert_accurate, assert_same_bits
+from helpers.operator_cases import HEAD_DIMS, KINDS, Case, Shape, assert_accurate, assert_same_bits
 from quest_ops import build_info, ops, reference
 
 ISAS = ("generic", "avx2", "avx512", "avx512_vnni")
 INF = math.inf
 HERE = Path(__file__).parent
-SUITE = ("estimate", "bounds_int8", "topk_pages", "sparse_decode", "append_kv", "decode_step", "determinism")
+SUITE = ("estimate", "scaled_bounds", "topk_pages", "sparse_decode", "append_kv", "decode_step", "determinism")
 
 
 def environment(isa: str) -> dict[str, str]:
@@ -73,7 +73,7 @@ torch.save([ops.estimate(*arguments) for arguments in torch.load(sys.argv[1])], 
 
 def any_bytes(dtype: torch.dtype, head_dim: int, group: int, spread: float) -> Case:
     """Bounds of every byte, -128 too, and queries whose elements differ by powers of ten."""
-    case = Case(Shape(dtype, head_dim, 16, 2, group, lengths=(16 * 19, 5), int8=True, seed=head_dim + group))
+    case = Case(Shape(dtype, head_dim, 16, 2, group, lengths=(16 * 19, 5), kind=KINDS["minmax-8-bit"], seed=head_dim + group))
     case.q = (case.randn(*case.q.shape) * torch.exp(spread * case.randn(*case.q.shape))).to(dtype)
     case.k_bounds = torch.randint(-128, 128, case.k_bounds.shape, generator=case.random, dtype=torch.int8)
     return case
