@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cpu
 from nsight_metrics import METRICS, STALL
 from selection_study import CHOICES
 from targets import DENSE, median, targets
@@ -229,6 +230,37 @@ def rivals() -> Table:
     return table
 
 
+def cpu_steps() -> Table:
+    """Milliseconds a layer on the CPU, one sequence and one thread."""
+    names = (cpu.SDPA, cpu.FLEX, cpu.VLLM, cpu.DENSE, cpu.STEP, f"read: {cpu.STEP}")
+    table = [["heads, context, dtype", *names[:-1], "reading alone", "over SDPA", "over vLLM"]]
+    for row in read("cpu.json")["rows"]:
+        w, times = row["workload"], row["milliseconds"]
+        if w["batch"] > 1 or w["threads"] > 1 or w["context"] < 32768:
+            continue
+        cells = [f"{times[name]['median']:.2f}" if name in times else "-" for name in names]
+        ratios = [times[x]["median"] / times[cpu.STEP]["median"] if x in times else None for x in (cpu.SDPA, cpu.VLLM)]
+        cells += ["-" if x is None else f"{x:.1f}x" for x in ratios]
+        table.append([f"{w['heads']}/{w['kv_heads']}, {tokens(w['context'])}, {w['dtype']}", *cells])
+    return table
+
+
+def cpu_short() -> Table:
+    """32/8 heads and 32K tokens."""
+    head, *rows = cpu_steps()
+    return [head, *(row for row in rows if row[0].startswith("32/8, 32K"))]
+
+
+def cpu_targets() -> Table:
+    """The issue's targets on the CPU, a column a dtype."""
+    rows: dict[str, list[str]] = {}
+    for what, target, measured, met in cpu.targets(read("cpu.json")["rows"]):
+        dtype, name = what.split(": ")
+        cells = rows.setdefault(name, [name, "", ""])
+        cells[1 if dtype == "bfloat16" else 2] = f"{measured} of {target}, {'met' if met else 'missed'}"
+    return [["", "bfloat16", "float32"], *rows.values()]
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "steps": steps,
     "steps-in-full": steps_in_full,
@@ -239,6 +271,9 @@ TABLES: dict[str, Callable[[], Table]] = {
     "selection": selection,
     "selection-long": selection_long,
     "rivals": rivals,
+    "cpu-short": cpu_short,
+    "cpu-steps": cpu_steps,
+    "cpu-targets": cpu_targets,
 }
 
 

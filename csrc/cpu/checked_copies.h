@@ -23,6 +23,7 @@ class CheckedCopies {
   explicit CheckedCopies(DecodeStepParams& p) {
     take(p.append);
     take_whole(p.paging, p.size.B);
+    take(p.budgets, p.size.B);
     check_values(p);
   }
 

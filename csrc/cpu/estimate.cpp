@@ -1,7 +1,8 @@
-// q- . lower + q+ . upper for every page. A task scores some pages of a sequence for all heads, as the bounds of a page
-// are adjacent in memory.
+// Scores of pages from their bounds. A task scores some pages of a sequence for all heads, as the bounds of a page are
+// adjacent in memory.
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
 #include <limits>
 #include <memory>
 
@@ -10,39 +11,50 @@
 #include "checked_copies.h"
 #include "elements.h"
 #include "simd/loops.h"
+#include "steps.h"
 
 namespace quest::cpu {
 
 static constexpr int kTaskPages = 64;
-static constexpr int kQueries = 16;  // at a time
+static constexpr int kBlockPages = 8;  // scored at a time, while the next ones are fetched
+static_assert(kTaskPages % kBlockPages == 0);
 
 struct EstimateKernelParams {
   EstimateParams op;
   const Loops& loops;
-  const float* queries;  // [B, Hkv, T, 2, G, D]: their negative and positive parts
+  const std::byte* queries;  // [B, Hkv, T, G], as the loops read them
+  int64_t query_bytes;
 };
 
-static std::unique_ptr<float[]> signed_parts(const EstimateParams& p) {
+struct FreeAligned {
+  void operator()(void* p) const { std::free(p); }
+};
+using Queries = std::unique_ptr<std::byte, FreeAligned>;
+
+static Queries split_queries(const EstimateParams& p, const Loops& loops) {
   const auto [B, T, Hq, Hkv, D] = p.size;
-  auto parts = std::make_unique_for_overwrite<float[]>(int64_t{B} * T * Hq * 2 * D);
-  float* negative = parts.get();
+  const int64_t bytes = loops.query_bytes(D);
   const int group = p.size.group();
-  const int64_t half = int64_t{group} * D;
+  Queries queries(static_cast<std::byte*>(std::aligned_alloc(64, std::max<int64_t>(1, int64_t{B} * T * Hq) * bytes)));
+  STD_TORCH_CHECK(queries, "estimate found no memory for ", int64_t{B} * T * Hq, " queries");
+  std::byte* to = queries.get();
   for (int b = 0; b < B; ++b)
     for (int h = 0; h < Hkv; ++h)
-      for (int t = 0; t < T; ++t, negative += 2 * half)
-        for (int g = 0; g < group; ++g) {
+      for (int t = 0; t < T; ++t)
+        for (int g = 0; g < group; ++g, to += bytes) {
+          float q[kMaxHeadDim];
           const int64_t offset = b * p.q.stride_b + t * p.q.stride_t + (h * group + g) * p.q.stride_h;
-          float *lower = negative + int64_t{g} * D, *upper = lower + half;
-          loops().load[dtype_index(p.dtype)](element(p.q.data, offset, p.dtype), D, lower);
-          for (int d = 0; d < D; ++d) {
-            const float x = lower[d];
-            lower[d] = x > 0 ? 0 : x;  // NaN stays in both
-            upper[d] = x < 0 ? 0 : x;
-          }
+          loops.load[dtype_index(p.dtype)](element(p.q.data, offset, p.dtype), D, q);
+          loops.split_query(q, D, to);
         }
-  return parts;
+  return queries;
 }
+
+// The bounds of a block of pages, of one KV head.
+struct BoundsBlock {
+  const void *lower[kBlockPages], *upper[kBlockPages];
+  float scales[kBlockPages];
+};
 
 // A row of 4-bit bounds as int8.
 static void unpack(const std::byte* row, int D, int8_t* to) {
@@ -56,49 +68,66 @@ static void estimate_pages(const EstimateKernelParams& kernel, int b, int first)
   const EstimateParams& p = kernel.op;
   const auto [B, T, Hq, Hkv, D] = p.size;
   const Bounds& bounds = p.k_bounds;
-  const auto dots = kernel.loops.dots[bounds.scales ? kInt8 : dtype_index(p.dtype)];
+  const auto score = kernel.loops.score[bounds.scales ? kInt8 : dtype_index(p.dtype)];
   const int64_t size = bounds.scales ? 1 : element_size(p.dtype);
+  const int64_t row_bytes = bounds.packed ? D / 2 : D * size;
   const int group = p.size.group();
-  const int64_t half = int64_t{group} * D;
   const int width = std::min(kTaskPages, p.paging.P - first);
-  const int pages = std::clamp(p.paging.pages_of(p.paging.length(b)) - first, 0, width);
-  const void *lower[kTaskPages], *upper[kTaskPages];
-  float scale[kTaskPages];
-  int8_t unpacked[kTaskPages][2][kMaxHeadDim];
-  for (int h = 0; h < Hkv; ++h) {
-    for (int i = 0; i < pages; ++i) {
-      const int64_t page = p.paging.physical(b, first + i);
-      const std::byte* const row =
-          static_cast<const std::byte*>(bounds.data) + (page * bounds.stride_n + h * bounds.stride_h) * size;
-      lower[i] = row, upper[i] = row + bounds.stride_c * size;
-      if (bounds.packed) {
-        unpack(row, D, unpacked[i][0]), unpack(row + bounds.stride_c, D, unpacked[i][1]);
-        lower[i] = unpacked[i][0], upper[i] = unpacked[i][1];
-      }
-      scale[i] = bounds.scales ? bounds.scales[page * bounds.scales_stride_n + h * bounds.scales_stride_h] : 1.f;
-    }
-    for (int t = 0; t < T; ++t) {
-      const float* const negative = kernel.queries + ((int64_t{b} * Hkv + h) * T + t) * 2 * half;
-      const int seen = std::clamp(p.paging.pages_of(p.paging.visible(b, t, T)) - first, 0, pages);
-      for (int g = 0; g < group; ++g) {
-        float* scores = p.scores + ((int64_t{b} * T + t) * Hq + h * group + g) * p.paging.P + first;
-        std::fill(scores + seen, scores + width, -std::numeric_limits<float>::infinity());
-      }
-      for (int g = 0; g < group; g += kQueries) {
-        const int queries = std::min(kQueries, group - g);
-        float* scores = p.scores + ((int64_t{b} * T + t) * Hq + h * group + g) * p.paging.P + first;
-        const float* const q = negative + int64_t{g} * D;
-        float uppers[kQueries][kTaskPages];
-        dots(q, queries, lower, seen, D, 1.0f, scores, p.paging.P);
-        dots(q + half, queries, upper, seen, D, 1.0f, uppers[0], kTaskPages);
-        for (int j = 0; j < queries; ++j)
-          for (int i = 0; i < seen; ++i) {
-            float& score = scores[j * int64_t{p.paging.P} + i];
-            score = (score + uppers[j][i]) * scale[i];
-          }
-      }
+  const int left = std::max(0, p.paging.pages_of(p.paging.length(b)) - first), pages = std::min(left, width);
+  const int known = std::min(left, kTaskPages + kBlockPages);
+  const std::byte* rows[kTaskPages + kBlockPages];  // of the first head; the last are prefetched for the next task
+  for (int i = 0; i < known; ++i)
+    rows[i] = static_cast<const std::byte*>(bounds.data) + p.paging.physical(b, first + i) * bounds.stride_n * size;
+  int seen[kMaxNewTokens];
+  for (int t = 0; t < T; ++t) {
+    seen[t] = std::clamp(p.paging.pages_of(p.paging.visible(b, t, T)) - first, 0, pages);
+    for (int h = 0; h < Hq; ++h) {
+      float* const scores = p.scores + ((int64_t{b} * T + t) * Hq + h) * p.paging.P + first;
+      std::fill(scores + seen[t], scores + width, -std::numeric_limits<float>::infinity());
     }
   }
+  for (int begin = 0; begin < pages; begin += kBlockPages)
+    for (int h = 0; h < Hkv; ++h) {
+      const int count = std::min(kBlockPages, pages - begin);
+      BoundsBlock block;
+      int8_t unpacked[kBlockPages][2][kMaxHeadDim];
+      for (int i = 0; i < count; ++i) {
+        const std::byte* const row = rows[begin + i] + h * bounds.stride_h * size;
+        block.lower[i] = row, block.upper[i] = row + bounds.stride_c * size;
+        if (bounds.packed) {
+          unpack(row, D, unpacked[i][0]), unpack(row + bounds.stride_c, D, unpacked[i][1]);
+          block.lower[i] = unpacked[i][0], block.upper[i] = unpacked[i][1];
+        }
+        if (!bounds.scales) continue;
+        const int64_t page = p.paging.physical(b, first + begin + i);
+        block.scales[i] = bounds.scales[page * bounds.scales_stride_n + h * bounds.scales_stride_h];
+      }
+      for (int i = begin + kBlockPages; i < std::min(begin + 2 * kBlockPages, known); ++i)
+        for (const int c : {0, 1})
+          for (int64_t byte = 0; byte < row_bytes; byte += 64)
+            __builtin_prefetch(rows[i] + (h * bounds.stride_h + c * bounds.stride_c) * size + byte, 0, 2);
+      for (int t = 0; t < T; ++t) {
+        const int64_t query = ((int64_t{b} * Hkv + h) * T + t) * group;
+        float* const scores = p.scores + ((int64_t{b} * T + t) * Hq + h * group) * p.paging.P + first + begin;
+        score(
+            kernel.queries + query * kernel.query_bytes, group, block.lower, block.upper,
+            bounds.scales ? block.scales : nullptr, std::min(count, seen[t] - begin), D, scores, p.paging.P);
+      }
+    }
+}
+
+void score_pages(const EstimateParams& p) {
+  const Loops& loops = cpu::loops();
+  const Queries queries = split_queries(p, loops);
+  const EstimateKernelParams kernel{
+      .op = p, .loops = loops, .queries = queries.get(), .query_bytes = loops.query_bytes(p.size.D)};
+  const int64_t tasks = (int64_t{p.paging.P} + kTaskPages - 1) / kTaskPages;
+  const int64_t bound = p.k_bounds.scales ? 1 : element_size(p.dtype);
+  const int64_t bytes = std::min(kTaskPages, p.paging.P) * int64_t{p.size.Hkv} * 2 * p.size.D * bound;
+  torch::stable::parallel_for(0, p.size.B * tasks, grain(bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      estimate_pages(kernel, static_cast<int>(i / tasks), static_cast<int>(i % tasks) * kTaskPages);
+  });
 }
 
 Tensor estimate(
@@ -106,20 +135,12 @@ Tensor estimate(
     std::optional<Tensor> new_lens) {
   EstimateParams p = check_estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales, new_lens);
   const CheckedCopies copies(p);
-  const auto [B, T, Hq, Hkv, D] = p.size;
-  const int64_t P = p.paging.P;
+  const int64_t B = p.size.B, T = p.size.T, Hq = p.size.Hq, P = p.paging.P;
   Tensor scores = q.dim() == 4 ? torch::stable::new_empty(q, {B, T, Hq, P}, ScalarType::Float)
                                : torch::stable::new_empty(q, {B, Hq, P}, ScalarType::Float);
   if (P == 0) return scores;  // any number of queries
   p.scores = static_cast<float*>(scores.mutable_data_ptr());
-  const auto queries = signed_parts(p);
-  const EstimateKernelParams kernel{.op = p, .loops = loops(), .queries = queries.get()};
-  const int64_t tasks = (P + kTaskPages - 1) / kTaskPages;
-  const int64_t bytes = int64_t{kTaskPages} * Hkv * 2 * D * element_size(p.dtype);
-  torch::stable::parallel_for(0, B * tasks, grain(bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      estimate_pages(kernel, static_cast<int>(i / tasks), static_cast<int>(i % tasks) * kTaskPages);
-  });
+  score_pages(p);
   return scores;
 }
 

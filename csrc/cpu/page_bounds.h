@@ -87,7 +87,9 @@ inline void renew_page_bounds(
   const int64_t offset = page * bounds.stride_n + h * bounds.stride_h;
   if (bounds.scales) {
     float& scale = bounds.scales[page * bounds.scales_stride_n + h * bounds.scales_stride_h];
-    return store_scaled(lower, upper, D, bounds, offset, scale);
+    if (bounds.packed || bounds.mean_std) return store_scaled(lower, upper, D, bounds, offset, scale);
+    int8_t* const low = static_cast<int8_t*>(bounds.data) + offset;
+    return loops.store_int8(lower, upper, D, low, low + bounds.stride_c, &scale);
   }
   loops.store[type](lower, D, element(bounds.data, offset, dtype));
   loops.store[type](upper, D, element(bounds.data, offset + bounds.stride_c, dtype));

@@ -16,6 +16,7 @@
 #include "checked_copies.h"
 #include "elements.h"
 #include "simd/loops.h"
+#include "steps.h"
 
 namespace quest::cpu {
 
@@ -46,7 +47,7 @@ struct DecodeKernelParams {
   int64_t outer;
   int64_t queries;  // of a list
   // Scratch. The partial of task i and query j is at i * queries + j. The tasks of one outer index go split by split,
-  // and head by head in a split, as the heads of a page are adjacent in memory.
+  // and in a split head by head. The heads of a page are adjacent in memory.
   std::vector<int64_t> first_task;  // [outer + 1]
   std::unique_ptr<float[]> partial_max, partial_sum, partial_out;
 
@@ -86,13 +87,22 @@ static int count_splits(const DecodeParams& p, const List& list) {
 
 // The tokens of one split of a list, in its order, that some query of the list sees.
 struct Tokens {
-  int n;
-  const void *keys[kSplitTokens], *values[kSplitTokens];
+  int n = 0;
+  // The keys, the values, and the tokens that are read next.
+  const void* rows[2 * kSplitTokens + kAhead];
+
+  const void* const* keys() const { return rows; }
+  const void* const* values() const { return rows + n; }
+
+  void followed_by(const Tokens& next) {
+    for (int i = 0; i < kAhead; ++i) rows[2 * n + i] = i < next.n ? next.rows[i] : nullptr;
+  }
 };
 
 static void find_tokens(const DecodeParams& p, const List& list, int split, Tokens& tokens) {
   const int shift = p.paging.page_shift, pages = kSplitTokens >> shift;
   const int last = std::min((split + 1) * pages, list.entries);
+  const void** const values = tokens.rows + kSplitTokens;
   int n = 0;
   for (int i = split * pages; i < last; ++i) {
     const int logical = list.pages ? list.pages[i] : i;
@@ -102,10 +112,11 @@ static void find_tokens(const DecodeParams& p, const List& list, int split, Toke
     const int64_t key = page * p.k_cache.stride_n + list.kv_head * p.k_cache.stride_h;
     const int64_t value = page * p.v_cache.stride_n + list.kv_head * p.v_cache.stride_h;
     for (int slot = 0; slot < seen; ++slot, ++n) {
-      tokens.keys[n] = element(p.k_cache.data, key + slot * p.k_cache.stride_s, p.dtype);
-      tokens.values[n] = element(p.v_cache.data, value + slot * p.v_cache.stride_s, p.dtype);
+      tokens.rows[n] = element(p.k_cache.data, key + slot * p.k_cache.stride_s, p.dtype);
+      values[n] = element(p.v_cache.data, value + slot * p.v_cache.stride_s, p.dtype);
     }
   }
+  if (n < kSplitTokens) std::copy_n(values, n, tokens.rows + n);
   tokens.n = n;
 }
 
@@ -128,9 +139,9 @@ static void attend_queries(
   for (int i = 0; i < queries; ++i) {
     const int64_t query = first_query + i, head = list.head + query % list.heads;
     const int64_t offset = list.b * p.q.stride_b + list.token(query) * p.q.stride_t + head * p.q.stride_h;
-    loops.load[type](element(p.q.data, offset, p.dtype), D, q + i * D);
+    loops.load_query[type](element(p.q.data, offset, p.dtype), D, q + i * D);
   }
-  loops.dots[type](q, queries, tokens.keys, tokens.n, D, p.scale, weights[0], kSplitTokens);
+  loops.dots[type](q, queries, tokens.keys(), tokens.n, D, p.scale, weights[0], kSplitTokens);
 
   int seen[kQueries];  // tokens from the first on: all of a selected list, or the new token's prefix
   for (int i = 0; i < queries; ++i) {
@@ -142,15 +153,13 @@ static void attend_queries(
   // The first query sees the fewest tokens. The other queries' further tokens start with a block, as for a query alone,
   // so that their sums have the same order.
   const int common = seen[0] == seen[queries - 1] ? seen[0] : seen[0] / kBlock * kBlock;
-  loops.accumulate[type](weights[0], kSplitTokens, queries, tokens.values, common, D, out);
+  loops.accumulate[type](weights[0], kSplitTokens, queries, tokens.values(), common, D, out);
   for (int i = 0; i < queries; ++i)
     if (seen[i] > common)
-      loops.accumulate[type](weights[i] + common, 0, 1, tokens.values + common, seen[i] - common, D, out + i * D);
+      loops.accumulate[type](weights[i] + common, 0, 1, tokens.values() + common, seen[i] - common, D, out + i * D);
 }
 
-static void attend_split(const DecodeKernelParams& p, const List& list, int split, int64_t task) {
-  Tokens tokens;
-  find_tokens(p.op, list, split, tokens);
+static void attend_split(const DecodeKernelParams& p, const List& list, const Tokens& tokens, int split, int64_t task) {
   const int64_t queries = int64_t{list.real} * list.heads;
   for (int64_t query = 0; query < queries; query += kQueries) {
     const int64_t at = task * p.queries + query;
@@ -168,7 +177,7 @@ static void combine_query(const DecodeKernelParams& p, int64_t index, int64_t qu
   const int64_t begin = (p.first_task[index / Hs] + index % Hs) * p.queries + query;
   const int64_t end = begin + (query < list.real * list.heads ? count_splits(p.op, list) * step : 0);
   float max = -kInf, sum = 0, weights[kBatch], out[kMaxHeadDim] = {};
-  const void* outs[kBatch];
+  const void* outs[kBatch + kAhead] = {};
   for (int64_t at = begin; at < end; at += step) {
     const float x = p.partial_max[at];
     if (x > max || x != x) max = x;
@@ -191,7 +200,7 @@ static void combine_query(const DecodeKernelParams& p, int64_t index, int64_t qu
     p.loops.accumulate[dtype_index(DType::f32)](weights, 0, 1, outs, n, D, out);
   }
   for (int d = 0; d < D; ++d) out[d] /= sum;
-  p.loops.store[dtype_index(p.op.dtype)](out, D, to);
+  p.loops.store_output[dtype_index(p.op.dtype)](out, D, to);
   p.op.lse[place] = std::isinf(max) ? max : max + std::log(sum);
 }
 
@@ -218,18 +227,34 @@ static DecodeKernelParams make_tasks(const DecodeParams& op) {
   return p;
 }
 
-static void decode(const DecodeParams& op) {
+void attend_pages(const DecodeParams& op) {
   const DecodeKernelParams p = make_tasks(op);
   if (p.outer == 0) return;
   const int Hs = op.Hs;
-  torch::stable::parallel_for(0, p.tasks(), 1, [&](int64_t begin, int64_t end) {
+  const int64_t tokens = std::min(kSplitTokens, std::min(op.K, op.paging.P) << op.paging.page_shift);
+  const int64_t task_bytes = tokens * 2 * op.size.D * element_size(op.dtype);
+  torch::stable::parallel_for(0, p.tasks(), grain(task_bytes), [&](int64_t begin, int64_t end) {
     const std::vector<int64_t>& first = p.first_task;
     int64_t outer = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
-    for (int64_t task = begin; task < end; ++task) {
+    struct Task {
+      List list;
+      int split;
+      Tokens tokens;
+    } both[2];
+    const auto find = [&](int64_t task, Task& to) {
+      to.tokens.n = 0;
+      if (task == end) return;
       while (first[outer + 1] <= task) ++outer;
-      const List list = find_list(op, outer * Hs + (task - first[outer]) % Hs);
-      const int split = static_cast<int>((task - first[outer]) / Hs);
-      if (split < count_splits(op, list)) attend_split(p, list, split, task);
+      to.list = find_list(op, outer * Hs + (task - first[outer]) % Hs);
+      to.split = static_cast<int>((task - first[outer]) / Hs);
+      if (to.split < count_splits(op, to.list)) find_tokens(op, to.list, to.split, to.tokens);
+    };
+    find(begin, both[0]);
+    for (int64_t task = begin; task < end; ++task) {
+      Task &now = both[(task - begin) % 2], &next = both[(task - begin + 1) % 2];
+      find(task + 1, next);
+      now.tokens.followed_by(next.tokens);
+      if (now.split < count_splits(op, now.list)) attend_split(p, now.list, now.tokens, now.split, task);
     }
   });
   const int64_t lists = p.outer * Hs, bytes = (p.tasks() / lists + 1) * op.size.D * 4;
@@ -250,7 +275,7 @@ std::tuple<Tensor, Tensor> sparse_decode(
                           : torch::stable::new_empty(q, {B, Hq}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  decode(p);
+  attend_pages(p);
   return {out, lse};
 }
 

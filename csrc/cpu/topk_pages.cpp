@@ -12,17 +12,18 @@
 #include "checked_copies.h"
 #include "elements.h"
 #include "simd/loops.h"
+#include "steps.h"
 
 namespace quest::cpu {
 
-static constexpr int kPasses = 8;  // over the scores of a list, about
+static constexpr int kPasses = 6;  // over the scores of a list, about
 
 struct TopkKernelParams {
   TopkParams op;
   const Loops& loops;
   // Scratch of each worker.
-  uint32_t* keys;           // [workers, P]
-  float *reduced, *scaled;  // [workers, P]
+  uint32_t *keys, *candidates;  // [workers, P]
+  float *reduced, *scaled;      // [workers, P]
 };
 
 static float nan_max(float a, float b) { return b > a || b != b ? b : a; }
@@ -66,16 +67,23 @@ struct Threshold {
   int ties;      // and this many of those that have it
 };
 
-static Threshold select_largest(const uint32_t* keys, int n, int k) {
-  uint32_t prefix = 0, mask = 0;
+// Finds the key digit by digit. Only keys with the digits found so far stay candidates.
+static Threshold select_largest(const uint32_t* keys, int n, int k, uint32_t* candidates) {
+  uint32_t prefix = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
     int counts[256] = {};
-    for (int i = 0; i < n; ++i)
-      if ((keys[i] & mask) == prefix) ++counts[keys[i] >> shift & 0xff];
+    for (int i = 0; i < n; ++i) ++counts[keys[i] >> shift & 0xff];
     uint32_t digit = 255;
     while (counts[digit] < k) k -= counts[digit--];
     prefix |= digit << shift;
-    mask |= 0xffu << shift;
+    if (shift == 0) break;
+    int left = 0;
+    for (int i = 0; i < n; ++i) {  // no branch: scores are in no order
+      const uint32_t key = keys[i];
+      candidates[left] = key;
+      left += (key >> shift & 0xff) == digit;
+    }
+    keys = candidates, n = left;
   }
   return {prefix, k};
 }
@@ -103,12 +111,32 @@ static void select_list(const TopkKernelParams& kernel, int64_t list, int64_t wo
   const int free = K - p.sink_pages - p.recent_pages;
   for (int i = 0; i < p.sink_pages; ++i) *out++ = i;
   if (free > 0) {
-    Threshold last = select_largest(keys + p.sink_pages, recent - p.sink_pages, free);
+    Threshold last = select_largest(keys + p.sink_pages, recent - p.sink_pages, free, kernel.candidates + own);
     for (int i = p.sink_pages; i < recent; ++i)
       if (keys[i] > last.key || (keys[i] == last.key && last.ties-- > 0)) *out++ = i;
   }
   for (int i = recent; i < n; ++i) *out++ = i;
   std::fill(out, out_end, -1);
+}
+
+void select_pages(const TopkParams& p) {
+  // A worker has scratch of its own and takes every workers-th list.
+  const int64_t lists = int64_t{p.size.B} * p.size.T * p.Hs, P = p.paging.P;
+  const int64_t workers = std::min<int64_t>(lists, torch::stable::get_num_threads());
+  const int64_t bytes = workers ? lists / workers * P * kPasses * 4 : 0;
+  const auto keys = std::make_unique_for_overwrite<uint32_t[]>(workers * 2 * P);
+  const auto floats = std::make_unique_for_overwrite<float[]>(workers * 2 * P);
+  const TopkKernelParams kernel{
+      .op = p,
+      .loops = loops(),
+      .keys = keys.get(),
+      .candidates = keys.get() + workers * P,
+      .reduced = floats.get(),
+      .scaled = floats.get() + workers * P};
+  torch::stable::parallel_for(0, workers, grain(bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t list = worker; list < lists; list += workers) select_list(kernel, list, worker);
+  });
 }
 
 Tensor topk_pages(
@@ -122,17 +150,7 @@ Tensor topk_pages(
   Tensor pages = scores.dim() == 4 ? torch::stable::new_empty(scores, {B, T, Hs, K}, ScalarType::Int)
                                    : torch::stable::new_empty(scores, {B, Hs, K}, ScalarType::Int);
   p.pages = static_cast<int32_t*>(pages.mutable_data_ptr());
-  // A worker has scratch of its own and takes every workers-th list.
-  const int64_t lists = B * T * Hs, workers = std::min<int64_t>(lists, torch::stable::get_num_threads());
-  const int64_t P = p.paging.P, bytes = workers ? lists / workers * P * kPasses * 4 : 0;
-  const auto keys = std::make_unique_for_overwrite<uint32_t[]>(workers * P);
-  const auto floats = std::make_unique_for_overwrite<float[]>(workers * 2 * P);
-  const TopkKernelParams kernel{
-      .op = p, .loops = loops(), .keys = keys.get(), .reduced = floats.get(), .scaled = floats.get() + workers * P};
-  torch::stable::parallel_for(0, workers, grain(bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t list = worker; list < lists; list += workers) select_list(kernel, list, worker);
-  });
+  select_pages(p);
   return pages;
 }
 

@@ -160,7 +160,7 @@ def test_the_compiled_step_copies_no_cache(device: str, config: DecoderConfig) -
 def test_the_compiled_step_needs_no_memory_of_the_caches_size() -> None:
     torch._dynamo.reset()
     model = make("cuda")
-    cache, token = filled(model, 2, capacity=32768)
+    cache, token = filled(model, 2, capacity=65536)
     step = torch.compile(model.step, fullgraph=True)
     decoder.decode(step, token, cache, 3)
     torch.cuda.synchronize()

@@ -7,11 +7,7 @@ A score is ``scale * (q . k)`` in IEEE arithmetic, so an infinite dot product an
 - A token that scores NaN makes both NaN.
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -167,26 +163,3 @@ def test_decode_step(device: str, dtype: torch.dtype, new_tokens: int, group_red
     assert empty[[0, 3]].all()
     assert_exact(lse == -INF, empty)
     assert_same_bits(out[empty], torch.zeros_like(out[empty]))
-
-
-PROGRAM = """
-import json, math, torch
-from quest_ops import build_info, ops
-q, k = torch.ones(1, 3, 64), torch.ones(100, 1, 16, 64)
-k[:, :, :, 5] = -math.inf
-table, lens = torch.arange(100, dtype=torch.int32)[None], torch.tensor([1597], dtype=torch.int32)
-empty = ops.sparse_decode(q, k, torch.ones_like(k), table, lens)
-k[50, 0, 3, 5] = 1
-one = ops.sparse_decode(q, k, torch.ones_like(k), table, lens)
-print(json.dumps([build_info["cpu_isa"], *(x.unique().tolist() for x in (*empty, *one))]))
-"""
-
-
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_every_build_of_the_cpu_loops(isa: str) -> None:
-    environment = {**os.environ, "QUEST_OPS_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, text=True, capture_output=True, check=True)
-    chosen, *results = json.loads(done.stdout)
-    if chosen != isa:
-        pytest.skip(f"this processor has no {isa}")
-    assert results == [[0.0], [-INF], [1.0], [8.0]]

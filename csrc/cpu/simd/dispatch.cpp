@@ -1,42 +1,58 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
-#include <cstring>
+#include <string>
+#include <vector>
 
 #include "loops.h"
 
 namespace quest::cpu {
 
-static const char* asked() {
-  const char* name = std::getenv("QUEST_OPS_CPU_ISA");
-  return name && *name ? name : nullptr;
-}
-
-// The best build up to the one asked for that the processor runs; null where none has that name.
-static const Loops* choose() {
-  const auto is_asked = [name = asked()](const char* isa) { return name && !std::strcmp(name, isa); };
-  if (asked() && !is_asked("generic") && !is_asked("avx2") && !is_asked("avx512")) return nullptr;
+// The builds that this processor runs, the best first.
+static std::vector<const Loops*> available() {
+  std::vector<const Loops*> builds{&generic::kLoops};
 #if defined(__x86_64__)
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (has_avx512 && !is_asked("avx2") && !is_asked("generic")) return &avx512::kLoops;
-  if (has_avx2 && !is_asked("generic")) return &avx2::kLoops;
+  const auto add = [&](bool runs, const Loops& build) {
+    if (runs) builds.insert(builds.begin(), &build);
+    return runs;
+  };
+  add(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+      avx2::kLoops) &&
+      add(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
+          avx512::kLoops) &&
+      add(__builtin_cpu_supports("avx512vnni"), avx512_vnni::kLoops);
 #endif
-  return &generic::kLoops;
+  return builds;
 }
 
-static const Loops* chosen() {
-  static const Loops* const loops = choose();
-  return loops;
+struct Choice {
+  const Loops* loops;
+  std::string error;  // where there are none
+};
+
+static Choice choose() {
+  const std::vector<const Loops*> builds = available();
+  const char* const asked = std::getenv("QUEST_OPS_ISA");
+  if (!asked || !*asked) return {builds.front(), {}};
+  std::string names;
+  for (const Loops* build : builds) {
+    if (asked == std::string(build->name)) return {build, {}};
+    names += (names.empty() ? "" : ", ") + std::string(build->name);
+  }
+  return {nullptr, "QUEST_OPS_ISA must be an instruction set of this processor (" + names + "), got " + asked};
+}
+
+static const Choice& chosen() {
+  static const Choice choice = choose();
+  return choice;
 }
 
 const Loops& loops() {
-  STD_TORCH_CHECK(chosen(), "QUEST_OPS_CPU_ISA must be generic, avx2 or avx512, got ", asked());
-  return *chosen();
+  STD_TORCH_CHECK(chosen().loops, chosen().error);
+  return *chosen().loops;
 }
 
-const char* isa_name() { return chosen() ? chosen()->name : "none"; }
+const char* isa_name() { return chosen().loops ? chosen().loops->name : "none"; }
 
 }  // namespace quest::cpu

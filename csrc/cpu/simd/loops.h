@@ -18,8 +18,12 @@ namespace quest::cpu {
 
 // Values are summed in blocks, and then the blocks.
 inline constexpr int kBlock = 16;
+// `dots` and `accumulate` prefetch tokens that many places ahead, so this many more pointers follow each array of
+// tokens. They are not loaded from.
+inline constexpr int kAhead = 32;
 
-// An array has one loop for each DType, in its order.
+// A query, or a head's output, between load_query and store_output is in an order that only `dots` and `accumulate`
+// know. An array has one loop for each DType, in its order.
 struct Loops {
   const char* name;
 
@@ -27,9 +31,11 @@ struct Loops {
   void (*load[3])(const void* src, int n, float* dst);
   void (*store[3])(const float* src, int n, void* dst);
 
-  // out[i, j] = scale * (q[i] . keys[j]) for n keys; q [queries, D] contiguous, out [queries, n] with out_stride. The
-  // last is for int8 keys.
-  void (*dots[4])(
+  void (*load_query[3])(const void* src, int D, float* q);
+  void (*store_output[3])(const float* out, int D, void* dst);
+
+  // out[i, j] = scale * (q[i] . keys[j]) for n keys; q [queries, D] contiguous, out [queries, n] with out_stride.
+  void (*dots[3])(
       const float* q, int queries, const void* const* keys, int n, int D, float scale, float* out, int64_t out_stride);
 
   // out[i] += sum_j weights[i, j] * values[j] for n values, in their order; weights [queries, n], out [queries, D]
@@ -37,20 +43,34 @@ struct Loops {
   void (*accumulate[3])(
       const float* weights, int64_t weights_stride, int queries, const void* const* values, int n, int D, float* out);
 
+  // A query as `score` reads it, from its floats. Its bytes are a multiple of 64, and so must be its address.
+  int64_t (*query_bytes)(int D);
+  void (*split_query)(const float* q, int D, void* parts);
+
+  // out[i, j] = scales[j] * sum_d max(q[i, d] * lower[j, d], q[i, d] * upper[j, d]) for n pages; queries contiguous,
+  // out [count, n] with out_stride. Without scales they are 1. The last is for int8 bounds.
+  void (*score[4])(
+      const void* queries, int count, const void* const* lower, const void* const* upper, const float* scales, int n,
+      int D, float* out, int64_t out_stride);
+
   // Elementwise minimum and maximum over n >= 1 keys; NaN wins.
   void (*bounds[3])(const void* keys, int64_t stride, int n, int D, float* lower, float* upper);
+
+  // Bounds as multiples of *scale, rounded outward so that they stay bounds. The scale is the largest magnitude / 127,
+  // rounded up; where it is 0 or not finite the multiples are 0.
+  void (*store_int8)(const float* lower, const float* upper, int D, int8_t* low, int8_t* high, float* scale);
 
   float (*max)(const float* x, int n);                // -inf where n = 0; NaN wins
   float (*exp_sum)(float* x, int n, float subtract);  // x = exp(x - subtract), for x <= subtract; their sum
 };
 
-// QUEST_OPS_CPU_ISA = generic, avx2 or avx512 is the largest instruction set allowed; another name is an error, which a
-// parallel region would lose.
+// The build for the best instruction set of this processor, or for the one that QUEST_OPS_ISA names. A name that is not
+// of this processor is an error, so call this before a parallel region, which would lose the message.
 const Loops& loops();
 const char* isa_name();
 
 inline int dtype_index(DType dtype) { return static_cast<int>(dtype); }
-inline constexpr int kInt8 = 3;  // index in `dots`
+inline constexpr int kInt8 = 3;  // index in `score`
 
 namespace generic {
 extern const Loops kLoops;
@@ -59,6 +79,9 @@ namespace avx2 {
 extern const Loops kLoops;
 }
 namespace avx512 {
+extern const Loops kLoops;
+}
+namespace avx512_vnni {
 extern const Loops kLoops;
 }
 

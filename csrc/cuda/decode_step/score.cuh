@@ -40,14 +40,10 @@ __device__ __forceinline__ float reduce_group(const float (&scores)[4], int grou
 template <class T, class Bound, int D, int kSlotBytes>
 struct PageScorer {
   static constexpr bool kCoded = kHasScales<Bound>;
-  static constexpr bool kPacked = std::is_same_v<Bound, Nibbles>;
-  static constexpr int kAhead = kPacked ? 4 : kCoded ? 2 : 1;  // tiles whose bounds are copied while one is scored
-  // Bounds of 4 bits take one slot of six a tile, those of 8 bits one of three, lower before upper. Others take one of
-  // two for lower, the third for upper.
-  static constexpr int kSlots = kPacked ? 6 : 3;
-  static constexpr int kWarpSlotBytes = kSlotBytes / kSlots / kStepWarps;
-  static_assert(!kCoded || 2 * kMmaRows * kBoundsRowBytes<Bound, D> <= kWarpSlotBytes);
-  static_assert(!kCoded || kAhead < kSlots);
+  static constexpr int kAhead = kCoded ? 2 : 1;  // tiles whose bounds are being copied while one is scored
+  // Bounds of 8 or 4 bits take one slot of three a tile, lower before upper. Others take one of two for lower, the
+  // third for upper.
+  static constexpr int kWarpSlotBytes = kSlotBytes / 3 / kStepWarps;
   using BoundsSlot = RowSlot<kBoundsRowBytes<Bound, D>, ReadBy::row>;
   using Selector = PageSelector<kSlotBytes>;
 
@@ -103,7 +99,7 @@ struct PageScorer {
       tile.scale[half] = kCoded ? shared.scales[stage][warp][row] : 1.f;
 #pragma unroll
       for (int i = 0; i < decltype(tile)::Row::kCount; ++i) {
-        if constexpr (kPacked) {
+        if constexpr (std::is_same_v<Bound, Nibbles>) {
           tile.lower[half].at[i] = BoundsSlot::read_8(slot(stage), row, 4 * i + c);
           tile.upper[half].at[i] = BoundsSlot::read_8(slot(stage), row + kMmaRows, 4 * i + c);
         } else {

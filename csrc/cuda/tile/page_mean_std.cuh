@@ -24,7 +24,7 @@ __device__ __forceinline__ float2 load_pair(const T* p, bool aligned) {
 
 // Sums of one dimension. No operation is fused, on the CPU either.
 struct KeySums {
-  float first = 0.f, sum = 0.f, squares = 0.f;
+  float first, sum = 0.f, squares = 0.f;
 
   __device__ __forceinline__ void add(float key) {
     const float x = __fsub_rn(key, first);
@@ -55,21 +55,25 @@ struct PageMeanStd {
   template <class Pair>
   static __device__ __forceinline__ void renew(
       const Bounds& bounds, int64_t page, int head, int D, int tokens, Shared& shared, const Pair& pair) {
-    constexpr int kInFlight = 16;  // loads that wait together
+    constexpr int kInFlight = 8;  // loads that wait together; more take registers from the loops of decode_step
     float largest = 0.f;
 #pragma unroll 1
     for (int d = 2 * thread(); d < D; d += 2 * kThreads) {
-      KeySums x, y;
+      const float2 first = pair(0, d);
+      KeySums x{.first = first.x}, y{.first = first.y};
+      int s = 0;
 #pragma unroll 1
-      for (int s = 0; s < tokens; s += kInFlight) {
+      for (; s + kInFlight <= tokens; s += kInFlight) {
         float2 key[kInFlight];
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i)
-          if (s + i < tokens) key[i] = pair(s + i, d);
-        if (s == 0) x.first = key[0].x, y.first = key[0].y;
+        for (int i = 0; i < kInFlight; ++i) key[i] = pair(s + i, d);
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i)
-          if (s + i < tokens) x.add(key[i].x), y.add(key[i].y);
+        for (int i = 0; i < kInFlight; ++i) x.add(key[i].x), y.add(key[i].y);
+      }
+#pragma unroll 1
+      for (; s < tokens; ++s) {
+        const float2 key = pair(s, d);
+        x.add(key.x), y.add(key.y);
       }
       const float2 of_x = x.bounds(static_cast<float>(tokens), bounds.std_factor),
                    of_y = y.bounds(static_cast<float>(tokens), bounds.std_factor);
