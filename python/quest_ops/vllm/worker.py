@@ -1,0 +1,96 @@
+"""What a worker process adds: the backend in the place of vLLM's own, the prompts' lengths, and the report.
+
+The plugin names :class:`QuestWorker` as the engine's ``worker_extension_cls``. vLLM imports it in each worker before the
+model is made, on any machine.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from ..report import LayerPlan, Report
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+register_backend(AttentionBackendEnum.CPU_ATTN, "quest_ops.vllm.cpu.CPUQuestBackend")
+register_backend(AttentionBackendEnum.FLASH_ATTN, "quest_ops.vllm.cuda.CUDAQuestBackend")
+# An engine that ran in this process before has left vLLM's own backend there.
+selector._cached_get_attn_backend.cache_clear()
+
+_prompt_lens: list[np.ndarray] = []
+
+
+def prompt_lens(requests: int) -> np.ndarray | None:
+    """[requests], the prompt lengths of the current step's requests, or None where the model runner does not tell."""
+    return _prompt_lens[0][:requests] if _prompt_lens else None
+
+
+def _tell_prompt_lens() -> None:
+    """Have vLLM's model runner tell the prompt lengths of each step before it builds the step's metadata.
+
+    Metadata say whether a request is in its prefill, but not where its prompt ends. After a preemption a chunk may have
+    both prompt tokens and generated ones.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    build = GPUModelRunner._build_attention_metadata
+
+    @functools.wraps(build)
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _prompt_lens[:] = [self.input_batch.num_prompt_tokens]
+        try:
+            return build(self, *args, **kwargs)
+        finally:
+            _prompt_lens.clear()
+
+    GPUModelRunner._build_attention_metadata = told
+
+
+_tell_prompt_lens()
+
+
+def report_of(vllm_config: VllmConfig) -> Report:
+    """The counts of this worker's layers. Synchronises.
+
+    Raises:
+        RuntimeError: the settings have no ``report``.
+    """
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    impls = [impl for layer in layers if getattr(impl := getattr(layer, "impl", None), "quest_plan", None)]
+    sparse = [impl.quest for impl in impls if impl.quest is not None]
+    if not sparse or sparse[0].counts is None:
+        raise RuntimeError("quest_ops has counted nothing: start the engine with report=0 among the settings")
+    counts = {layer.index: layer.counts.read([impl.quest_plan])[0] for impl in impls if (layer := impl.quest)}
+    return Report(counts[index] for index in sorted(counts))
+
+
+class QuestWorker:
+    """Mixed into vLLM's worker. A worker extension of one's own must derive from it."""
+
+    vllm_config: VllmConfig
+
+    def quest_report(self) -> list[list[Any]]:
+        """The counts of this worker's sparse layers, as plain values for another process.
+
+        Returns:
+            For each layer its plan, as :class:`quest_ops.report.LayerPlan`, and the other values of ``LayerCounts``.
+        """
+        return [
+            [
+                list(x.plan),
+                *(x.prefills, x.steps, x.pages_read, x.pages_held, x.bytes_read, x.bytes_dense),
+            ]
+            for x in report_of(self.vllm_config)
+        ]
+
+    def quest_plan(self) -> list[LayerPlan]:
+        """How each layer decodes, and why."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        plans = (getattr(getattr(layer, "impl", None), "quest_plan", None) for layer in layers)
+        return sorted(plan for plan in plans if plan is not None)
