@@ -34,11 +34,14 @@ def run_engine(quest: dict[str, Any] | None = None, **settings: Any) -> Iterator
     from quest_eval.bundled_model import FOLDER
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     defaults = {"model": str(FOLDER), "dtype": "float32", "max_model_len": 4096, "block_size": 32}
     quiet = {"skip_tokenizer_init": True, "enforce_eager": True, "kv_cache_memory_bytes": 2**28}
     additional = {} if quest is None else {"quest": quest}
     llm = LLM(**{**defaults, **quiet, **settings}, additional_config=additional)
+    # Once is enough for a process. A second time it looks into modules that came since, and fails on one of numba's.
+    type(current_platform).register_triton_kernel_overrides = staticmethod(lambda: None)
     try:
         yield llm
     finally:

@@ -20,6 +20,8 @@ CHUNKED = {"max_num_batched_tokens": 512}
 # Larger than any request here and smaller than the engine's longest: the sparse path, with all pages.
 FULL = {"budget": 2048, "dense_layers": 1}
 SMALL = {"budget": 256, "dense_layers": 1}
+# Bytes of a block of the bundled model in float32, in 6 layers, with bounds.
+BLOCK = 6 * (2 * 2 * 32 * 64 * 4 + 512)
 
 
 @contextmanager
@@ -30,9 +32,9 @@ def watch(monkeypatch: pytest.MonkeyPatch, method: str) -> Iterator[list[tuple[A
     calls: list[tuple[Any, ...]] = []
     original = getattr(CPUQuestImpl, method)
 
-    def called(self: Any, *args: Any) -> Any:
-        calls.append((self, *args))
-        return original(self, *args)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append((self, *args, *kwargs.values()))
+        return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(CPUQuestImpl, method, called)
@@ -96,7 +98,7 @@ def test_shared_and_reused_blocks_have_the_bounds_of_their_keys(
 ) -> None:
     # 40 blocks: each round takes most of them, so the next overwrites blocks and bounds of the last.
     blocks = []
-    with engine(SMALL, kv_cache_memory_bytes=40 * 6 * (2 * 2 * 32 * 64 * 4 + 512)) as llm:
+    with engine(SMALL, kv_cache_memory_bytes=40 * BLOCK, max_model_len=1024) as llm:
         with watch(monkeypatch, "_decode") as decodes:
             for start in (0, 1000, 0, 2500, 1000):
                 generate(llm, [prompt(start, 500), prompt(start, 600)], 4)
@@ -132,7 +134,7 @@ def test_preempted_requests_give_the_tokens_of_a_run_by_themselves(
 
     monkeypatch.setattr(Scheduler, "_preempt_request", counting)
     small = {"budget": 64, "dense_layers": 1}
-    with engine(small, kv_cache_memory_bytes=60 * 6 * (2 * 2 * 32 * 64 * 4 + 512), max_model_len=512, max_num_seqs=32) as llm:
+    with engine(small, kv_cache_memory_bytes=60 * BLOCK, max_model_len=512, max_num_seqs=32) as llm:
         together = generate(llm, prompts, counts)
     assert sum(total > given + 8 for given, total in preempted) >= 5  # generated tokens are computed anew
     with engine(small, max_model_len=512, enable_prefix_caching=False) as llm:
@@ -142,7 +144,7 @@ def test_preempted_requests_give_the_tokens_of_a_run_by_themselves(
 
 def test_seven_drafted_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     # Text that repeats itself: drafts from its n-grams are accepted, or not, in different numbers for each request.
-    prompts = [prompt(start, 300) * 3 for start in (0, 2000, 4000)]
+    prompts = [prompt(start, 300) * 3 for start in (0, 2000, 4000)] + [list(range(0, 250, 2)), prompt(9000, 500)]
     speculative = {"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 5, "prompt_lookup_min": 2}
     with engine(SMALL) as llm:
         expected = generate(llm, prompts, 40)

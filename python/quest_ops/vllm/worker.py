@@ -61,13 +61,19 @@ def report_of(vllm_config: VllmConfig) -> Report:
     Raises:
         RuntimeError: the settings have no ``report``.
     """
+    counts = [impl.quest.counts for impl in _impls(vllm_config) if impl.quest is not None and impl.quest.counts is not None]
+    if not counts:
+        raise RuntimeError("quest_ops has counted nothing: start the engine with report=0 among the settings")
+    # A dense layer counts nothing, so any counters have zeros in its place.
+    layers = [(impl.quest_plan, impl.quest.counts if impl.quest else counts[0]) for impl in _impls(vllm_config)]
+    return Report(counters.read([plan])[0] for plan, counters in layers)
+
+
+def _impls(vllm_config: VllmConfig) -> list[Any]:
+    """The attention of this worker's layers, in the model's order."""
     layers = vllm_config.compilation_config.static_forward_context.values()
     impls = [impl for layer in layers if getattr(impl := getattr(layer, "impl", None), "quest_plan", None)]
-    sparse = [impl.quest for impl in impls if impl.quest is not None]
-    if not sparse or sparse[0].counts is None:
-        raise RuntimeError("quest_ops has counted nothing: start the engine with report=0 among the settings")
-    counts = {layer.index: layer.counts.read([impl.quest_plan])[0] for impl in impls if (layer := impl.quest)}
-    return Report(counts[index] for index in sorted(counts))
+    return sorted(impls, key=lambda impl: impl.quest_plan.layer)
 
 
 class QuestWorker:
@@ -91,6 +97,4 @@ class QuestWorker:
 
     def quest_plan(self) -> list[LayerPlan]:
         """How each layer decodes, and why."""
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
-        plans = (getattr(getattr(layer, "impl", None), "quest_plan", None) for layer in layers)
-        return sorted(plan for plan in plans if plan is not None)
+        return [impl.quest_plan for impl in _impls(self.vllm_config)]
