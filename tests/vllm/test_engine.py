@@ -1,18 +1,20 @@
 """vLLM with Quest, on real models: the bundled retrieval model, SmolLM2 and small random ones."""
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 import torch
-from conftest import Engine, generate, prompt
+from helpers.vllm_engine import generate, prompt, run_engine
 
-import quest_ops
+import quest_ops.vllm
 from quest_ops import PagedKVCache, QuestConfig, quest_attention, select_pages, update_bounds
 
+pytest.importorskip("vllm.config", reason="vLLM is not installed: `make test-vllm` runs this")
 pytestmark = pytest.mark.slow
+Engine = Callable[..., AbstractContextManager[Any]]
 
 # Ragged, the second starts with the first, the last is shorter than a block. Chunks of 512 tokens cut the longer ones.
 RAGGED = [prompt(0, 700), prompt(0, 1501), prompt(3000, 900), prompt(5000, 20)]
@@ -22,6 +24,11 @@ FULL = {"budget": 2048, "dense_layers": 1}
 SMALL = {"budget": 256, "dense_layers": 1}
 # Bytes of a block of the bundled model in float32, in 6 layers, with bounds.
 BLOCK = 6 * (2 * 2 * 32 * 64 * 4 + 512)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return run_engine
 
 
 @contextmanager
@@ -123,8 +130,8 @@ def test_preempted_requests_give_the_tokens_of_a_run_by_themselves(
     from vllm.v1.core.sched.scheduler import Scheduler
 
     draw = random.Random(0)
-    prompts = [prompt(draw.randrange(20_000), draw.randrange(5, 400)) for _ in range(200)]
-    counts = [draw.randrange(1, 48) for _ in prompts]
+    prompts = [prompt(draw.randrange(20_000), draw.randrange(5, 300)) for _ in range(200)]
+    counts = [draw.randrange(1, 80) for _ in prompts]
     preempted = []
     preempt = Scheduler._preempt_request
 
@@ -133,11 +140,12 @@ def test_preempted_requests_give_the_tokens_of_a_run_by_themselves(
         return preempt(self, request, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", counting)
-    small = {"budget": 64, "dense_layers": 1}
-    with engine(small, kv_cache_memory_bytes=60 * BLOCK, max_model_len=512, max_num_seqs=32) as llm:
+    small, short = {"budget": 64, "dense_layers": 1}, {"max_model_len": 416, "max_num_seqs": 32}
+    with engine(small, kv_cache_memory_bytes=24 * BLOCK, **short) as llm:
         together = generate(llm, prompts, counts)
-    assert sum(total > given + 8 for given, total in preempted) >= 5  # generated tokens are computed anew
-    with engine(small, max_model_len=512, enable_prefix_caching=False) as llm:
+    # Of some, more generated tokens are computed anew than a row of the operators has.
+    assert sum(total > given + 8 for given, total in preempted) >= 10
+    with engine(small, enable_prefix_caching=False, **short) as llm:
         alone = [generate(llm, [p], n)[0] for p, n in zip(prompts, counts, strict=True)]
     assert together == alone
 

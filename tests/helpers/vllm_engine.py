@@ -4,11 +4,9 @@ import contextlib
 import gc
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 # The engine runs in the test's process, so that a test can look at its tensors. One thread: two that are bound to cores
 # wait for each other where tests run beside.
@@ -19,7 +17,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("QUEST_OPS_VLLM", None)
 
-Engine = Callable[..., contextlib.AbstractContextManager[Any]]
 #: Text for prompts: the tokens of the bundled model are bytes.
 TEXT = Path(random.__file__).read_bytes()
 
@@ -49,12 +46,6 @@ def run_engine(quest: dict[str, Any] | None = None, **settings: Any) -> Iterator
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
-
-
-@pytest.fixture
-def engine() -> Engine:
-    pytest.importorskip("vllm.config", reason="vLLM is not installed: `make test-vllm` runs this")
-    return run_engine
 
 
 def generate(llm: Any, prompts: list[list[int]], tokens: int | list[int] = 16) -> list[list[int]]:
