@@ -1,15 +1,15 @@
 """vLLM with Quest, on real models: the bundled retrieval model, SmolLM2 and small random ones."""
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
+import quest_ops.vllm
 import torch
 from helpers.vllm_engine import generate, prompt, run_engine
-
-import quest_ops.vllm
 from quest_ops import PagedKVCache, QuestConfig, quest_attention, select_pages, update_bounds
 
 pytest.importorskip("vllm.config", reason="vLLM is not installed: `make test-vllm` runs this")
@@ -68,9 +68,7 @@ def test_a_request_alone_gives_the_tokens_of_the_batch(engine: Engine, group_red
 
 
 @pytest.mark.parametrize("bounds", ["int8", "cache"])
-def test_pages_are_those_of_quest_attention(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, bounds: str
-) -> None:
+def test_pages_are_those_of_quest_attention(engine: Engine, monkeypatch: pytest.MonkeyPatch, bounds: str) -> None:
     settings = {**SMALL, "bounds": bounds, "sink_pages": 1}
     with (
         engine(settings, **CHUNKED) as llm,
@@ -105,23 +103,25 @@ def test_shared_and_reused_blocks_have_the_bounds_of_their_keys(
 ) -> None:
     # 40 blocks: each round takes most of them, so the next overwrites blocks and bounds of the last.
     blocks = []
-    with engine(SMALL, kv_cache_memory_bytes=40 * BLOCK, max_model_len=1024) as llm:
-        with watch(monkeypatch, "_decode") as decodes:
-            for start in (0, 1000, 0, 2500, 1000):
-                generate(llm, [prompt(start, 500), prompt(start, 600)], 4)
-                impl, rows, _, _, _, (k_cache, _, k_bounds), k_scales, _ = decodes[-1]
-                fresh, scales = torch.zeros_like(k_bounds), torch.zeros_like(k_scales)
-                update_bounds(k_cache, fresh, rows.page_table, rows.seq_lens, k_scales=scales)
-                used = [
-                    page
-                    for table, tokens in zip(rows.page_table.tolist(), rows.seq_lens.tolist(), strict=True)
-                    for page in table[: -(-tokens // 32)]
-                ]
-                assert torch.equal(k_bounds[used], fresh[used])
-                assert torch.equal(k_scales[used], scales[used])
-                assert len(set(used)) < len(used)  # shared
-                blocks.append(set(used))
-    assert any(a & b for a, b in zip(blocks, blocks[1:], strict=False))  # reused
+    with (
+        engine(SMALL, kv_cache_memory_bytes=40 * BLOCK, max_model_len=1024) as llm,
+        watch(monkeypatch, "_decode") as decodes,
+    ):
+        for start in (0, 1000, 0, 2500, 1000):
+            generate(llm, [prompt(start, 500), prompt(start, 600)], 4)
+            _, rows, _, _, _, (k_cache, _, k_bounds), k_scales, _ = decodes[-1]
+            fresh, scales = torch.zeros_like(k_bounds), torch.zeros_like(k_scales)
+            update_bounds(k_cache, fresh, rows.page_table, rows.seq_lens, k_scales=scales)
+            used = [
+                page
+                for table, tokens in zip(rows.page_table.tolist(), rows.seq_lens.tolist(), strict=True)
+                for page in table[: -(-tokens // 32)]
+            ]
+            assert torch.equal(k_bounds[used], fresh[used])
+            assert torch.equal(k_scales[used], scales[used])
+            assert len(set(used)) < len(used)  # shared
+            blocks.append(set(used))
+    assert any(a & b for a, b in itertools.pairwise(blocks))  # reused
 
 
 def test_preempted_requests_give_the_tokens_of_a_run_by_themselves(

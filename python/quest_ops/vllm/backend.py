@@ -1,7 +1,8 @@
 """The attention backend: Quest on the sparse layers, and vLLM's own backend for all else.
 
-The classes here are mixed into vLLM's own of a platform, see ``cpu`` and ``cuda``. A layer without a :class:`SparseLayer`
-runs vLLM's code unchanged. A sparse layer keeps keys and values in vLLM's cache, and page bounds behind each block.
+The classes here are mixed into vLLM's own of a platform, see ``cpu`` and ``cuda``. A layer without a
+:class:`SparseLayer` runs vLLM's code unchanged. A sparse layer keeps keys and values in vLLM's cache, and page bounds
+behind each block.
 
 A step that only decodes is one :func:`quest_ops.decode_step` a layer: it writes the new keys and values, renews the
 bounds, selects and attends. Its tensors are vLLM's persistent ones, so it can be captured in a CUDA graph. In a step
@@ -14,6 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config_or_none, get_layers_from_vllm_config
@@ -73,7 +75,7 @@ class QuestBackend:
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """vLLM asks for each layer's cache here, and makes its memory profile from the answer.
+        """VLLM asks for each layer's cache here, and makes its memory profile from the answer.
 
         All layers of a group must have the same blocks, so dense layers get the room too.
         """
@@ -88,14 +90,16 @@ _settings: dict[str, Settings | None] = {}
 
 
 class QuestBuilder:
-    """Mixin of an ``AttentionMetadataBuilder``: vLLM's own metadata, with a :class:`Step` in its attribute ``quest``."""
+    """Mixin of an ``AttentionMetadataBuilder``: vLLM's own metadata, with a :class:`Step` as its ``quest``."""
 
     supports_update_block_table = False  # a step has block tables of its own
     kv_cache_spec: Any
     vllm_config: VllmConfig
     device: torch.device
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         self._settings = settings_of(vllm_config)
         self._sparse = self._settings is not None and self._plan(self._settings, layer_names)
@@ -114,7 +118,7 @@ class QuestBuilder:
         plans = []
         for name, layer in layers.items():
             reason = why_dense(name, layer, config, settings, shared)
-            if reason is None and S != settings.config.page_size:
+            if reason is None and settings.config.page_size != S:
                 raise RefusedError(
                     f"quest_ops: the engine made blocks of {S} tokens, and the settings are for "
                     f"{settings.config.page_size}: start it with --block-size {settings.config.page_size}"
@@ -126,7 +130,9 @@ class QuestBuilder:
             if reason is None:
                 budget = settings.budgets[index]
                 layer.impl.quest = SparseLayer(index, budget // S, settings.config, counts)
-                plans.append(LayerPlan(index, "sparse", f"at most {budget} tokens of {config.model_config.max_model_len}"))
+                plans.append(
+                    LayerPlan(index, "sparse", f"at most {budget} tokens of {config.model_config.max_model_len}")
+                )
             else:
                 plans.append(LayerPlan(index, "dense", reason))
             layer.impl.quest_plan = plans[-1]
@@ -164,10 +170,8 @@ class QuestBuilder:
         dense = self._dense(common, query_lens, num_sparse) if (num_sparse < query_lens).any() else None
         return Step(page_table, start_lens, seq_lens, int(offsets[-1]), rows, dense)
 
-    def _dense(self, common: CommonAttentionMetadata, query_lens: Any, num_sparse: Any) -> DenseRows:
+    def _dense(self, common: CommonAttentionMetadata, query_lens: np.ndarray, num_sparse: np.ndarray) -> DenseRows:
         """The step's prompt tokens as a step of their own, for vLLM's kernel."""
-        import numpy as np
-
         requests, tokens = dense_tokens(query_lens, num_sparse)
         device, new = common.seq_lens.device, (query_lens - num_sparse)[requests]
         index = send(requests, device)
@@ -218,7 +222,9 @@ class QuestImpl:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _settings["current"] = settings_of(get_current_vllm_config_or_none())
+        config = get_current_vllm_config_or_none()
+        if config is not None and config.model_config.runner_type != "draft":
+            _settings["current"] = settings_of(config)
 
     # Fused kernels of vLLM write the cache before the step is known to be one that writes it.
     def fused_rope_kvcache_supported(self) -> bool:
@@ -227,7 +233,9 @@ class QuestImpl:
     def fused_qk_norm_rope_kvcache_supported(self) -> bool:
         return False
 
-    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
         if self.quest is None:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
 
@@ -377,8 +385,9 @@ def why_dense(
             return feature
     if index < settings.config.dense_layers:
         return f"one of the first {settings.config.dense_layers} layers"
-    if settings.budgets[index] >= vllm_config.model_config.max_model_len:
-        return f"the budget of {settings.budgets[index]} tokens holds the engine's {vllm_config.model_config.max_model_len}"
+    budget, longest = settings.budgets[index], vllm_config.model_config.max_model_len
+    if budget >= longest:
+        return f"the budget of {budget} tokens holds the engine's {longest}"
     return None
 
 
@@ -388,7 +397,9 @@ def describe(plans: list[LayerPlan], spec: Any, settings: Settings) -> str:
     for plan in plans:
         reasons.setdefault((plan.path, plan.reason), []).append(plan.layer)
     words = {"sparse": "read", "dense": "are dense:"}
-    layers = [f"layers {ranges(sorted(found))} {words[path]} {why}" for (path, why), found in sorted(reasons.items())[::-1]]
+    layers = [
+        f"layers {ranges(sorted(found))} {words[path]} {why}" for (path, why), found in sorted(reasons.items())[::-1]
+    ]
     kind, block = settings.config.bounds, spec.unpadded_page_size_bytes
     bounds = spec.num_kv_heads * bytes_of_bounds(spec.head_size, kind, spec.dtype)
     return (

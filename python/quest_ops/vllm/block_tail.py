@@ -37,7 +37,7 @@ def bounds_in_blocks(kv_cache: Tensor, kind: BoundsKind) -> tuple[Tensor, Tensor
     N, Hkv, S, width = kv_cache.shape
     D, size, storage = width // 2, kv_cache.element_size(), kv_cache.untyped_storage()
     stride = kv_cache.stride(0) * size
-    start = kv_cache.storage_offset() * size + Hkv * S * width * size
+    start = int(kv_cache.storage_offset()) * size + Hkv * S * width * size
 
     def view(dtype: torch.dtype, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
         empty = torch.empty(0, dtype=dtype, device=kv_cache.device)
@@ -52,8 +52,10 @@ def bounds_in_blocks(kv_cache: Tensor, kind: BoundsKind) -> tuple[Tensor, Tensor
 
 
 def padded_spec(spec: Any, kind: BoundsKind) -> Any:
-    """vLLM's description of a layer's cache, ``AttentionSpec``, with room for bounds in each block."""
+    """VLLM's description of a layer's cache, ``AttentionSpec``, with room for bounds in each block."""
     from dataclasses import replace
 
     block = spec.unpadded_page_size_bytes
-    return replace(spec, page_size_padded=block + tail_bytes(block, spec.num_kv_heads, spec.head_size, kind, spec.dtype))
+    return replace(
+        spec, page_size_padded=block + tail_bytes(block, spec.num_kv_heads, spec.head_size, kind, spec.dtype)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -57,7 +58,9 @@ class Settings:
             raise RefusedError(f"quest_ops: report must be seconds, at least 0, got {report!r}")
         if block_size not in PAGE_SIZES:
             allowed = ", ".join(map(str, PAGE_SIZES))
-            raise RefusedError(f"quest_ops takes blocks of {allowed} tokens, got {block_size}: set the engine's block size")
+            raise RefusedError(
+                f"quest_ops takes blocks of {allowed} tokens, got {block_size}: set the engine's block size"
+            )
         if keys.setdefault("page_size", block_size) != block_size:
             raise RefusedError(
                 f"quest_ops: page_size must be the engine's block size, {block_size}, got {keys['page_size']}: "
@@ -66,10 +69,14 @@ class Settings:
         budget = keys.pop("budget", QuestConfig.budget)
         budgets = list(budget) if isinstance(budget, list | tuple) else [budget] * num_layers
         if len(budgets) != num_layers:
-            raise RefusedError(f"quest_ops: a list of budgets must have one for each of {num_layers} layers, got {len(budgets)}")
+            raise RefusedError(
+                f"quest_ops: a list of budgets must have one for each of {num_layers} layers, got {len(budgets)}"
+            )
         for number in budgets:
             if isinstance(number, bool) or not isinstance(number, int) or number < 1 or number % block_size:
-                raise RefusedError(f"quest_ops: budget must be a multiple of the block size, {block_size}, got {number!r}")
+                raise RefusedError(
+                    f"quest_ops: budget must be a multiple of the block size, {block_size}, got {number!r}"
+                )
         try:
             # The smallest budget has to hold the forced pages, the largest is the most that a layer reads.
             for number in (min(budgets), max(budgets)):
@@ -111,12 +118,9 @@ def parse(text: str) -> dict[str, Any] | None:
 
 
 def _number_or_word(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"\d*\.\d+", text) else text
 
 
 def _is_number(value: object) -> bool:

@@ -42,7 +42,7 @@ class Rows:
     def pack(self, x: Tensor) -> Tensor:
         """[tokens of the step, H, D] as [R, T, H, D]; zeros where a row has fewer tokens."""
         rows = len(self.seq_lens)
-        if self.tokens is None:
+        if self.tokens is None or self.places is None:
             return x[: rows * self.num_new].unflatten(0, (rows, self.num_new))
         packed = x.new_zeros((rows * self.num_new, *x.shape[1:]))
         packed.index_copy_(0, self.places, x.index_select(0, self.tokens))
@@ -51,7 +51,7 @@ class Rows:
     def unpack(self, rows: Tensor, out: Tensor) -> None:
         """Write [R, T, H, D] into ``out``, [tokens of the step, H, D]."""
         flat = rows.flatten(0, 1)
-        if self.tokens is None:
+        if self.tokens is None or self.places is None:
             out[: len(flat)].copy_(flat)
         else:
             out.index_copy_(0, self.tokens, flat.index_select(0, self.places))

@@ -1,7 +1,7 @@
 """What a worker process adds: the backend in the place of vLLM's own, the prompts' lengths, and the report.
 
-The plugin names :class:`QuestWorker` as the engine's ``worker_extension_cls``. vLLM imports it in each worker before the
-model is made, on any machine.
+The plugin names :class:`QuestWorker` as the engine's ``worker_extension_cls``. vLLM imports it in each worker before
+the model is made, on any machine.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def report_of(vllm_config: VllmConfig) -> Report:
     Raises:
         RuntimeError: the settings have no ``report``.
     """
-    counts = [impl.quest.counts for impl in _impls(vllm_config) if impl.quest is not None and impl.quest.counts is not None]
+    counts = [
+        impl.quest.counts for impl in _impls(vllm_config) if impl.quest is not None and impl.quest.counts is not None
+    ]
     if not counts:
         raise RuntimeError("quest_ops has counted nothing: start the engine with report=0 among the settings")
     # A dense layer counts nothing, so any counters have zeros in its place.
