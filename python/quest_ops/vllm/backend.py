@@ -93,6 +93,7 @@ class QuestBuilder:
     """Mixin of an ``AttentionMetadataBuilder``: vLLM's own metadata, with a :class:`Step` as its ``quest``."""
 
     supports_update_block_table = False  # a step has block tables of its own
+    _only_decodes = False
     kv_cache_spec: Any
     vllm_config: VllmConfig
     device: torch.device
@@ -146,20 +147,21 @@ class QuestBuilder:
         return metadata
 
     def build_for_cudagraph_capture(self, common: CommonAttentionMetadata) -> Any:
-        """A step that only decodes: graphs are captured for no other, and the capture has no requests to look at."""
-        metadata = super().build_for_cudagraph_capture(common)  # type: ignore[misc]
-        if self._sparse:
-            metadata.quest = self._step(common, only_decodes=True)
-        return metadata
+        """A step that only decodes: graphs are captured for no other, and a capture has no real requests."""
+        self._only_decodes = True
+        try:
+            return super().build_for_cudagraph_capture(common)  # type: ignore[misc]
+        finally:
+            self._only_decodes = False
 
-    def _step(self, common: CommonAttentionMetadata, only_decodes: bool = False) -> Step:
+    def _step(self, common: CommonAttentionMetadata) -> Step:
         offsets = common.query_start_loc_cpu.numpy()
         query_lens = offsets[1:] - offsets[:-1]
         B = len(query_lens)
         start_lens = self._start_lens[:B]
         seq_lens, page_table = common.seq_lens[:B], common.block_table_tensor[:B]
         torch.sub(seq_lens, common.query_start_loc[1 : B + 1] - common.query_start_loc[:B], out=start_lens)
-        if only_decodes:
+        if self._only_decodes:
             num_sparse = query_lens
         else:
             bound = common.seq_lens_cpu_upper_bound

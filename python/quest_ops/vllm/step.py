@@ -171,4 +171,4 @@ def dense_tokens(query_lens: np.ndarray, num_sparse: np.ndarray) -> tuple[np.nda
 def send(numbers: np.ndarray, device: torch.device) -> Tensor:
     """Numbers of the host as a tensor of a device, sent without waiting for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(numbers))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
