@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from quest_ops import append_kv, update_bounds
 from quest_ops.bounds import new_bounds
 from quest_ops.vllm.block_tail import ALIGNMENT, bounds_in_blocks, tail_bytes

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-
 from quest_ops import QuestConfig
 from quest_ops.vllm.settings import RefusedError, Settings, parse
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from quest_ops.vllm.step import count_sparse, dense_tokens, sparse_rows
 
 # New tokens of each request, and how many of them, its last, are generated ones.
