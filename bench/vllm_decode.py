@@ -3,9 +3,8 @@
 `make test-vllm` makes that environment. `--draw JSON` draws a run with any Python that has matplotlib.
 
 The model has random weights: a Qwen3 of 8 layers, width 512, 8 query and 2 KV heads of 128, in bfloat16. Prompts are
-random tokens. One thread computes, so that other programs on the machine disturb little. A time is the best of some
-bursts of decoding steps, with the prompts in the prefix cache. Each engine has a process of its own, and the two take
-turns at each length.
+random tokens. One thread computes, so that other programs on the machine disturb little. A time is the median of steps
+in which all requests decode. Each engine has a process of its own, and the two take turns at each length.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import json
 import os
 import platform
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 LENGTHS, BATCHES, BUDGET, BLOCK, LAYERS = (8192, 16384, 32768), (1, 4), 2048, 32, 8
-STEPS, BURSTS = 16, 5
+STEPS = 64
 
 
 def main() -> None:
@@ -82,19 +82,25 @@ def measure(model: str, engine: str, length: int) -> list[dict[str, Any]]:
     draw = random.Random(0)
     prompts = [[draw.randrange(1024) for _ in range(length)] for _ in range(max(BATCHES))]
 
-    def seconds(batch: int, tokens: int) -> float:
-        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
-        llm.generate([{"prompt_token_ids": p} for p in prompts[:batch]], params, use_tqdm=False)
-        return time.perf_counter() - start
-
-    prefill = seconds(max(BATCHES), 1)
+    params = SamplingParams(max_tokens=STEPS + 1, temperature=0, ignore_eos=True, detokenize=False)
     rows = []
-    for batch in BATCHES:
-        seconds(batch, STEPS)
-        times = [(seconds(batch, 1 + STEPS) - seconds(batch, 1)) / STEPS * 1e3 for _ in range(BURSTS)]
-        row = {"engine": engine, "length": length, "batch": batch, "ms_per_step": min(times)}
-        rows.append({**row, "all_ms": sorted(times), "prefill_seconds_of_4": prefill})
+    for batch in BATCHES:  # the prompts of the smaller batch stay in the prefix cache
+        start = time.perf_counter()
+        for i, prompt in enumerate(prompts[:batch]):
+            llm.llm_engine.add_request(f"{batch}-{i}", {"prompt_token_ids": prompt}, params)
+        counts: dict[str, int] = {}
+        times = []
+        while llm.llm_engine.has_unfinished_requests():
+            decoding = len(counts) == batch and max(counts.values()) <= STEPS
+            step = time.perf_counter()
+            outputs = llm.llm_engine.step()
+            if decoding and len(outputs) == batch:
+                times.append((time.perf_counter() - step) * 1e3)
+            elif not times:
+                prefill = time.perf_counter() - start
+            counts |= {output.request_id: len(output.outputs[0].token_ids) for output in outputs}
+        row = {"engine": engine, "length": length, "batch": batch, "median_ms": statistics.median(times)}
+        rows.append({**row, "fastest_ms": min(times), "steps": len(times), "prefill_seconds": prefill})
     return rows
 
 
@@ -119,7 +125,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, batch in zip(axes, BATCHES, strict=True):
         for offset, (engine, colour) in enumerate((("stock", "#999999"), ("quest", "#0072B2"))):
             times = [
-                next(r["ms_per_step"] for r in rows if (r["engine"], r["batch"], r["length"]) == (engine, batch, n))
+                next(r["median_ms"] for r in rows if (r["engine"], r["batch"], r["length"]) == (engine, batch, n))
                 for n in lengths
             ]
             bars = axis.bar([i + 0.4 * offset for i in range(len(lengths))], times, 0.38, color=colour)

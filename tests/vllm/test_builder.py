@@ -1,7 +1,8 @@
-"""The builder of a step's metadata and the layers that read it, on mocked metadata: what the CUDA path shares with the CPU.
+"""The builder of a step's metadata and the layers that read it, on mocked metadata. CUDA and CPU share this code.
 
 The mocked base classes stand for vLLM's own backend of a platform. Its prefill is the reference's dense attention.
 """
+# ruff: noqa: ARG002, ARG005 - the mocks have vLLM's signatures
 
 from dataclasses import dataclass
 from types import SimpleNamespace

