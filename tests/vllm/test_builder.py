@@ -77,7 +77,8 @@ class Impl(backend.QuestImpl, OwnImpl):
 def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
     monkeypatch.setattr(backend, "settings_of", lambda config: SETTINGS)
     monkeypatch.setattr(backend.QuestBuilder, "_plan", lambda self, settings, names: True)
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MOST))
+    compilation = SimpleNamespace(max_cudagraph_capture_size=None)
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MOST), compilation_config=compilation)
     return Builder(SimpleNamespace(block_size=S), ["layers.0"], config, torch.device("cpu"))
 
 

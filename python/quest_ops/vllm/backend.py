@@ -108,7 +108,10 @@ class QuestBuilder:
             return
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)  # type: ignore[attr-defined]
         # A graph's replay reads them at this address.
-        self._start_lens = torch.zeros(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device)
+        rows = max(
+            vllm_config.scheduler_config.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        )
+        self._start_lens = torch.zeros(rows, dtype=torch.int32, device=device)
         self._reported = time.monotonic()
 
     def _plan(self, settings: Settings, layer_names: list[str]) -> bool:
@@ -161,18 +164,18 @@ class QuestBuilder:
         start_lens = self._start_lens[:B]
         seq_lens, page_table = common.seq_lens[:B], common.block_table_tensor[:B]
         torch.sub(seq_lens, common.query_start_loc[1 : B + 1] - common.query_start_loc[:B], out=start_lens)
+        bound = _of_host(common.seq_lens_cpu_upper_bound, B)
         if self._only_decodes:
             num_sparse = query_lens
         else:
-            bound = common.seq_lens_cpu_upper_bound
-            prefilling = None if common.is_prefilling is None else common.is_prefilling.numpy()[:B]
-            most = None if bound is None else bound.numpy()[:B]
-            num_sparse = count_sparse(query_lens, most, prompt_lens(B), prefilling)
+            num_sparse = count_sparse(query_lens, bound, prompt_lens(B), _of_host(common.is_prefilling, B))
         rows = sparse_rows(query_lens, num_sparse, page_table, start_lens, seq_lens)
-        dense = self._dense(common, query_lens, num_sparse) if (num_sparse < query_lens).any() else None
+        dense = self._dense(common, query_lens, num_sparse, bound) if (num_sparse < query_lens).any() else None
         return Step(page_table, start_lens, seq_lens, int(offsets[-1]), rows, dense)
 
-    def _dense(self, common: CommonAttentionMetadata, query_lens: np.ndarray, num_sparse: np.ndarray) -> DenseRows:
+    def _dense(
+        self, common: CommonAttentionMetadata, query_lens: np.ndarray, num_sparse: np.ndarray, bound: np.ndarray | None
+    ) -> DenseRows:
         """The step's prompt tokens as a step of their own, for vLLM's kernel."""
         requests, tokens = dense_tokens(query_lens, num_sparse)
         device, new = common.seq_lens.device, (query_lens - num_sparse)[requests]
@@ -186,6 +189,7 @@ class QuestBuilder:
             num_reqs=len(requests),
             num_actual_tokens=int(offsets[-1]),
             max_query_len=int(new.max()),
+            max_seq_len=common.max_seq_len if bound is None else int((bound - num_sparse)[requests].max()),
             block_table_tensor=common.block_table_tensor.index_select(0, index),
             slot_mapping=common.slot_mapping[: int(offsets[-1])],  # nothing is written by it
             seq_lens_cpu_upper_bound=None,
@@ -354,6 +358,14 @@ class QuestImpl:
         assert self.quest is not None
         if self.quest.counts is not None:
             self.quest.counts.record(self.quest.index, pages.flatten(0, 1), rows.token_lens(), 1)
+
+
+def _of_host(tensor: Tensor | None, rows: int) -> np.ndarray | None:
+    """[rows] of a host's tensor, which may lack the idle rows of a graph; None where it is None."""
+    if tensor is None:
+        return None
+    found = tensor.numpy()[:rows]
+    return np.pad(found, (0, rows - len(found)))
 
 
 def why_dense(
