@@ -1,10 +1,11 @@
 """ms a decoding step of vLLM on the CPU, as it is and with Quest: `.venv-vllm/bin/python bench/vllm_decode.py`.
 
-`make test-vllm` makes that environment. `--draw JSON` draws a run with any Python that has matplotlib.
+`make test-vllm` makes that environment. `--draw JSON` draws a run and prints its table, with any Python that has
+matplotlib.
 
 The model has random weights: a Qwen3 of 8 layers, width 512, 8 query and 2 KV heads of 128, in bfloat16. Prompts are
-random tokens. One thread computes, so that other programs on the machine disturb little. A time is the median of steps
-in which all requests decode. Each engine has a process of its own, and the two take turns at each length.
+random tokens. One thread computes, and a time is that of the fastest step in which all requests decode, since other
+programs ran on the machine. Each engine has a process of its own, and the two take turns at each length.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def main() -> None:
     parser.add_argument("--draw", type=Path, help="draw the JSON of a run beside it, and measure nothing")
     arguments = parser.parse_args()
     if arguments.draw:
-        draw(json.loads(arguments.draw.read_text())["rows"], arguments.draw.with_suffix(".png"))
+        rows = json.loads(arguments.draw.read_text())["rows"]
+        draw(rows, arguments.draw.with_suffix(".png"))
+        print(table(rows))
         return
     if arguments.one:
         print("RESULT " + json.dumps(measure(*arguments.one[:2], int(arguments.one[2]))))
@@ -113,6 +116,21 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu.partition(": ")[2], "cores": os.cpu_count(), **versions}
 
 
+def fastest(rows: list[dict[str, Any]], engine: str, batch: int, length: int) -> float:
+    (row,) = (x for x in rows if (x["engine"], x["batch"], x["length"]) == (engine, batch, length))
+    return row["fastest_ms"]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/vllm.md."""
+    lines = ["| context | batch | vLLM | with Quest | speed-up |", "| --- | --- | --- | --- | --- |"]
+    for batch, length in sorted({(row["batch"], row["length"]) for row in rows}):
+        stock, quest = (fastest(rows, engine, batch, length) for engine in ("stock", "quest"))
+        times = f"{stock:.1f} ms | {quest:.1f} ms | {stock / quest:.1f}x"
+        lines.append(f"| {length // 1024}K | {batch} | {times} |")
+    return "\n".join(lines)
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of both engines."""
     import matplotlib as mpl
@@ -124,14 +142,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(BATCHES), figsize=(9, 3.2), layout="constrained")
     for axis, batch in zip(axes, BATCHES, strict=True):
         for offset, (engine, colour) in enumerate((("stock", "#999999"), ("quest", "#0072B2"))):
-            times = [
-                next(r["median_ms"] for r in rows if (r["engine"], r["batch"], r["length"]) == (engine, batch, n))
-                for n in lengths
-            ]
+            times = [fastest(rows, engine, batch, length) for length in lengths]
             bars = axis.bar([i + 0.4 * offset for i in range(len(lengths))], times, 0.38, color=colour)
             axis.bar_label(bars, fmt="%.0f", fontsize=8)
             bars.set_label({"stock": "vLLM", "quest": f"vLLM with Quest, {BUDGET} tokens"}[engine])
-        axis.set_xticks([i + 0.2 for i in range(len(lengths))], [f"{n // 1024}K" for n in lengths])
+        axis.set_xticks([i + 0.2 for i in range(len(lengths))], [f"{length // 1024}K" for length in lengths])
         axis.set_title(f"batch {batch}")
         axis.set_xlabel("tokens of context")
         axis.set_ylabel("ms a step")

@@ -116,7 +116,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     libraries = {"quest_ops/_C.so", "quest_ops/_C_cuda.so"} & names
     assert "quest_ops/_C.so" in libraries
     info = f"quest_ops-{VERSION}.dist-info"
-    rest = {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
+    rest = {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")}
     assert names == ours | libraries | rest
 
 
@@ -135,6 +135,8 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert re.search(r"^Requires-Dist: torch>=2\.10$", text, re.MULTILINE)
     assert "License-Expression: BSD-3-Clause" in text
     assert set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE)) == {"transformers", "test", "dev"}
+    entries = zipfile.ZipFile(wheel).read(f"quest_ops-{VERSION}.dist-info/entry_points.txt").decode()
+    assert "[vllm.general_plugins]\nquest_ops" in entries
 
 
 @needs_builder
