@@ -75,7 +75,7 @@ class QuestBackend:
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """VLLM asks for each layer's cache here, and makes its memory profile from the answer.
+        """A layer's cache with room for bounds: the answer from which vLLM makes its memory profile.
 
         All layers of a group must have the same blocks, so dense layers get the room too.
         """
@@ -107,10 +107,9 @@ class QuestBuilder:
         if not self._sparse:
             return
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)  # type: ignore[attr-defined]
-        # A graph's replay reads them at this address.
-        rows = max(
-            vllm_config.scheduler_config.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        )
+        # A graph's replay reads them at this address. Its batch may have more rows than there are requests.
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        rows = max(vllm_config.scheduler_config.max_num_seqs, captured)
         self._start_lens = torch.zeros(rows, dtype=torch.int32, device=device)
         self._reported = time.monotonic()
 
