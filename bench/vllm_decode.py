@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 LENGTHS, BATCHES, BUDGET, BLOCK, LAYERS = (8192, 16384, 32768), (1, 4), 2048, 32, 8
-STEPS = 64
+STEPS = 192
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def measure(model: str, engine: str, length: int) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
 
     quest = {} if engine == "stock" else {"quest": {"budget": BUDGET}}
-    most = length + BLOCK * 4
+    most = length + STEPS + BLOCK * 2
     llm = LLM(
         model, skip_tokenizer_init=True, enforce_eager=True, max_model_len=most, block_size=BLOCK,
         kv_cache_memory_bytes=int(1.1 * max(BATCHES) * most * LAYERS * 2 * 2 * 128 * 2), additional_config=quest,
