@@ -145,12 +145,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             times = [fastest(rows, engine, batch, length) for length in lengths]
             bars = axis.bar([i + 0.4 * offset for i in range(len(lengths))], times, 0.38, color=colour)
             axis.bar_label(bars, fmt="%.0f", fontsize=8)
+            axis.margins(y=0.12)
             bars.set_label({"stock": "vLLM", "quest": f"vLLM with Quest, {BUDGET} tokens"}[engine])
         axis.set_xticks([i + 0.2 for i in range(len(lengths))], [f"{length // 1024}K" for length in lengths])
         axis.set_title(f"batch {batch}")
         axis.set_xlabel("tokens of context")
         axis.set_ylabel("ms a step")
-    axes[0].legend(fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=100)
 
 
