@@ -5,7 +5,8 @@ matplotlib.
 
 The model has random weights: a Qwen3 of 8 layers, width 512, 8 query and 2 KV heads of 128, in bfloat16. Prompts are
 random tokens. One thread computes, and a time is that of the fastest step in which all requests decode, since other
-programs ran on the machine. Each engine has a process of its own, and the two take turns at each length.
+programs ran on the machine. Each engine has a process of its own. After the prompts, the two take turns of 8 steps, so
+that other programs disturb both alike.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 LENGTHS, BATCHES, BUDGET, BLOCK, LAYERS = (8192, 16384, 32768), (1, 4), 2048, 32, 8
-STEPS = 192
+STEPS, TURN = 96, 8
 
 
 def main() -> None:
@@ -40,18 +41,37 @@ def main() -> None:
         print(table(rows))
         return
     if arguments.one:
-        print("RESULT " + json.dumps(measure(*arguments.one[:2], int(arguments.one[2]))))
+        measure(*arguments.one[:2], int(arguments.one[2]))
         return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder)
         for length in arguments.lengths:
-            for engine in ("stock", "quest"):
-                command = [sys.executable, __file__, "--one", folder, engine, str(length)]
-                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                result = next(line for line in output.splitlines() if line.startswith("RESULT "))
-                rows += json.loads(result.removeprefix("RESULT "))
-                print(rows[-len(BATCHES) :], flush=True)
+            engines = {
+                engine: subprocess.Popen(
+                    [sys.executable, __file__, "--one", folder, engine, str(length)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                for engine in ("stock", "quest")
+            }
+            for batch in BATCHES:
+                prefill = {engine: answer(process) for engine, process in engines.items()}
+                times: dict[str, list[float]] = {"stock": [], "quest": []}
+                for _ in range(STEPS // TURN):
+                    for engine, process in engines.items():
+                        process.stdin.write("turn\n")
+                        process.stdin.flush()
+                        times[engine] += answer(process)
+                for engine, found in times.items():
+                    row = {"engine": engine, "length": length, "batch": batch, "median_ms": statistics.median(found)}
+                    rows.append(
+                        {**row, "fastest_ms": min(found), "steps": len(found), "prefill_seconds": prefill[engine]}
+                    )
+                    print(rows[-1], flush=True)
+            for process in engines.values():
+                process.communicate()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine(), "about": __doc__.split("\n\n")[2].replace("\n", " ").strip(), "budget": BUDGET}
     arguments.out.write_text(json.dumps({**result, "block_size": BLOCK, "rows": rows}, indent=1) + "\n")
@@ -69,8 +89,16 @@ def make_model(folder: str) -> None:
     Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
-def measure(model: str, engine: str, length: int) -> list[dict[str, Any]]:
-    """The rows of one engine and length."""
+def answer(process: subprocess.Popen[str]) -> Any:
+    """The next answer of an engine's process; vLLM prints too."""
+    for line in process.stdout:
+        if line.startswith("ANSWER "):
+            return json.loads(line.removeprefix("ANSWER "))
+    raise RuntimeError("an engine's process has ended")
+
+
+def measure(model: str, engine: str, length: int) -> None:
+    """An engine's process: it answers with the seconds of a prefill, and with the ms of the steps of each turn."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the same process, so that no message is measured
     os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -81,30 +109,29 @@ def measure(model: str, engine: str, length: int) -> list[dict[str, Any]]:
     llm = LLM(
         model, skip_tokenizer_init=True, enforce_eager=True, max_model_len=most, block_size=BLOCK,
         kv_cache_memory_bytes=int(1.1 * max(BATCHES) * most * LAYERS * 2 * 2 * 128 * 2), additional_config=quest,
-    )  # fmt: skip
+    ).llm_engine  # fmt: skip
     draw = random.Random(0)
     prompts = [[draw.randrange(1024) for _ in range(length)] for _ in range(max(BATCHES))]
 
-    params = SamplingParams(max_tokens=STEPS + 1, temperature=0, ignore_eos=True, detokenize=False)
-    rows = []
     for batch in BATCHES:  # the prompts of the smaller batch stay in the prefix cache
+        params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True, detokenize=False)
         start = time.perf_counter()
-        for i, prompt in enumerate(prompts[:batch]):
-            llm.llm_engine.add_request(f"{batch}-{i}", {"prompt_token_ids": prompt}, params)
-        counts: dict[str, int] = {}
-        times = []
-        while llm.llm_engine.has_unfinished_requests():
-            decoding = len(counts) == batch and max(counts.values()) <= STEPS
-            step = time.perf_counter()
-            outputs = llm.llm_engine.step()
-            if decoding and len(outputs) == batch:
-                times.append((time.perf_counter() - step) * 1e3)
-            elif not times:
-                prefill = time.perf_counter() - start
-            counts |= {output.request_id: len(output.outputs[0].token_ids) for output in outputs}
-        row = {"engine": engine, "length": length, "batch": batch, "median_ms": statistics.median(times)}
-        rows.append({**row, "fastest_ms": min(times), "steps": len(times), "prefill_seconds": prefill})
-    return rows
+        names = [f"{batch}-{i}" for i in range(batch)]
+        for name, prompt in zip(names, prompts, strict=False):
+            llm.add_request(name, {"prompt_token_ids": prompt}, params)
+        decoding: set[str] = set()
+        while len(decoding) < batch:
+            decoding |= {output.request_id for output in llm.step()}
+        print("ANSWER", json.dumps(time.perf_counter() - start), flush=True)
+        for _ in range(STEPS // TURN):
+            sys.stdin.readline()
+            times = []
+            for _ in range(TURN):
+                start = time.perf_counter()
+                llm.step()
+                times.append((time.perf_counter() - start) * 1e3)
+            print("ANSWER", json.dumps(times), flush=True)
+        llm.abort_request(names)
 
 
 def machine() -> dict[str, Any]:
