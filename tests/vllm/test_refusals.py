@@ -46,7 +46,7 @@ def test_the_engine_of_the_other_tests_is_not_refused() -> None:
 def test_settings() -> None:
     refused("budget must be a multiple of the block size, 32, got 200", additional_config={"quest": {"budget": 200}})
     refused('additional_config["quest"] must be a dict', additional_config={"quest": "on"})
-    refused("takes blocks of 8, 16, 32, 64, 128 tokens, got 48", block_size=48)
+    refused("takes blocks of 4, 8, 16, 32, 64, 128 tokens, got 48", block_size=48)
     refused("page_size must be the engine's block size, 128, got 16", block_size=None,
             additional_config={"quest": {"page_size": 16}})  # fmt: skip
 

@@ -47,7 +47,7 @@ def test_keys_make_the_same_settings_again(keys: dict[str, object]) -> None:
         ({"budget": [64, 64, 80]}, 32, "budget must be a multiple of the block size, 32, got 80"),
         ({"budget": [512, 512, 32], "sink_pages": 1}, 32, "sink_pages + recent_pages must be at most the 1 pages"),
         ({"page_size": 16}, 128, "page_size must be the engine's block size, 128, got 16: leave it out, or start"),
-        ({}, 48, "quest_ops takes blocks of 8, 16, 32, 64, 128 tokens, got 48"),
+        ({}, 48, "quest_ops takes blocks of 4, 8, 16, 32, 64, 128 tokens, got 48"),
         ({"group_reduce": "mean"}, 32, "group_reduce must be one of"),
         ({"dense_layers": "two"}, 32, "quest_ops: "),
         ({"recent_pages": 0}, 32, "recent_pages must be at least 1 in an engine, got 0"),
