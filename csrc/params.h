@@ -21,7 +21,7 @@ namespace quest {
 
 // Limits. The checks, their sentences and the dispatches are made from these.
 inline constexpr int32_t kHeadDims[] = {64, 80, 96, 128, 192, 256};  // ascending
-inline constexpr int32_t kPageSizes[] = {8, 16, 32, 64, 128};        // ascending powers of two
+inline constexpr int32_t kPageSizes[] = {4, 8, 16, 32, 64, 128};     // ascending powers of two
 inline constexpr int32_t kMaxHeadDim = kHeadDims[std::size(kHeadDims) - 1];
 inline constexpr int32_t kMaxNewTokens = 8;  // T of q
 // Counts are int32. So N is limited, as are the tokens of a sequence, P * S, and of a list, K * S.

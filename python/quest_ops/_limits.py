@@ -5,7 +5,7 @@ import torch
 #: Supported sizes of a head.
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 #: Supported tokens a page.
-PAGE_SIZES = (8, 16, 32, 64, 128)
+PAGE_SIZES = (4, 8, 16, 32, 64, 128)
 #: Supported dtypes of queries, keys and values.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: The most new tokens a sequence that the decode operators take; more is a prefill.

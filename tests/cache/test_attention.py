@@ -260,7 +260,7 @@ def test_bad_input_is_named_before_anything_is_written(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"page_size": 20}, "page_size must be one of 8, 16, 32, 64, 128, got 20"),
+        ({"page_size": 20}, "page_size must be one of 4, 8, 16, 32, 64, 128, got 20"),
         ({"budget": 15}, "budget must be at least a page, 16 tokens, got 15"),
         ({"sink_pages": -1}, "sink_pages must be at least 0, got -1"),
         ({"recent_pages": -1}, "recent_pages must be at least 0, got -1"),

@@ -226,7 +226,7 @@ def test_bad_arguments(device: str, call: Callable[[PagedKVCache], None], messag
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"page_size": 24}, "page_size must be one of 8, 16, 32, 64, 128, got 24"),
+        ({"page_size": 24}, "page_size must be one of 4, 8, 16, 32, 64, 128, got 24"),
         ({"dtype": torch.float64}, "dtype must be one of .*, got torch.float64"),
         ({"bounds": "int2"}, "bounds must be one of cache, int8, int4, got int2"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

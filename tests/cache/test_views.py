@@ -199,7 +199,7 @@ def test_a_compiled_step_over_a_view(device: str, backend: str) -> None:
 @pytest.mark.parametrize(
     ("k", "v", "page_size", "message"),
     [
-        (torch.zeros(2, 3, 40, 64), None, 12, "page_size must be one of 8, 16, 32, 64, 128, got 12"),
+        (torch.zeros(2, 3, 40, 64), None, 12, "page_size must be one of 4, 8, 16, 32, 64, 128, got 12"),
         (torch.zeros(3, 40, 64), None, 8, r"k must have 4 dimensions, got \[3, 40, 64\]"),
         (torch.zeros(2, 3, 40, 64), None, 16, "k must hold a positive multiple of 16 tokens"),
         (torch.zeros(2, 3, 0, 64), None, 16, "k must hold a positive multiple of 16 tokens"),

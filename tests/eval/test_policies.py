@@ -248,7 +248,7 @@ def test_every_name_has_a_label_of_its_own():
         ("page-oracle", 15, {}, "the budget of page-oracle must be at least 16 tokens, got 15"),
         ("window", 16, {}, "the budget of window must be at least 32 tokens, got 16"),
         ("quest", 8, {}, "budget must be at least a page, 16 tokens, got 8"),
-        ("quest", 64, {"page_size": 12}, "page_size must be one of 8, 16, 32, 64, 128, got 12"),
+        ("quest", 64, {"page_size": 12}, "page_size must be one of 4, 8, 16, 32, 64, 128, got 12"),
         ("dense", None, {"dense_layers": -1}, "dense_layers must be at least 0, got -1"),
     ],
 )

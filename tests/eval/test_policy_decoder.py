@@ -224,7 +224,7 @@ def test_bad_input_is_an_error(device):
     model, ids, quest = make_model(device=device), ids_of(2, device=device), make("quest", 32)
     with pytest.raises(ValueError, match="max_tokens and batch_size must be at least 1, got 0 and 1"):
         PolicyDecoder(model, max_tokens=0)
-    with pytest.raises(ValueError, match="page_size must be one of 8, 16, 32, 64, 128, got 7"):
+    with pytest.raises(ValueError, match="page_size must be one of 4, 8, 16, 32, 64, 128, got 7"):
         PolicyDecoder(model, max_tokens=10, page_size=7)
     decoder = PolicyDecoder(model, max_tokens=CONTEXT + 4, batch_size=2)
     with pytest.raises(ValueError, match="the decoder has no context"):

@@ -174,7 +174,7 @@ def test_every_field_of_the_configuration_can_be_set():
         ("quest,sink_pages=-1", "sink_pages must be at least 0, got -1"),
         ("quest,sink_pages=4", "sink_pages \\+ recent_pages must be at most the 4 pages of the budget"),
         ("page-oracle,sink_pages=4", "the budget of page-oracle,sink_pages=4 must be at least 80 tokens, got 64"),
-        ("page-oracle,page_size=12", "page_size must be one of 8, 16, 32, 64, 128, got 12"),
+        ("page-oracle,page_size=12", "page_size must be one of 4, 8, 16, 32, 64, 128, got 12"),
         ("quest,group_reduce=mean", "group_reduce in .* must be one of none, sum, max, soft|must be one of"),
         ("quest,shared=yes", "shared in .* must be one of true, false, got 'yes'"),
         ("quest,dense_layers=-1", "dense_layers must be at least 0, got -1"),

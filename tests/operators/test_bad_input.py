@@ -269,7 +269,7 @@ def bounds(*size: int) -> tuple[str, Callable[[], Tensor], str]:
 
 
 HEAD_DIM = "must have head_dim 64, 80, 96, 128, 192 or 256|got 72"
-PAGE_SIZE = "must be 8, 16, 32, 64 or 128|got 12"
+PAGE_SIZE = "must be 4, 8, 16, 32, 64 or 128|got 12"
 SIZES: list[Any] = [
     # append_kv: k [2, 3, 2, 64]
     ("append_kv", "k", zeros(2, 3, 2, 72), f"k {HEAD_DIM}"),
@@ -309,11 +309,11 @@ SIZES: list[Any] = [
     ("estimate", "k_bounds", zeros(9, 2, 2, 80), "k_bounds must have shape|with 64 in dimension 3|got [9, 2, 2, 80]"),
     ("estimate", "seq_lens", lens(3), "seq_lens must have shape [B] with 2|got [3]"),
     ("estimate", "page_size", 12, f"page_size {PAGE_SIZE}"),
-    ("estimate", "page_size", 0, "page_size must be 8, 16, 32, 64 or 128, got 0"),
+    ("estimate", "page_size", 0, "page_size must be 4, 8, 16, 32, 64 or 128, got 0"),
     # topk_pages: scores [2, 4, 4]
     ("topk_pages", "scores", zeros(2, 9, 4, 4), "scores must have 1 to 8 new tokens in dimension 1, got 9"),
     ("topk_pages", "seq_lens", lens(3), "seq_lens must have shape [B] with 2|got [3]"),
-    ("topk_pages", "page_size", 256, "page_size must be 8, 16, 32, 64 or 128, got 256"),
+    ("topk_pages", "page_size", 256, "page_size must be 4, 8, 16, 32, 64 or 128, got 256"),
     ("topk_pages", "k", 0, "k must be at least 1, got 0"),
     ("topk_pages", "k", -1, "k must|got -1"),
     ("topk_pages", "k", 2**31, f"k must fit in 32 bits, got {2**31}"),

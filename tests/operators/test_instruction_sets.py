@@ -73,7 +73,9 @@ torch.save([ops.estimate(*arguments) for arguments in torch.load(sys.argv[1])], 
 
 def any_bytes(dtype: torch.dtype, head_dim: int, group: int, spread: float) -> Case:
     """Bounds of every byte, -128 too, and queries whose elements differ by powers of ten."""
-    case = Case(Shape(dtype, head_dim, 16, 2, group, lengths=(16 * 19, 5), kind=KINDS["minmax-8-bit"], seed=head_dim + group))
+    case = Case(
+        Shape(dtype, head_dim, 16, 2, group, lengths=(16 * 19, 5), kind=KINDS["minmax-8-bit"], seed=head_dim + group)
+    )
     case.q = (case.randn(*case.q.shape) * torch.exp(spread * case.randn(*case.q.shape))).to(dtype)
     case.k_bounds = torch.randint(-128, 128, case.k_bounds.shape, generator=case.random, dtype=torch.int8)
     return case

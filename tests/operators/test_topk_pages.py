@@ -68,7 +68,7 @@ class Selection:
 
 @st.composite
 def selections(draw: st.DrawFn) -> Selection:
-    page_size = draw(st.sampled_from((8, 16, 32, 64, 128)))
+    page_size = draw(st.sampled_from((4, 8, 16, 32, 64, 128)))
     group = draw(st.integers(1, 16) | st.sampled_from((20, 32)))
     most_pages = draw(st.sampled_from((3, 40, 300)))
     length = st.builds(

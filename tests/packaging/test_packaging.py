@@ -117,7 +117,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     libraries = {"quest_ops/_C.so", "quest_ops/_C_cuda.so"} & names
     assert "quest_ops/_C.so" in libraries
     info = f"quest_ops-{VERSION}.dist-info"
-    rest = {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
+    rest = {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")}
     assert names == ours | libraries | rest
 
 
@@ -137,6 +137,8 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert "Project-URL: Paper, https://arxiv.org/abs/2406.10774" in text
     assert "License-Expression: BSD-3-Clause" in text
     assert set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE)) == {"transformers", "test", "dev"}
+    entries = zipfile.ZipFile(wheel).read(f"quest_ops-{VERSION}.dist-info/entry_points.txt").decode()
+    assert "[vllm.general_plugins]\nquest_ops" in entries
 
 
 @needs_builder
