@@ -80,6 +80,19 @@ def steps() -> Table:
     return table
 
 
+def steps_by_default() -> Table:
+    """The bounds that QuestConfig has by default, at three budgets."""
+    named = {row["workload"]["name"]: row for row in read("kernels-h100.json")["rows"]}
+    table = [["query/KV heads, context", "budget", "decode step", "speed-up over the fastest dense"]]
+    for w in (MHA, replace(GQA, context=131072)):
+        for budget in (512, 1024, 2048):
+            row = named[str(replace(w, bounds="int4", std_factor=1.0, budget=budget))]
+            step = median(row, "pipeline")
+            cells = [f"{budget:,}", f"{step:.1f} us", f"{fastest_peer(row) / step:.1f}x"]
+            table.append([f"{w.heads}/{w.kv_heads}, {tokens(w.context)}", *cells])
+    return table
+
+
 def in_full(rows: list[dict[str, Any]]) -> Table:
     columns = "`decode_step`, four operators, fastest dense, speed-up, own dense mode, read roofline, step / roofline"
     table = [["query/KV heads, batch, context, budget", *columns.split(", ")]]
@@ -264,6 +277,7 @@ def cpu_targets() -> Table:
 
 TABLES: dict[str, Callable[[], Table]] = {
     "steps": steps,
+    "steps-by-default": steps_by_default,
     "steps-in-full": steps_in_full,
     "every-workload": every_workload,
     "targets": target_table,

@@ -40,8 +40,8 @@ class LayerPages(NamedTuple):
 
     Attributes:
         k_cache, v_cache: [N, Hkv, S, D], the step's tokens included.
-        k_bounds: [N, Hkv, 2, D].
-        k_scales: [N, Hkv] float32, or None where the bounds are not int8.
+        k_bounds: [N, Hkv, 2, D], or [N, Hkv, 2, D / 2] of 4 bits.
+        k_scales: [N, Hkv] float32, or None where the bounds have the cache's dtype.
         page_table: [B, P] int32.
         seq_lens: [B] int32, the step's tokens included.
         scale: the attention's softmax scale.

@@ -56,3 +56,12 @@ def generate(llm: Any, prompts: list[list[int]], tokens: int | list[int] = 16) -
     params = [SamplingParams(max_tokens=n, temperature=0, detokenize=False, ignore_eos=True) for n in counts]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def log_probabilities(llm: Any, prompts: list[list[int]], tokens: int = 16) -> list[list[dict[int, float]]]:
+    """Of the five likeliest tokens at each step of greedy decoding."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True, logprobs=5)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [[{t: x.logprob for t, x in step.items()} for step in output.outputs[0].logprobs] for output in outputs]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import quest_ops.vllm
 import torch
-from helpers.vllm_engine import generate, prompt, run_engine
+from helpers.vllm_engine import generate, log_probabilities, prompt, run_engine
 from quest_ops import PagedKVCache, QuestConfig, quest_attention, select_pages, update_bounds
 
 pytest.importorskip("vllm.config", reason="vLLM is not installed: `make test-vllm` runs this")
@@ -48,14 +48,28 @@ def watch(monkeypatch: pytest.MonkeyPatch, method: str) -> Iterator[list[tuple[A
         yield calls
 
 
-@pytest.mark.parametrize(("dtype", "block_size"), [("float32", s) for s in (16, 32, 64, 128)] + [("bfloat16", 32)])
-def test_full_budget_gives_the_tokens_of_vllm_as_it_is(engine: Engine, dtype: str, block_size: int) -> None:
-    settings = {"dtype": dtype, **CHUNKED}
-    with engine(block_size=max(block_size, 32), **settings) as llm:  # vLLM itself wants multiples of 32
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_full_budget_gives_the_tokens_of_vllm_as_it_is(engine: Engine, block_size: int) -> None:
+    with engine(block_size=max(block_size, 32), **CHUNKED) as llm:  # vLLM itself wants multiples of 32
         stock = generate(llm, RAGGED)
-    with engine(FULL, block_size=block_size, **settings) as llm:
+    with engine(FULL, block_size=block_size, **CHUNKED) as llm:
         assert generate(llm, RAGGED) == stock
         assert generate(llm, RAGGED) == stock  # from the prefix cache
+
+
+def test_full_budget_in_bfloat16_differs_from_vllm_at_near_ties_alone(engine: Engine) -> None:
+    """Two kernels round differently in 8 bits. Behind its first difference a request has another context."""
+    settings = {"dtype": "bfloat16", "block_size": 32, **CHUNKED}
+    with engine(**settings) as llm:
+        stock = log_probabilities(llm, RAGGED)
+    with engine(FULL, **settings) as llm:
+        answers = generate(llm, RAGGED)
+    for answer, best in zip(answers, stock, strict=True):
+        for token, logprobs in zip(answer, best, strict=True):
+            if token == max(logprobs, key=logprobs.__getitem__):
+                continue
+            assert max(logprobs.values()) - logprobs[token] < 0.1
+            break
 
 
 @pytest.mark.parametrize("group_reduce", ["max", "none", "soft"])
