@@ -80,10 +80,9 @@ QUEST_INLINE void score_tile(
 // ---- Queries by VNNI, which multiplies unsigned by signed bytes and sums exactly in int32.
 //
 // The magnitude of each element is a 24-bit integer, in units of the last place of the query's largest element. It is
-// kept as three bytes, its digits. So an element is off by half a unit at most, and
-// nothing else is rounded before the end. A digit of a positive
-// element multiplies the upper bound. That of a negative element multiplies ~lower = -lower - 1, and the digits of the
-// negative elements, summed, make up for the 1.
+// kept as three bytes, its digits. So an element is off by half a unit at most, and nothing else is rounded before the
+// end. A digit of a positive element multiplies the upper bound. That of a negative element multiplies ~lower = -lower -
+// 1, and the digits of the negative elements, summed, make up for the 1.
 
 constexpr int kMaxChunks = 4;  // 256 elements
 
