@@ -22,28 +22,32 @@ static_assert(kTaskPages % kBlockPages == 0);
 struct EstimateKernelParams {
   EstimateParams op;
   const Loops& loops;
-  const std::byte* queries;  // [B, Hkv, T, G], as the loops read them
+  int32_t first_head, heads;  // of each group: those that are scored
+  const std::byte* queries;   // [B, Hkv, T, heads], as the loops read them
   int64_t query_bytes;
 };
+
+// Queries in memory at a time, less than 256 MiB. A group of millions of heads is scored in several passes.
+static constexpr int64_t kMostQueries = 1 << 17;
 
 struct FreeAligned {
   void operator()(void* p) const { std::free(p); }
 };
 using Queries = std::unique_ptr<std::byte, FreeAligned>;
 
-static Queries split_queries(const EstimateParams& p, const Loops& loops) {
+static Queries split_queries(const EstimateParams& p, const Loops& loops, int32_t first_head, int32_t heads) {
   const auto [B, T, Hq, Hkv, D] = p.size;
   const int64_t bytes = loops.query_bytes(D);
-  const int group = p.size.group();
-  Queries queries(static_cast<std::byte*>(std::aligned_alloc(64, std::max<int64_t>(1, int64_t{B} * T * Hq) * bytes)));
-  STD_TORCH_CHECK(queries, "estimate found no memory for ", int64_t{B} * T * Hq, " queries");
+  const int64_t count = int64_t{B} * T * Hkv * heads;
+  Queries queries(static_cast<std::byte*>(std::aligned_alloc(64, std::max<int64_t>(1, count) * bytes)));
+  STD_TORCH_CHECK(queries, "estimate found no memory for ", count, " queries");
   std::byte* to = queries.get();
   for (int b = 0; b < B; ++b)
     for (int h = 0; h < Hkv; ++h)
       for (int t = 0; t < T; ++t)
-        for (int g = 0; g < group; ++g, to += bytes) {
+        for (int g = first_head; g < first_head + heads; ++g, to += bytes) {
           float q[kMaxHeadDim];
-          const int64_t offset = b * p.q.stride_b + t * p.q.stride_t + (h * group + g) * p.q.stride_h;
+          const int64_t offset = b * p.q.stride_b + t * p.q.stride_t + (h * p.size.group() + g) * p.q.stride_h;
           loops.load[dtype_index(p.dtype)](element(p.q.data, offset, p.dtype), D, q);
           loops.split_query(q, D, to);
         }
@@ -81,10 +85,11 @@ static void estimate_pages(const EstimateKernelParams& kernel, int b, int first)
   int seen[kMaxNewTokens];
   for (int t = 0; t < T; ++t) {
     seen[t] = std::clamp(p.paging.pages_of(p.paging.visible(b, t, T)) - first, 0, pages);
-    for (int h = 0; h < Hq; ++h) {
-      float* const scores = p.scores + ((int64_t{b} * T + t) * Hq + h) * p.paging.P + first;
-      std::fill(scores + seen[t], scores + width, -std::numeric_limits<float>::infinity());
-    }
+    for (int h = 0; h < Hkv; ++h)
+      for (int g = kernel.first_head; g < kernel.first_head + kernel.heads; ++g) {
+        float* const scores = p.scores + ((int64_t{b} * T + t) * Hq + h * group + g) * p.paging.P + first;
+        std::fill(scores + seen[t], scores + width, -std::numeric_limits<float>::infinity());
+      }
   }
   for (int begin = 0; begin < pages; begin += kBlockPages)
     for (int h = 0; h < Hkv; ++h) {
@@ -107,10 +112,10 @@ static void estimate_pages(const EstimateKernelParams& kernel, int b, int first)
           for (int64_t byte = 0; byte < row_bytes; byte += 64)
             __builtin_prefetch(rows[i] + (h * bounds.stride_h + c * bounds.stride_c) * size + byte, 0, 2);
       for (int t = 0; t < T; ++t) {
-        const int64_t query = ((int64_t{b} * Hkv + h) * T + t) * group;
-        float* const scores = p.scores + ((int64_t{b} * T + t) * Hq + h * group) * p.paging.P + first + begin;
+        const int64_t query = ((int64_t{b} * Hkv + h) * T + t) * kernel.heads, head = h * group + kernel.first_head;
+        float* const scores = p.scores + ((int64_t{b} * T + t) * Hq + head) * p.paging.P + first + begin;
         score(
-            kernel.queries + query * kernel.query_bytes, group, block.lower, block.upper,
+            kernel.queries + query * kernel.query_bytes, kernel.heads, block.lower, block.upper,
             bounds.scales ? block.scales : nullptr, std::min(count, seen[t] - begin), D, scores, p.paging.P);
       }
     }
@@ -118,16 +123,27 @@ static void estimate_pages(const EstimateKernelParams& kernel, int b, int first)
 
 void score_pages(const EstimateParams& p) {
   const Loops& loops = cpu::loops();
-  const Queries queries = split_queries(p, loops);
-  const EstimateKernelParams kernel{
-      .op = p, .loops = loops, .queries = queries.get(), .query_bytes = loops.query_bytes(p.size.D)};
   const int64_t tasks = (int64_t{p.paging.P} + kTaskPages - 1) / kTaskPages;
   const int64_t bound = p.k_bounds.scales ? 1 : element_size(p.dtype);
   const int64_t bytes = std::min(kTaskPages, p.paging.P) * int64_t{p.size.Hkv} * 2 * p.size.D * bound;
-  torch::stable::parallel_for(0, p.size.B * tasks, grain(bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      estimate_pages(kernel, static_cast<int>(i / tasks), static_cast<int>(i % tasks) * kTaskPages);
-  });
+  const int32_t group = p.size.group();
+  const int64_t most =
+      std::max<int64_t>(1, kMostQueries / std::max<int64_t>(1, int64_t{p.size.B} * p.size.T * p.size.Hkv));
+  for (int32_t first = 0, heads; first < group; first += heads) {
+    heads = static_cast<int32_t>(std::min<int64_t>(most, group - first));
+    const Queries queries = split_queries(p, loops, first, heads);
+    const EstimateKernelParams kernel{
+        .op = p,
+        .loops = loops,
+        .first_head = first,
+        .heads = heads,
+        .queries = queries.get(),
+        .query_bytes = loops.query_bytes(p.size.D)};
+    torch::stable::parallel_for(0, p.size.B * tasks, grain(bytes), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        estimate_pages(kernel, static_cast<int>(i / tasks), static_cast<int>(i % tasks) * kTaskPages);
+    });
+  }
 }
 
 Tensor estimate(

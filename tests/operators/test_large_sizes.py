@@ -35,7 +35,7 @@ def free_memory() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(("heads", "head_dim"), [(2**24 + 8, 64), (2**22 + 8, 256)])
 def test_estimate_with_many_query_heads(heads: int, head_dim: int) -> None:
-    """heads * head_dim * 2, the size of the queries' signed parts, passes 2^31: 8.6 GB. A crash ends the process."""
+    """The numbers in both signed parts of the queries pass 2^31. A crash ends the process."""
     if free_memory() < 12 * GIBIBYTE:
         pytest.skip("needs 12 GiB of free memory")
     command = [sys.executable, "-c", _ESTIMATE, str(heads), str(head_dim)]

@@ -55,7 +55,7 @@ def active_environment(folder: Path, version: str | None) -> Path:
 
 def make(project: Path, *arguments: str, active: Path | None = None) -> list[str]:
     """The words of the last line of `make torch`: torch, its version, in, its folder."""
-    dropped = ("VIRTUAL_ENV", "CONDA_PREFIX", "TORCH", "PYTHONPATH")
+    dropped = ("VIRTUAL_ENV", "CONDA_PREFIX", "TORCH", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(project / "wheels"), "PIP_CONFIG_FILE": os.devnull}
     if active is not None:
