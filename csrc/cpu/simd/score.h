@@ -81,8 +81,8 @@ QUEST_INLINE void score_tile(
 //
 // The magnitude of each element is a 24-bit integer, in units of the last place of the query's largest element. It is
 // kept as three bytes, its digits. So an element is off by half a unit at most, and nothing else is rounded before the
-// end. A digit of a positive element multiplies the upper bound. That of a negative element multiplies ~lower = -lower -
-// 1, and the digits of the negative elements, summed, make up for the 1.
+// end. A digit of a positive element multiplies the upper bound. That of a negative element multiplies ~lower = -lower
+// - 1, and the digits of the negative elements, summed, make up for the 1.
 
 constexpr int kMaxChunks = 4;  // 256 elements
 
