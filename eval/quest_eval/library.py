@@ -5,13 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quest_ops._library import cuda_missing
-from quest_ops.bounds import bytes_of_bounds
+from quest_ops.bounds import BoundsKind, bytes_of_bounds
 from quest_ops.ops import HEAD_DIMS, PAGE_SIZES, GroupReduce
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["HEAD_DIMS", "PAGE_SIZES", "GroupReduce", "bytes_of_bounds", "cuda_missing", "dense_prefill"]
+__all__ = [
+    "HEAD_DIMS",
+    "PAGE_SIZES",
+    "BoundsKind",
+    "GroupReduce",
+    "bytes_of_bounds",
+    "cuda_missing",
+    "dense_prefill",
+]
 
 
 def dense_prefill(

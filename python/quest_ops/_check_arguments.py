@@ -53,11 +53,6 @@ def _list_string(values: Sequence[int]) -> str:
     return f"{', '.join(map(str, values[:-1]))} or {values[-1]}"
 
 
-def _number_string(x: float) -> str:
-    """As C++ prints it."""
-    return f"{x:g}"
-
-
 def _known_false(condition: bool | SymBool) -> bool:
     return not condition if isinstance(condition, bool) else statically_known_true(torch.sym_not(condition))
 
@@ -240,8 +235,7 @@ def check_bounds(
         check_size(t, "k_bounds", 3, D, "[N, Hkv, 2, D]", "head_dim")
     if std_factor is not None and not 0 <= std_factor <= torch.finfo(torch.float32).max:
         raise RuntimeError(
-            "std_factor must be a finite number of at least 0, or None for minimum and maximum, "
-            f"got {_number_string(std_factor)}"
+            f"std_factor must be a finite number of at least 0, or None for minimum and maximum, got {std_factor:g}"
         )
     if scales is None:
         return

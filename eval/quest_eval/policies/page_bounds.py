@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from quest_ops import empty_bounds, empty_scales, estimate, update_bounds
@@ -13,16 +13,15 @@ if TYPE_CHECKING:
     from quest_ops import PageView
     from torch import Tensor
 
+    from ..library import BoundsKind
     from .base import KVShape
-
-Bounds = Literal["cache", "int8", "int4"]
 
 
 class PageBounds:
     """The bounds of a layer's pages, kept up to date as tokens arrive."""
 
     def __init__(
-        self, view: PageView, seq_lens: Tensor, page_size: int, kind: Bounds, std_factor: float | None
+        self, view: PageView, seq_lens: Tensor, page_size: int, kind: BoundsKind, std_factor: float | None
     ) -> None:
         self._view, self._seq_lens, self._page_size, self._std_factor = view, seq_lens, page_size, std_factor
         self._bounds = empty_bounds(view, kind)
@@ -42,7 +41,7 @@ class PageBounds:
         update_bounds(*where, None if whole else self._seq_lens - 1, self._scales, self._std_factor)
 
 
-def bytes_of_page(shape: KVShape, kind: Bounds) -> int:
+def bytes_of_page(shape: KVShape, kind: BoundsKind) -> int:
     """Bytes of one page's bounds, all KV heads, their scales included."""
     dtype = {2: torch.bfloat16, 4: torch.float32}[shape.itemsize]
     return shape.kv_heads * bytes_of_bounds(shape.head_dim, kind, dtype)

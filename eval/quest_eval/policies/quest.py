@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from quest_ops import QuestConfig, topk_pages
 
-from .page_bounds import Bounds, PageBounds, bytes_of_page
+from .page_bounds import PageBounds, bytes_of_page
 from .pages import PagePolicy, PageReader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..library import BoundsKind
     from .base import KVShape, LayerKV
 
 
@@ -59,7 +60,7 @@ class Quest(PagePolicy):
     """
 
     shared: bool = False
-    bounds: Bounds = "cache"
+    bounds: BoundsKind = "cache"
     std_factor: float | None = None
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .. import library
-from . import page_bounds, summaries
+from . import summaries
 from .base import Policy
 from .dense import Dense
 from .h2o import H2O
@@ -29,7 +29,7 @@ ENTRY_POINTS = "quest_eval.policies"
 
 
 # Types of fields that the policies' modules import for type checkers alone.
-_TYPES = {"GroupReduce": library.GroupReduce, "Bounds": page_bounds.Bounds, "Summary": summaries.Summary}
+_TYPES = {"GroupReduce": library.GroupReduce, "BoundsKind": library.BoundsKind, "Summary": summaries.Summary}
 
 
 @dataclass(frozen=True)
