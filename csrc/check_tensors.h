@@ -268,6 +268,35 @@ inline Bounds check_bounds(
   return bounds;
 }
 
+inline KeyCodes check_codes(
+    const Tensor& t, const Tensor& scales, const Tensor& like, const char* like_name, int64_t Hkv, int64_t D) {
+  check_dim(t, "k_codes", 4, "[N, Hkv, S, D / 4]");
+  STD_TORCH_CHECK(
+      t.scalar_type() == ScalarType::Byte, "k_codes must be uint8, got ", torch::headeronly::toString(t.scalar_type()));
+  check_same_device(t, "k_codes", like, like_name);
+  check_last_stride(t, "k_codes");
+  check_size(t, "k_codes", 1, Hkv, "[N, Hkv, S, D / 4]", "the number of KV heads");
+  check_size(t, "k_codes", 3, D / 4, "[N, Hkv, S, D / 4]", "head_dim, four dimensions a byte");
+  check_given(scales, "code_scales");
+  STD_TORCH_CHECK(
+      scales.scalar_type() == ScalarType::Float, "code_scales must be float32, got ",
+      torch::headeronly::toString(scales.scalar_type()));
+  check_same_device(scales, "code_scales", like, like_name);
+  check_dim(scales, "code_scales", 3, "[N, Hkv, S]");
+  for (int64_t i = 0; i < 3; ++i)
+    check_size(scales, "code_scales", i, t.size(i), "[N, Hkv, S]", "the tokens of k_codes");
+  return {
+      .data = const_cast<uint8_t*>(static_cast<const uint8_t*>(t.const_data_ptr())),
+      .stride_n = t.stride(0),
+      .stride_h = t.stride(1),
+      .stride_s = t.stride(2),
+      .aligned = is_aligned(t),
+      .scales = const_cast<float*>(static_cast<const float*>(scales.const_data_ptr())),
+      .scales_stride_n = scales.stride(0),
+      .scales_stride_h = scales.stride(1),
+      .scales_stride_s = scales.stride(2)};
+}
+
 inline NewTokens check_new_tokens(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
   check_dim(t, name, 4, "[B, T, Hkv, D]");
   check_like(t, name, like, like_name);

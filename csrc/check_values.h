@@ -40,7 +40,9 @@ inline void check_new_lens(const Paging& g, const Sizes& size) {
         " for sequence ", b);
 }
 
-inline void check_values(const AppendParams& p, const char* lens_name = "seq_lens") {
+// Of operators that write new tokens behind the cached ones.
+template <class Params>
+void check_appended(const Params& p, const char* lens_name) {
   check_seq_lens(p.paging, p.size.B, lens_name);
   check_new_lens(p.paging, p.size);
   for (int32_t b = 0; b < p.size.B; ++b) {
@@ -51,6 +53,9 @@ inline void check_values(const AppendParams& p, const char* lens_name = "seq_len
     if (n) check_page_table(p.paging, b, length >> p.paging.page_shift, p.paging.pages_of(length + n));
   }
 }
+
+inline void check_values(const AppendParams& p, const char* lens_name = "seq_lens") { check_appended(p, lens_name); }
+inline void check_values(const AppendCodesParams& p) { check_appended(p, "seq_lens"); }
 
 inline void check_values(const DecodeStepParams& p) {
   check_seq_lens(p.paging, p.size.B);
@@ -85,21 +90,26 @@ inline void check_values(const TopkParams& p) {
   check_new_lens(p.paging, p.size);
 }
 
-inline void check_values(const DecodeParams& p) {
+// Of operators that read lists of pages, where there are lists.
+template <class Params>
+void check_listed(const Params& p) {
   check_seq_lens(p.paging, p.size.B);
   check_new_lens(p.paging, p.size);
   for (int32_t b = 0; b < p.size.B; ++b) {
     check_page_table(p.paging, b, 0, p.paging.pages_of(p.paging.seq_lens[b]));
-    if (!p.pages) continue;
+    if (!p.pages.data) continue;
     for (int32_t t = 0; t < p.size.T; ++t)
-      for (int32_t h = 0; h < p.Hs; ++h)
-        for (int32_t i = 0; i < p.K; ++i) {
-          const int32_t page = p.pages[b * p.pages_stride_b + t * p.pages_stride_t + h * p.pages_stride_h + i];
+      for (int32_t h = 0; h < p.pages.Hs; ++h)
+        for (int32_t i = 0; i < p.pages.K; ++i) {
+          const int32_t page = p.pages.of(b, t, h)[i];
           STD_TORCH_CHECK(
               page >= -1 && page < p.paging.P, "pages must hold logical pages 0 to ", p.paging.P - 1,
               ", or -1 as padding, got ", page, " for sequence ", b, ", head ", h);
         }
   }
 }
+
+inline void check_values(const DecodeParams& p) { check_listed(p); }
+inline void check_values(const RerankParams& p) { check_listed(p); }
 
 }  // namespace quest

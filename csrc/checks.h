@@ -156,6 +156,74 @@ inline TopkParams check_topk_pages(
       .pages = nullptr};
 }
 
+// After check_int32_range has held P to int32.
+inline PageLists check_lists(
+    const Tensor& pages, const Tensor& q, const Leading& l, int64_t Hkv, const Paging& paging) {
+  check_int32(pages, "pages", q, "q");
+  const char* shape = q.dim() == 4 ? "[B, T, Hs, K] like q's [B, T, Hq, D]" : "[B, Hs, K] like q's [B, Hq, D]";
+  check_dim(pages, "pages", q.dim(), shape);
+  const Leading s = check_leading(pages, "pages", shape);
+  STD_TORCH_CHECK(
+      s.B == l.B && s.T == l.T && (s.H == Hkv || s.H == l.H), "pages must have shape ", shape, " with Hs ", Hkv,
+      " (a list a KV head) or ", l.H, " (a list a query head), got ", shape_string(pages), " for q ", shape_string(q));
+  PageLists lists{
+      .data = static_cast<const int32_t*>(pages.const_data_ptr()),
+      .stride_b = s.stride_b,
+      .stride_t = s.stride_t,
+      .stride_h = s.stride_h,
+      .Hs = static_cast<int32_t>(s.H),
+      .K = check_pages(pages.size(pages.dim() - 1), paging.page_shift, "pages' tokens a list (K * page_size)")};
+  // Null would mean every page, and an empty tensor's address is null. Nothing is read from this one.
+  if (lists.K == 0) lists.data = paging.seq_lens;
+  return lists;
+}
+
+inline AppendCodesParams check_append_codes(
+    const Tensor& k, const Tensor& k_codes, const Tensor& code_scales, const Tensor& page_table, const Tensor& seq_lens,
+    const std::optional<Tensor>& new_lens) {
+  AppendCodesParams p{};
+  p.dtype = check_dtype(k, "k");
+  check_dim(k, "k", 4, "[B, T, Hkv, D]");
+  const int64_t B = k.size(0), T = k.size(1), Hkv = k.size(2);
+  const int32_t D = check_head_dim(k, "k");
+  p.k = check_new_tokens(k, "k", k, "k");
+  p.codes = check_codes(k_codes, code_scales, k, "k", Hkv, D);
+  const int32_t shift = check_page_size(k_codes.size(2), "k_codes' page size (dimension 2)");
+  p.paging = check_paging(page_table, seq_lens, B, k_codes.size(0), shift, k, "k");
+  p.paging.new_lens = check_optional_lens(new_lens, "new_lens", B, k, "k");
+  const int32_t heads = check_int32_range(Hkv, "the number of KV heads");
+  p.size = {.B = check_int32_range(B, "B"), .T = check_int32_range(T, "T"), .Hq = heads, .Hkv = heads, .D = D};
+  return p;
+}
+
+inline RerankParams check_rerank_pages(
+    const Tensor& q, const Tensor& k_codes, const Tensor& code_scales, const Tensor& page_table, const Tensor& seq_lens,
+    const Tensor& pages, int64_t token_reduce, double scale, const std::optional<Tensor>& new_lens) {
+  RerankParams p{};
+  p.dtype = check_dtype(q, "q");
+  const Leading l = check_leading(q, "q", "[B, Hq, D] or [B, T, Hq, D]");
+  check_last_stride(q, "q");
+  const int32_t D = check_head_dim(q, "q");
+  check_dim(k_codes, "k_codes", 4, "[N, Hkv, S, D / 4]");
+  const int64_t Hkv = k_codes.size(1);
+  check_groups(l.H, Hkv, "q's heads", "k_codes' heads");
+  p.codes = check_codes(k_codes, code_scales, q, "q", Hkv, D);
+  const int32_t shift = check_page_size(k_codes.size(2), "k_codes' page size (dimension 2)");
+  p.paging = check_paging(page_table, seq_lens, l.B, k_codes.size(0), shift, q, "q");
+  p.paging.new_lens = check_optional_lens(new_lens, "new_lens", l.B, q, "q");
+  p.size = sizes_of(l, Hkv, D);
+  p.q = query_of(q, l);
+  p.pages = check_lists(pages, q, l, Hkv, p.paging);
+  STD_TORCH_CHECK(
+      token_reduce >= 0 && token_reduce <= static_cast<int64_t>(TokenReduce::lse),
+      "token_reduce must be 0 (max) or 1 (lse), got ", token_reduce);
+  STD_TORCH_CHECK(
+      scale > 0 && scale <= std::numeric_limits<float>::max(), "scale must be a finite number above 0, got ", scale);
+  p.reduce = static_cast<TokenReduce>(token_reduce);
+  p.scale = static_cast<float>(scale);
+  return p;
+}
+
 inline DecodeParams check_sparse_decode(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table, const Tensor& seq_lens,
     const std::optional<Tensor>& pages, std::optional<double> scale, const std::optional<Tensor>& new_lens) {
@@ -176,23 +244,8 @@ inline DecodeParams check_sparse_decode(
   p.paging.new_lens = check_optional_lens(new_lens, "new_lens", l.B, q, "q");
   p.size = sizes_of(l, Hkv, D);
   p.q = query_of(q, l);
-  p.Hs = p.size.Hkv, p.K = p.paging.P;
-  if (pages) {
-    check_int32(*pages, "pages", q, "q");
-    const char* shape = q.dim() == 4 ? "[B, T, Hs, K] like q's [B, T, Hq, D]" : "[B, Hs, K] like q's [B, Hq, D]";
-    check_dim(*pages, "pages", q.dim(), shape);
-    const Leading s = check_leading(*pages, "pages", shape);
-    STD_TORCH_CHECK(
-        s.B == l.B && s.T == l.T && (s.H == Hkv || s.H == l.H), "pages must have shape ", shape, " with Hs ", Hkv,
-        " (a list a KV head) or ", l.H, " (a list a query head), got ", shape_string(*pages), " for q ",
-        shape_string(q));
-    p.pages = static_cast<const int32_t*>(pages->const_data_ptr());
-    p.pages_stride_b = s.stride_b, p.pages_stride_t = s.stride_t, p.pages_stride_h = s.stride_h;
-    p.Hs = static_cast<int32_t>(s.H);
-    p.K = check_pages(pages->size(pages->dim() - 1), shift, "pages' tokens a list (K * page_size)");
-    // Null would mean every page, and an empty tensor's address is null. Nothing is read from this one.
-    if (p.K == 0) p.pages = p.paging.seq_lens;
-  }
+  p.pages.Hs = p.size.Hkv, p.pages.K = p.paging.P;
+  if (pages) p.pages = check_lists(*pages, q, l, Hkv, p.paging);
   p.scale = scale ? static_cast<float>(*scale) : 1.0f / std::sqrt(static_cast<float>(D));
   return p;
 }

@@ -43,7 +43,7 @@ inline void mark_written(const char* name, const Tensor& t, bool may_be_inferenc
       name);
 }
 
-inline void mark_written(std::initializer_list<Written> tensors, const std::optional<Tensor>& k_scales) {
+inline void mark_written(std::initializer_list<Written> tensors, const std::optional<Tensor>& k_scales = std::nullopt) {
   // An inference tensor has no counter, and autograd never saves one. A failed copy is slow, so the first tensor is
   // asked: usually all are such, or none.
   const bool inference = ask("aten::is_inference", tensors.begin()->tensor);

@@ -104,6 +104,26 @@ struct Bounds {
   float std_factor;
 };
 
+// Codes of single tokens. A rotated key is (2 * code - 3) * scale in each dimension, see key_codes.h.
+struct KeyCodes {
+  uint8_t* data;                         // [N, Hkv, S, D / 4]: four dimensions a byte, the first in the lowest bits
+  int64_t stride_n, stride_h, stride_s;  // in bytes
+  bool aligned;
+  float* scales;  // [N, Hkv, S]
+  int64_t scales_stride_n, scales_stride_h, scales_stride_s;
+};
+
+// Logical pages of each new token. [B, T, Hs, K], or null.
+struct PageLists {
+  const int32_t* data;
+  int64_t stride_b, stride_t, stride_h;
+  int32_t Hs, K;
+
+  QUEST_HOST_DEVICE const int32_t* of(int b, int t, int h) const {
+    return data + b * stride_b + t * stride_t + h * stride_h;
+  }
+};
+
 struct NewTokens {  // [B, T, Hkv, D], keys or values
   const void* data;
   int64_t stride_b, stride_t, stride_h;
@@ -130,6 +150,16 @@ struct AppendParams {
   }
 };
 
+struct AppendCodesParams {
+  DType dtype;
+  Sizes size;     // T: the most new tokens of a sequence
+  Paging paging;  // seq_lens: tokens before the call
+  NewTokens k;
+  KeyCodes codes;
+
+  QUEST_HOST_DEVICE int32_t new_tokens(int32_t b) const { return paging.new_tokens(b, size.T); }
+};
+
 struct UpdateBoundsParams {
   DType dtype;
   Sizes size;
@@ -145,6 +175,21 @@ struct EstimateParams {
   Paging paging;
   Query q;
   Bounds k_bounds;
+  float* scores;  // [B, T, Hq, P] contiguous
+};
+
+// How the scores of a page's tokens become the page's. The numbers are part of the operator's schema.
+enum class TokenReduce : int32_t { max = 0, lse = 1 };
+
+struct RerankParams {
+  DType dtype;
+  Sizes size;
+  Paging paging;
+  Query q;
+  KeyCodes codes;
+  PageLists pages;
+  TokenReduce reduce;
+  float scale;    // of the scores, in TokenReduce::lse
   float* scores;  // [B, T, Hq, P] contiguous
 };
 
@@ -198,9 +243,7 @@ struct DecodeParams {
   Paging paging;
   Query q;
   Cache k_cache, v_cache;
-  const int32_t* pages;  // [B, T, Hs, K], or null: every page of the sequence
-  int64_t pages_stride_b, pages_stride_t, pages_stride_h;
-  int32_t Hs, K;  // without pages: Hs = Hkv, K = P
+  PageLists pages;  // null: every page of the sequence, with Hs = Hkv and K = P
   float scale;
   void* out;   // [B, T, Hq, D] contiguous, dtype
   float* lse;  // [B, T, Hq] contiguous

@@ -50,7 +50,18 @@ class CheckedCopies {
 
   explicit CheckedCopies(DecodeParams& p) {
     take_whole(p.paging, p.size.B);
-    if (p.pages) take_lists(p);
+    if (p.pages.data) take(p.pages, p.size);
+    check_values(p);
+  }
+
+  explicit CheckedCopies(AppendCodesParams& p) {
+    take_appended(p);
+    check_values(p);
+  }
+
+  explicit CheckedCopies(RerankParams& p) {
+    take_whole(p.paging, p.size.B);
+    take(p.pages, p.size);
     check_values(p);
   }
 
@@ -89,6 +100,12 @@ class CheckedCopies {
 
   void take(AppendParams& p) {
     take(p.end_lens, p.size.B);
+    take_appended(p);
+  }
+
+  // The pages that new tokens are in.
+  template <class Params>
+  void take_appended(Params& p) {
     take(p.paging, p.size.B, [&](int32_t b) {
       const int64_t length = p.paging.length(b), end = length + p.new_tokens(b);
       const int32_t stored = static_cast<int32_t>(std::min<int64_t>(end, p.paging.capacity()));
@@ -96,16 +113,14 @@ class CheckedCopies {
     });
   }
 
-  void take_lists(DecodeParams& p) {
-    const auto [B, T, Hq, Hkv, D] = p.size;
-    int32_t* const copy = allocate(int64_t{B} * T * p.Hs * p.K);
+  void take(PageLists& lists, const Sizes& size) {
+    int32_t* const copy = allocate(int64_t{size.B} * size.T * lists.Hs * lists.K);
     int32_t* to = copy;
-    for (int64_t b = 0; b < B; ++b)
-      for (int64_t t = 0; t < T; ++t)
-        for (int64_t h = 0; h < p.Hs; ++h, to += p.K)
-          std::copy_n(p.pages + b * p.pages_stride_b + t * p.pages_stride_t + h * p.pages_stride_h, p.K, to);
-    p.pages = copy;
-    p.pages_stride_h = p.K, p.pages_stride_t = int64_t{p.Hs} * p.K, p.pages_stride_b = p.pages_stride_t * T;
+    for (int b = 0; b < size.B; ++b)
+      for (int t = 0; t < size.T; ++t)
+        for (int h = 0; h < lists.Hs; ++h, to += lists.K) std::copy_n(lists.of(b, t, h), lists.K, to);
+    lists.data = copy;
+    lists.stride_h = lists.K, lists.stride_t = int64_t{lists.Hs} * lists.K, lists.stride_b = lists.stride_t * size.T;
   }
 
   std::vector<std::unique_ptr<int32_t[]>> memory_;

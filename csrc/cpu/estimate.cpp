@@ -2,14 +2,13 @@
 // adjacent in memory.
 #include <torch/csrc/stable/library.h>
 
-#include <cstdlib>
 #include <limits>
-#include <memory>
 
 #include "../checks.h"
 #include "../namespace.h"
 #include "checked_copies.h"
 #include "elements.h"
+#include "queries.h"
 #include "simd/loops.h"
 #include "steps.h"
 
@@ -30,17 +29,11 @@ struct EstimateKernelParams {
 // Queries in memory at a time, less than 256 MiB. A group of millions of heads is scored in several passes.
 static constexpr int64_t kMostQueries = 1 << 17;
 
-struct FreeAligned {
-  void operator()(void* p) const { std::free(p); }
-};
-using Queries = std::unique_ptr<std::byte, FreeAligned>;
-
 static Queries split_queries(const EstimateParams& p, const Loops& loops, int32_t first_head, int32_t heads) {
   const auto [B, T, Hq, Hkv, D] = p.size;
   const int64_t bytes = loops.query_bytes(D);
   const int64_t count = int64_t{B} * T * Hkv * heads;
-  Queries queries(static_cast<std::byte*>(std::aligned_alloc(64, std::max<int64_t>(1, count) * bytes)));
-  STD_TORCH_CHECK(queries, "estimate found no memory for ", count, " queries");
+  Queries queries = allocate_queries(count, bytes, "estimate");
   std::byte* to = queries.get();
   for (int b = 0; b < B; ++b)
     for (int h = 0; h < Hkv; ++h)

@@ -55,12 +55,12 @@ struct DecodeKernelParams {
 };
 
 static List find_list(const DecodeParams& p, int64_t index) {
-  const int h = static_cast<int>(index % p.Hs), heads = p.size.Hq / p.Hs;
-  const int64_t outer = index / p.Hs;
+  const int h = static_cast<int>(index % p.pages.Hs), heads = p.size.Hq / p.pages.Hs;
+  const int64_t outer = index / p.pages.Hs;
   List list{
-      .b = static_cast<int>(p.pages ? outer / p.size.T : outer),
-      .t = static_cast<int>(p.pages ? outer % p.size.T : 0),
-      .tokens = p.pages ? 1 : p.size.T,
+      .b = static_cast<int>(p.pages.data ? outer / p.size.T : outer),
+      .t = static_cast<int>(p.pages.data ? outer % p.size.T : 0),
+      .tokens = p.pages.data ? 1 : p.size.T,
       .head = h * heads,
       .heads = heads,
       .kv_head = h * heads / p.size.group(),
@@ -68,12 +68,12 @@ static List find_list(const DecodeParams& p, int64_t index) {
       .visible = 0,
       .pages = nullptr,
       .entries = 0};
-  if (!p.pages) list.real = p.paging.new_tokens(list.b, p.size.T);
+  if (!p.pages.data) list.real = p.paging.new_tokens(list.b, p.size.T);
   list.visible = p.paging.visible(list.b, list.t + std::max(0, list.real - 1), p.size.T);
   const int visible = p.paging.pages_of(list.visible);
-  list.entries = p.pages ? p.K : visible;
-  if (p.pages) {
-    list.pages = p.pages + list.b * p.pages_stride_b + list.t * p.pages_stride_t + h * p.pages_stride_h;
+  list.entries = p.pages.data ? p.pages.K : visible;
+  if (p.pages.data) {
+    list.pages = p.pages.of(list.b, list.t, h);
     const auto seen = [&](int32_t page) { return page >= 0 && page < visible; };
     while (list.entries > 0 && !seen(list.pages[list.entries - 1])) --list.entries;
   }
@@ -171,7 +171,7 @@ static void attend_split(const DecodeKernelParams& p, const List& list, const To
 
 static void combine_query(const DecodeKernelParams& p, int64_t index, int64_t query) {
   constexpr int kBatch = 64;  // partials at a time
-  const int D = p.op.size.D, Hs = p.op.Hs;
+  const int D = p.op.size.D, Hs = p.op.pages.Hs;
   const List list = find_list(p.op, index);
   const int64_t step = int64_t{Hs} * p.queries;  // from split to split
   const int64_t begin = (p.first_task[index / Hs] + index % Hs) * p.queries + query;
@@ -205,7 +205,7 @@ static void combine_query(const DecodeKernelParams& p, int64_t index, int64_t qu
 }
 
 static DecodeKernelParams make_tasks(const DecodeParams& op) {
-  const int64_t outer = int64_t{op.size.B} * (op.pages ? op.size.T : 1);
+  const int64_t outer = int64_t{op.size.B} * (op.pages.data ? op.size.T : 1);
   DecodeKernelParams p{
       .op = op,
       .loops = loops(),
@@ -217,8 +217,9 @@ static DecodeKernelParams make_tasks(const DecodeParams& op) {
       .partial_out = nullptr};
   for (int64_t i = 0; i < outer; ++i) {
     int splits = 0;
-    for (int h = 0; h < op.Hs; ++h) splits = std::max(splits, count_splits(op, find_list(op, i * op.Hs + h)));
-    p.first_task[i + 1] = p.first_task[i] + int64_t{splits} * op.Hs;
+    for (int h = 0; h < op.pages.Hs; ++h)
+      splits = std::max(splits, count_splits(op, find_list(op, i * op.pages.Hs + h)));
+    p.first_task[i + 1] = p.first_task[i] + int64_t{splits} * op.pages.Hs;
   }
   const int64_t partials = p.tasks() * p.queries;
   p.partial_max = std::make_unique_for_overwrite<float[]>(partials);
@@ -230,8 +231,8 @@ static DecodeKernelParams make_tasks(const DecodeParams& op) {
 void attend_pages(const DecodeParams& op) {
   const DecodeKernelParams p = make_tasks(op);
   if (p.outer == 0) return;
-  const int Hs = op.Hs;
-  const int64_t tokens = std::min(kSplitTokens, std::min(op.K, op.paging.P) << op.paging.page_shift);
+  const int Hs = op.pages.Hs;
+  const int64_t tokens = std::min(kSplitTokens, std::min(op.pages.K, op.paging.P) << op.paging.page_shift);
   const int64_t task_bytes = tokens * 2 * op.size.D * element_size(op.dtype);
   torch::stable::parallel_for(0, p.tasks(), grain(task_bytes), [&](int64_t begin, int64_t end) {
     const std::vector<int64_t>& first = p.first_task;

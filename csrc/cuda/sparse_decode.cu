@@ -12,8 +12,8 @@ namespace quest::cuda {
 namespace {
 
 int64_t head_tiles(const DecodeParams& p) {
-  const int share = p.size.Hq / p.Hs;
-  return int64_t{p.size.B} * p.size.T * p.Hs * ((share + kHeadTile - 1) / kHeadTile);
+  const int share = p.size.Hq / p.pages.Hs;
+  return int64_t{p.size.B} * p.size.T * p.pages.Hs * ((share + kHeadTile - 1) / kHeadTile);
 }
 
 template <class T>
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> sparse_decode(
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   // One partial at least: an empty list still has its rows of zeros to write.
-  const int64_t tokens = int64_t{p.K} << p.paging.page_shift;
+  const int64_t tokens = int64_t{p.pages.K} << p.paging.page_shift;
   const SplitPlan plan(
       head_tiles(p), std::max<int64_t>(1, (tokens + kTileTokens - 1) / kTileTokens),
       2 * device_attribute(cudaDevAttrMultiProcessorCount, q.get_device_index()));

@@ -24,11 +24,11 @@ struct DecodeTile {
   int split, b, t, list, first_head, heads, kv_head, visible;
   __device__ explicit DecodeTile(const DecodeKernelParams& params) {
     const DecodeParams& p = params.op;
-    const int share = p.size.Hq / p.Hs, tiles = (share + kHeadTile - 1) / kHeadTile;
+    const int share = p.size.Hq / p.pages.Hs, tiles = (share + kHeadTile - 1) / kHeadTile;
     int i = blockIdx.x;
     const int tile = i % tiles;
     i /= tiles;
-    list = i % p.Hs, i /= p.Hs;
+    list = i % p.pages.Hs, i /= p.pages.Hs;
     split = i % params.splits, i /= params.splits;
     t = i % p.size.T;
     b = i / p.size.T;
@@ -44,10 +44,7 @@ __device__ __forceinline__ int find_token(const DecodeParams& p, const DecodeTil
   const Paging& g = p.paging;
   const int entry = i >> g.page_shift, slot = i & (g.page_size() - 1);
   int page = -1;
-  if (entry < p.K)
-    page = p.pages
-               ? p.pages[tile.b * p.pages_stride_b + tile.t * p.pages_stride_t + tile.list * p.pages_stride_h + entry]
-               : entry;
+  if (entry < p.pages.K) page = p.pages.data ? p.pages.of(tile.b, tile.t, tile.list)[entry] : entry;
   // Looked up before the length is used, so that the two loads wait together.
   const int physical = g.physical(tile.b, page);
   const bool in_table = page >= 0 && page < g.P;
@@ -74,7 +71,7 @@ __global__ void __launch_bounds__(Attend::kThreads, Attend::kMaxD <= 128 ? 2 : 1
   DecodeTile tile(params);
   wait_for_previous_kernel();
   tile.read_length(p);
-  const int list_tokens = p.pages ? p.K << p.paging.page_shift : tile.visible;
+  const int list_tokens = p.pages.data ? p.pages.K << p.paging.page_shift : tile.visible;
   const int first_token = tile.split * params.split_tiles * kTileTokens;
   const int end_token = min(first_token + params.split_tiles * kTileTokens, list_tokens);
   const bool one_partial = params.partials.count == 1;
@@ -129,7 +126,7 @@ __global__ void __launch_bounds__(kCombineThreads) decode_combine_kernel(const D
   const int64_t row = blockIdx.x;
   const int token = static_cast<int>(blockIdx.x) / p.size.Hq, t = token % p.size.T, b = token / p.size.T;
   wait_for_previous_kernel();
-  const int tokens = p.pages ? p.K << p.paging.page_shift : p.paging.visible(b, t, p.size.T);
+  const int tokens = p.pages.data ? p.pages.K << p.paging.page_shift : p.paging.visible(b, t, p.size.T);
   const int partial_tokens = kTileTokens * params.partials.tiles;
   Combine<T, D>::template run<1>(
       {.partials = params.partials,

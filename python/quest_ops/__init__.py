@@ -12,7 +12,16 @@ from .attention import (
 )
 from .cache import PagedKVCache
 from .cache_view import CacheView
-from .ops import append_kv, decode_step, estimate, sparse_decode, topk_pages, update_bounds
+from .ops import (
+    append_codes,
+    append_kv,
+    decode_step,
+    estimate,
+    rerank_pages,
+    sparse_decode,
+    topk_pages,
+    update_bounds,
+)
 from .page_allocator import CacheFullError
 from .views import PageView, empty_bounds, empty_scales, page_view_bhld, page_view_blhd
 
@@ -27,6 +36,7 @@ __all__ = [
     "QuestConfig",
     "Selector",
     "__version__",
+    "append_codes",
     "append_kv",
     "attention_path",
     "attention_report",
@@ -37,6 +47,7 @@ __all__ = [
     "page_view_bhld",
     "page_view_blhd",
     "quest_attention",
+    "rerank_pages",
     "select_pages",
     "sparse_decode",
     "topk_pages",

@@ -81,5 +81,5 @@ def _autograd_kernel(name: str) -> Any:
 
 
 _autograd = torch.library.Library(NAMESPACE, "IMPL")
-for _name in ("estimate", "sparse_decode", "decode_step"):
+for _name in ("estimate", "rerank_pages", "sparse_decode", "decode_step"):
     _autograd.impl(_name, _autograd_kernel(_name), "Autograd", with_keyset=True)

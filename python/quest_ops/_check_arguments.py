@@ -247,6 +247,23 @@ def check_bounds(
     check_size(scales, "k_scales", 1, Hkv, "[N, Hkv]", "the number of KV heads")
 
 
+def check_codes(t: Tensor, scales: Tensor, like: Tensor, like_name: str, Hkv: Size, D: Size) -> None:
+    check_dim(t, "k_codes", 4, "[N, Hkv, S, D / 4]")
+    if t.dtype != torch.uint8:
+        raise RuntimeError(f"k_codes must be uint8, got {_dtype_name(t.dtype)}")
+    check_same_device(t, "k_codes", like, like_name)
+    check_last_stride(t, "k_codes")
+    check_size(t, "k_codes", 1, Hkv, "[N, Hkv, S, D / 4]", "the number of KV heads")
+    check_size(t, "k_codes", 3, D // 4, "[N, Hkv, S, D / 4]", "head_dim, four dimensions a byte")
+    check_given(scales, "code_scales")
+    if scales.dtype != torch.float32:
+        raise RuntimeError(f"code_scales must be float32, got {_dtype_name(scales.dtype)}")
+    check_same_device(scales, "code_scales", like, like_name)
+    check_dim(scales, "code_scales", 3, "[N, Hkv, S]")
+    for i in range(3):
+        check_size(scales, "code_scales", i, t.shape[i], "[N, Hkv, S]", "the tokens of k_codes")
+
+
 def check_new_tokens(t: Tensor, name: str, like: Tensor, like_name: str) -> None:
     check_dim(t, name, 4, "[B, T, Hkv, D]")
     check_like(t, name, like, like_name)
@@ -385,6 +402,66 @@ def check_topk_pages(
     check_optional_lens(budgets, "budgets", B, scores, "scores")
 
 
+def check_lists(pages: Tensor, q: Tensor, leading: tuple[Size, Size, Size], Hkv: Size, page_size: Size) -> None:
+    B, T, Hq = leading
+    check_int32(pages, "pages", q, "q")
+    shape = "[B, T, Hs, K] like q's [B, T, Hq, D]" if q.dim() == 4 else "[B, Hs, K] like q's [B, Hq, D]"
+    check_dim(pages, "pages", q.dim(), shape)
+    pages_B, pages_T, Hs = check_leading(pages, "pages", shape)
+    wrong_heads = _known_false(Hs == Hkv) and _known_false(Hs == Hq)
+    if wrong_heads or _known_false(pages_B == B) or _known_false(pages_T == T):
+        raise RuntimeError(
+            f"pages must have shape {shape} with Hs {Hkv} (a list a KV head) or {Hq} (a list a query head), "
+            f"got {_shape_string(pages)} for q {_shape_string(q)}"
+        )
+    check_pages(pages.shape[-1], page_size, "pages' tokens a list (K * page_size)")
+
+
+def check_append_codes(
+    k: Tensor, k_codes: Tensor, code_scales: Tensor, page_table: Tensor, seq_lens: Tensor, new_lens: Tensor | None
+) -> None:
+    check_dtype(k, "k")
+    check_dim(k, "k", 4, "[B, T, Hkv, D]")
+    B, T, Hkv, _ = k.shape
+    D = check_head_dim(k, "k")
+    check_new_tokens(k, "k", k, "k")
+    check_codes(k_codes, code_scales, k, "k", Hkv, D)
+    check_page_size(k_codes.shape[2], "k_codes' page size (dimension 2)")
+    check_paging(page_table, seq_lens, B, k_codes.shape[0], k_codes.shape[2], k, "k")
+    check_optional_lens(new_lens, "new_lens", B, k, "k")
+    check_int32_range(Hkv, "the number of KV heads")
+    check_int32_range(B, "B")
+    check_int32_range(T, "T")
+
+
+def check_rerank_pages(
+    q: Tensor,
+    k_codes: Tensor,
+    code_scales: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    pages: Tensor,
+    token_reduce: int,
+    scale: float,
+    new_lens: Tensor | None,
+) -> None:
+    check_dtype(q, "q")
+    B, T, Hq = check_leading(q, "q", "[B, Hq, D] or [B, T, Hq, D]")
+    check_last_stride(q, "q")
+    D = check_head_dim(q, "q")
+    check_dim(k_codes, "k_codes", 4, "[N, Hkv, S, D / 4]")
+    N, Hkv, S, _ = k_codes.shape
+    check_groups(Hq, Hkv, "q's heads", "k_codes' heads")
+    check_codes(k_codes, code_scales, q, "q", Hkv, D)
+    check_page_size(S, "k_codes' page size (dimension 2)")
+    check_paging(page_table, seq_lens, B, N, S, q, "q")
+    check_optional_lens(new_lens, "new_lens", B, q, "q")
+    check_lists(pages, q, (B, T, Hq), Hkv, S)
+    _require(0 <= token_reduce <= 1, f"token_reduce must be 0 (max) or 1 (lse), got {token_reduce}")
+    if not 0 < scale <= torch.finfo(torch.float32).max:
+        raise RuntimeError(f"scale must be a finite number above 0, got {scale:g}")
+
+
 def check_sparse_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -408,19 +485,8 @@ def check_sparse_decode(
     check_page_size(S, "k_cache's page size (dimension 2)")
     check_paging(page_table, seq_lens, B, N, S, q, "q")
     check_optional_lens(new_lens, "new_lens", B, q, "q")
-    if pages is None:
-        return
-    check_int32(pages, "pages", q, "q")
-    shape = "[B, T, Hs, K] like q's [B, T, Hq, D]" if q.dim() == 4 else "[B, Hs, K] like q's [B, Hq, D]"
-    check_dim(pages, "pages", q.dim(), shape)
-    pages_B, pages_T, Hs = check_leading(pages, "pages", shape)
-    wrong_heads = _known_false(Hs == Hkv) and _known_false(Hs == Hq)
-    if wrong_heads or _known_false(pages_B == B) or _known_false(pages_T == T):
-        raise RuntimeError(
-            f"pages must have shape {shape} with Hs {Hkv} (a list a KV head) or {Hq} (a list a query head), "
-            f"got {_shape_string(pages)} for q {_shape_string(q)}"
-        )
-    check_pages(pages.shape[-1], S, "pages' tokens a list (K * page_size)")
+    if pages is not None:
+        check_lists(pages, q, (B, T, Hq), Hkv, S)
 
 
 def check_decode_step(

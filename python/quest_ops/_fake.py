@@ -81,6 +81,20 @@ def _topk_pages(  # type: ignore[no-untyped-def]
     return scores.new_empty((*scores.shape[:-2], heads, k), dtype=torch.int32)
 
 
+@_fake("append_codes")
+def _append_codes(k, k_codes, code_scales, page_table, seq_lens, new_lens=None):  # type: ignore[no-untyped-def]
+    check.check_append_codes(k, k_codes, code_scales, page_table, seq_lens, new_lens)
+    _written(k_codes=k_codes, code_scales=code_scales)
+
+
+@_fake("rerank_pages")
+def _rerank_pages(  # type: ignore[no-untyped-def]
+    q, k_codes, code_scales, page_table, seq_lens, pages, token_reduce=0, scale=1.0, new_lens=None
+):
+    check.check_rerank_pages(q, k_codes, code_scales, page_table, seq_lens, pages, token_reduce, scale, new_lens)
+    return q.new_empty((*q.shape[:-1], page_table.shape[1]), dtype=torch.float32)
+
+
 @_fake("sparse_decode")
 def _sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages=None, scale=None, new_lens=None):  # type: ignore[no-untyped-def]
     check.check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, new_lens)

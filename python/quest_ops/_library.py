@@ -16,7 +16,16 @@ from typing import Any, NoReturn
 import torch
 
 MINIMUM_TORCH = (2, 10)
-OPERATORS = ("append_kv", "update_bounds", "estimate", "topk_pages", "sparse_decode", "decode_step")
+OPERATORS = (
+    "append_kv",
+    "update_bounds",
+    "estimate",
+    "topk_pages",
+    "append_codes",
+    "rerank_pages",
+    "sparse_decode",
+    "decode_step",
+)
 _REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps .` in the project's folder"
 
 

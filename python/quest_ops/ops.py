@@ -32,10 +32,13 @@ __all__ = [
     "MAX_NEW_TOKENS",
     "PAGE_SIZES",
     "GroupReduce",
+    "TokenReduce",
+    "append_codes",
     "append_kv",
     "check_choice",
     "decode_step",
     "estimate",
+    "rerank_pages",
     "sparse_decode",
     "topk_pages",
     "update_bounds",
@@ -44,6 +47,9 @@ __all__ = [
 GroupReduce = Literal["none", "max", "sum", "soft"]
 #: The operators' number for each way of reducing a group.
 GROUP_REDUCE: dict[str, int] = {"none": 0, "max": 1, "sum": 2, "soft": 3}
+
+TokenReduce = Literal["max", "lse"]
+_TOKEN_REDUCE: dict[str, int] = {"max": 0, "lse": 1}
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -198,6 +204,75 @@ def topk_pages(
         scores, seq_lens, page_size, k, num_kv_heads, how, *forced, scale, new_lens, budgets
     )
     return pages
+
+
+def append_codes(
+    k: Tensor,
+    k_codes: Tensor,
+    code_scales: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    new_lens: Tensor | None = None,
+) -> None:
+    """Write the codes of each sequence's new keys behind those of its cached ones, for :func:`rerank_pages`.
+
+    A key is rotated by a Hadamard matrix, as in QuIP# (Tseng et al., ICML 2024). Each element then takes two bits: -3,
+    -1, 1 or 3 times the token's scale. Codes of a prompt are written by one call with its keys and lengths of 0. A
+    token's code depends on its key alone, so roll-backs and shared pages need no care.
+
+    Args:
+        k: [B, T, Hkv, D], any T, as the cache stores it.
+        k_codes: [N, Hkv, S, D / 4] uint8, written. A byte holds four dimensions, the first in its lowest bits.
+        code_scales: [N, Hkv, S] float32, written; NaN for a key that is not finite.
+        page_table: [B, P] int32, logical to physical page; only the pages written to are looked up.
+        seq_lens: [B] int32, tokens in the cache before the call.
+        new_lens: [B] int32, the number of real tokens among the T of each sequence, its first ones; T by default.
+
+    Raises:
+        RuntimeError: an argument that is not supported, as the module says.
+    """
+    _ops.append_codes(k, k_codes, code_scales, page_table, seq_lens, new_lens)
+
+
+def rerank_pages(
+    q: Tensor,
+    k_codes: Tensor,
+    code_scales: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    pages: Tensor,
+    token_reduce: TokenReduce = "max",
+    scale: float = 1.0,
+    new_lens: Tensor | None = None,
+) -> Tensor:
+    """Score the listed pages again, by the codes of their tokens: a second stage after :func:`topk_pages`.
+
+    A first list keeps more pages than the budget. :func:`topk_pages` on these scores then selects those that attention
+    reads. Twilight (Lin et al., 2025) and ParisKV prune a Quest list by low-bit keys likewise.
+
+    Args:
+        q: [B, Hq, D], or [B, T, Hq, D] for the last T tokens of each sequence.
+        k_codes, code_scales: of :func:`append_codes`.
+        page_table: [B, P] int32.
+        seq_lens: [B] int32, tokens in the cache, those of q included.
+        pages: [B, Hs, K] or [B, T, Hs, K] int32 logical pages, as in :func:`sparse_decode`. -1 is padding.
+        token_reduce: a page's score is the largest estimate of q.k of its tokens ("max"). Or it is their log-sum-exp
+            ("lse"): that of the estimates times ``scale``, over ``scale``.
+        scale: the attention's softmax scale, above 0, for "lse".
+        new_lens: as in :func:`estimate`.
+
+    Returns:
+        float32 [B, Hq, P] or [B, T, Hq, P], without the softmax scale; -inf for pages that are not listed.
+
+    Raises:
+        RuntimeError: an argument that is not supported, as the module says.
+        ValueError: a ``token_reduce`` of another name.
+    """
+    check_choice("token_reduce", token_reduce, tuple(_TOKEN_REDUCE))
+    scores: Tensor = _ops.rerank_pages(
+        q, k_codes, code_scales, page_table, seq_lens, pages, _TOKEN_REDUCE[token_reduce], scale, new_lens
+    )
+    return scores
 
 
 def sparse_decode(

@@ -218,6 +218,106 @@ def estimate(
     return scores
 
 
+#: The distance of two levels of a code, in standard deviations: that of least squared error for a Gaussian.
+CODE_STEP = 0.9957
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """``x`` [..., D] times an orthogonal matrix: Sylvester's, of the largest power of two that divides D, by blocks."""
+    D = x.shape[-1]
+    block, distance = D & -D, 1
+    while distance < block:
+        low, high = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        x = torch.stack([low + high, low - high], -2).flatten(-3)
+        distance *= 2
+    return x * block**-0.5
+
+
+def encode_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [..., D] in two bits a dimension: levels -3, -1, 1 or 3, int8 [..., D], and float64 scales [...].
+
+    A rotated key is about its levels times its scale. The scale is that of levels which are :data:`CODE_STEP` standard
+    deviations apart, the deviation being the root mean square of the rotated key. Where it is not finite, the levels
+    are -3 and the scale is NaN.
+    """
+    rotated = hadamard(keys.double())
+    step = CODE_STEP * rotated.square().mean(-1).sqrt()
+    borders = step[..., None]
+    levels = 2 * ((rotated > -borders).int() + (rotated > 0).int() + (rotated > borders).int()) - 3
+    finite = step.isfinite()
+    return levels.where(finite[..., None], -3).to(torch.int8), (step / 2).where(finite, math.nan)
+
+
+def pack_codes(levels: Tensor) -> Tensor:
+    """Levels [..., D] as uint8 [..., D / 4]: (level + 3) / 2 in two bits, the first dimension lowest."""
+    codes = ((levels + 3) // 2).to(torch.uint8).unflatten(-1, (-1, 4)).unbind(-1)
+    return codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
+
+
+def unpack_codes(k_codes: Tensor) -> Tensor:
+    """The levels of :func:`pack_codes`."""
+    return torch.stack([k_codes >> 2 * i & 3 for i in range(4)], -1).flatten(-2).to(torch.int8) * 2 - 3
+
+
+def append_codes(
+    k: Tensor,
+    k_codes: Tensor,
+    code_scales: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    new_lens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Write the codes of k [B, T, Hkv, D] behind ``seq_lens``: new k_codes and code_scales."""
+    k_codes, code_scales = k_codes.clone(), code_scales.clone()
+    page_size = k_codes.shape[2]
+    counts = torch.full_like(seq_lens, k.shape[1]) if new_lens is None else new_lens
+    for b, (length, count) in enumerate(zip(seq_lens.tolist(), counts.tolist(), strict=True)):
+        levels, scales = encode_keys(k[b])
+        for t in range(count):
+            page, slot = divmod(length + t, page_size)
+            physical = int(page_table[b, page])
+            k_codes[physical, :, slot] = pack_codes(levels[t])
+            code_scales[physical, :, slot] = scales[t].float()
+    return k_codes, code_scales
+
+
+def rerank_pages(
+    q: Tensor,
+    k_codes: Tensor,
+    code_scales: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    pages: Tensor,
+    token_reduce: str = "max",
+    scale: float = 1.0,
+    new_lens: Tensor | None = None,
+) -> Tensor:
+    """Scores of the listed pages from the codes of their tokens: float64 [B, Hq, P] or [B, T, Hq, P], -inf elsewhere.
+
+    A token's score is the rotated query times its levels and its scale. A page's is the largest of its tokens' scores
+    ("max"), or the log-sum-exp of those times ``scale``, over ``scale`` ("lse").
+    """
+    if q.dim() == 3:
+        args = (k_codes, code_scales, page_table, seq_lens, pages[:, None], token_reduce, scale, new_lens)
+        return rerank_pages(q[:, None], *args)[:, 0]
+    B, T, Hq, _ = q.shape
+    page_size, kv_group, list_group = k_codes.shape[2], Hq // k_codes.shape[1], Hq // pages.shape[2]
+    scores = torch.full((B, T, Hq, page_table.shape[1]), -math.inf, dtype=torch.float64, device=q.device)
+    rotated = hadamard(q.double())
+    for b, by_token in enumerate(visible_by_token(seq_lens, T, new_lens)):
+        for t, visible in enumerate(by_token):
+            for h in range(Hq):
+                for page in pages[b, t, h // list_group].tolist():
+                    n = min(page_size, visible - page * page_size)
+                    if page < 0 or n <= 0:
+                        continue
+                    where = int(page_table[b, page]), h // kv_group, slice(n)
+                    tokens = unpack_codes(k_codes[where]).double() @ rotated[b, t, h] * code_scales[where].double()
+                    best = tokens.max() if token_reduce == "max" else (tokens * scale).logsumexp(0) / scale
+                    scores[b, t, h, page] = best
+    return scores
+
+
 def reduce_group(scores: Tensor, num_kv_heads: int, how: str, scale: float = 1.0) -> Tensor:
     """One score a page for the heads that share a list: scores [Hq, n] -> [Hs, n].
 

@@ -64,7 +64,8 @@ struct BoundsRenewal {
     renew_page_mean_std<T, kWarpSize>(cache, bounds, D, page, head, tokens, newest, shared.mean_std);
   }
 
-  static __device__ __forceinline__ void run(const Scheduler& scheduler, int first_row, Shared* shared) {
+  template <int kHeadTiles>
+  static __device__ __forceinline__ void run(const Scheduler<kHeadTiles>& scheduler, int first_row, Shared* shared) {
     const DecodeStepParams& p = scheduler.p;
     const int row = first_row + scheduler.warp, b = row / p.size.Hkv, head = row - b * p.size.Hkv;
     if (b >= p.size.B) return;

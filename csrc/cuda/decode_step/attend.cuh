@@ -9,7 +9,7 @@
 
 namespace quest::cuda {
 
-template <class T, int D, int kSlotBytes>
+template <class T, int D, int kSlotBytes, int kHeadTiles>
 struct RowAttender {
   using Attend = MmaAttend<T, D>;
   using Merge = WarpMerge<Attend>;
@@ -27,12 +27,20 @@ struct RowAttender {
     typename Attend::Shared attend;
   };
 
-  const Scheduler& scheduler;
+  const Scheduler<kHeadTiles>& scheduler;
   Shared& shared;
   std::byte* const slots;
   const DecodeStepKernelParams& params = scheduler.params;
   const DecodeStepParams& p = scheduler.p;
   const int group = p.size.group();
+
+  // Of an attend split: its KV head, the row that selects its pages, and its query heads among those of the row.
+  __device__ int kv_head(const Split& split) const { return split.head / kHeadTiles; }
+  __device__ int scored_row(const Split& split) const { return split.row / kHeadTiles; }
+  __device__ int first_head(const Split& split) const { return split.head % kHeadTiles * kMmaHeads; }
+  __device__ int heads(const Split& split) const {
+    return kHeadTiles == 1 ? group : min(kMmaHeads, group - first_head(split));
+  }
 
   // Lists entries [first, end) of the row's pages, in shared and device memory. Every block of the row selects for
   // itself: a list from another block would arrive no earlier.
@@ -40,8 +48,8 @@ struct RowAttender {
     const int n = scheduler.pages_of(split), K = p.pages_to_select(split.b);
     const bool scored = scheduler.is_scored(n, K), last = split.index == split.count - 1;
     Selector row{
-        .keys = params.keys + split.row * params.keys_stride,
-        .pages = p.pages + int64_t{split.row} * p.K,
+        .keys = params.keys + scored_row(split) * params.keys_stride,
+        .pages = p.pages + int64_t{scored_row(split)} * p.K,
         .table = p.paging.page_table + split.b * p.paging.page_table_stride,
         .n = n,
         .K = K,
@@ -56,7 +64,7 @@ struct RowAttender {
     if (scored) row.fetch_table();
     // A row that is not scored waits for its new token alone, which is in the last page.
     if (scored || last) {
-      const int first_scored = split.row - (split.head & (scheduler.tile_heads() - 1));
+      const int first_scored = scored_row(split) - (kv_head(split) & (scheduler.tile_heads() - 1));
       if (scheduler.is_first()) wait_until_at_least(&params.rows[first_scored].scored, scheduler.score_splits(n, K));
       __syncthreads();
     }
@@ -84,9 +92,9 @@ struct RowAttender {
     return (token & (p.paging.page_size() - 1)) < page.tokens ? page.physical : kNoToken;
   }
 
-  __device__ void store_partial(int row, int partial, const typename Merge::State& state) const {
-    if (Merge::head() >= group) return;
-    const int64_t head = int64_t{row} * group + Merge::head();
+  __device__ void store_partial(const Split& split, int partial, const typename Merge::State& state) const {
+    if (Merge::head() >= heads(split)) return;
+    const int64_t head = int64_t{scored_row(split)} * group + first_head(split) + Merge::head();
 #pragma unroll
     for (int i = 0; i < Merge::kVecs; ++i) {
       const int vec = Merge::first_vec() + i * Merge::kHeadThreads;
@@ -104,10 +112,11 @@ struct RowAttender {
     const int end = min(entries, (first_token + tiles * kTileTokens) >> p.paging.page_shift);
     list_pages(split, first, end);
     const QueryTile<T> query{
-        .data = static_cast<const T*>(p.q.data) + split.b * p.q.stride_b + split.head * group * p.q.stride_h,
+        .data = static_cast<const T*>(p.q.data) + split.b * p.q.stride_b +
+                (kv_head(split) * group + first_head(split)) * p.q.stride_h,
         .stride = p.q.stride_h,
-        .heads = group,
-        .kv_head = split.head};
+        .heads = heads(split),
+        .kv_head = kv_head(split)};
     const int own_token = scheduler.warp * Attend::kTokens + scheduler.lane % Attend::kTokens;
     typename Merge::State partial;
     attend_tiles(
@@ -117,7 +126,7 @@ struct RowAttender {
         [&](int tile, const typename Merge::State& state) {
           partial.merge(state, softmax);
           if ((tile + 1) % partial_tiles != 0 && tile != tiles - 1) return;
-          store_partial(split.row, (first_tile + tile) / partial_tiles, partial);
+          store_partial(split, (first_tile + tile) / partial_tiles, partial);
           partial = {};
         });
   }
@@ -125,11 +134,11 @@ struct RowAttender {
   __device__ void combine(const Split& split) const {
     const int tiles = scheduler.attend_tiles(scheduler.pages_of(split), p.pages_to_select(split.b));
     const int partial_tiles = params.partials.tiles;
-    const int64_t head = int64_t{split.b} * p.size.Hq + split.head * group;
+    const int64_t head = int64_t{split.b} * p.size.Hq + kv_head(split) * group + first_head(split);
     Combiner::template run<kMmaHeads>(
         {.partials = params.partials,
-         .first_head = int64_t{split.row} * group,
-         .heads = group,
+         .first_head = int64_t{scored_row(split)} * group + first_head(split),
+         .heads = heads(split),
          .count = partial_tiles == 1 ? tiles : (tiles + kSupertile - 1) / kSupertile,
          .scale = p.scale,
          .out = static_cast<T*>(p.out) + head * D,

@@ -15,31 +15,31 @@
 
 namespace quest::cuda {
 
-template <class T, class Bound, int D>
+template <class T, class Bound, int D, int kHeadTiles>
 struct DecodeStep {
   static constexpr int kSlotBytes = MmaAttend<T, D>::shared_bytes(D);
-  using Scorer = PageScorer<T, Bound, D, kSlotBytes>;
-  using Attender = RowAttender<T, D, kSlotBytes>;
+  using Scorer = PageScorer<T, Bound, D, kSlotBytes, kHeadTiles>;
+  using Attender = RowAttender<T, D, kSlotBytes, kHeadTiles>;
 
   // The whole dynamic shared memory of a block.
   struct Memory {
     SelectMemory<kSlotBytes> select;  // first: SelectMemory::get() finds it there
-    Scheduler::Shared scheduler;
+    typename Scheduler<kHeadTiles>::Shared scheduler;
     typename Scorer::Shared score;
     typename Attender::Shared attend;
   };
   static_assert(offsetof(Memory, select) == 0);
 };
 
-template <class T, class Bound, int D>
+template <class T, class Bound, int D, int kHeadTiles>
 __global__ void __launch_bounds__(kStepThreads, D <= 128 ? 2 : 1)
     decode_step_kernel(const DecodeStepKernelParams params) {
-  using Step = DecodeStep<T, Bound, D>;
+  using Step = DecodeStep<T, Bound, D, kHeadTiles>;
   extern __shared__ __align__(16) std::byte dynamic[];
   auto& memory = *reinterpret_cast<typename Step::Memory*>(dynamic);
 
   wait_for_previous_kernel();
-  Scheduler scheduler(params, memory.scheduler);
+  Scheduler<kHeadTiles> scheduler(params, memory.scheduler);
   scheduler.cut();
   typename Step::Scorer{scheduler, memory.score, memory.select.slots}.run();
   start_next_kernel();

@@ -12,6 +12,9 @@ constexpr int kStepWarps = kStepThreads / kWarpSize;
 constexpr int kMaxSequences = kStepThreads;
 constexpr int kMaxListedPages = 512;  // of one attend split
 
+// The head tiles of a group, of kMmaHeads query heads each. There is a kernel for each number of them.
+constexpr int kMaxHeadTiles = 2;
+
 // Splits that blocks have taken. A block takes its first of both kinds by one 64-bit atomic addition.
 struct alignas(8) TakenSplits {
   int score, attend;
@@ -24,7 +27,7 @@ struct alignas(8) TakenSplits {
   }
 };
 
-// Splits of a row that are done. Rows whose heads are scored together count in the first of them.
+// Splits that are done: of a row, or of a row's head tile. Rows whose heads are scored together count in the first.
 struct RowCounters {
   int scored, attended;
 };
@@ -34,21 +37,11 @@ struct DecodeStepKernelParams {
   int32_t score_heads_log2 = 0;  // KV heads that one split scores: a power of two that divides Hkv, 8 at most
   // Zero when the kernel starts:
   TakenSplits* taken = nullptr;
-  RowCounters* rows = nullptr;  // [B * Hkv]
+  RowCounters* rows = nullptr;  // [B * Hkv * head tiles]
   // Written before they are read:
   uint32_t* keys = nullptr;  // [B * Hkv, keys_stride]
   int64_t keys_stride = 0;
   Partials partials = {};
 };
-
-struct ClearParams {
-  int* counters;
-  int64_t count;
-};
-__global__ void __launch_bounds__(kStepThreads) clear_counters_kernel(const ClearParams p) {
-  start_next_kernel();  // its blocks take their places now and wait for the writes below
-  wait_for_previous_kernel();
-  for (int64_t i = threadIdx.x; i < p.count; i += kStepThreads) p.counters[i] = 0;
-}
 
 }  // namespace quest::cuda

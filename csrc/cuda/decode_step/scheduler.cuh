@@ -7,7 +7,7 @@ namespace quest::cuda {
 
 // A split that the block has taken: a share of the pages to score of some rows, or of the tokens to attend to of one.
 struct Split {
-  int row, b, head;  // the first row, its sequence and KV head; row is -1 past the last split
+  int row, b, head;  // the first row, its sequence and KV head (or head tile of one); row is -1 past the last split
   int index, count;  // split `index` of the row's `count`; past the last split, index counts on from zero
   int length;        // of the sequence, with the new token; 0 if it is idle
 };
@@ -15,6 +15,7 @@ struct Split {
 // Score splits are short, so that blocks which memory serves sooner score more of them.
 constexpr int kMaxScoreTiles = 2;
 
+template <int kHeadTiles>
 struct Scheduler {
   struct Shared {
     int lengths[kMaxSequences], starts[kMaxSequences];          // with the new token, and before it
@@ -35,6 +36,9 @@ struct Scheduler {
       : params(params), p(params.op), shared(shared) {}
 
   __device__ int pages_of(const Split& split) const { return p.paging.pages_of(split.length); }
+
+  // Attention: a head tile of a row is attended to by itself.
+  __device__ int attend_heads() const { return p.size.Hkv * kHeadTiles; }
 
   // Scoring: a tile is tile_pages() pages of tile_heads() KV heads.
   __device__ int tile_heads() const { return 1 << params.score_heads_log2; }
@@ -67,7 +71,7 @@ struct Scheduler {
       shared.lengths[b] = length, shared.starts[b] = p.append.paging.length(b);
       tiles_to_score = score_tiles(pages, K), tiles_to_attend = attend_tiles(pages, K);
     }
-    const int2 all = sum(tiles_to_score * head_tiles(), tiles_to_attend * p.size.Hkv, true);
+    const int2 all = sum(tiles_to_score * head_tiles(), tiles_to_attend * attend_heads(), true);
     const int blocks = gridDim.x;
     score_split_tiles = min((all.x + blocks - 1) / blocks, kMaxScoreTiles);
     // A split is whole partials, and no longer than the list that shared memory holds.
@@ -76,7 +80,7 @@ struct Scheduler {
         min((all.y + each - 1) / each * partial_tiles, (kMaxListedPages << p.paging.page_shift) / kTileTokens);
     const int2 ends =
         sum(head_tiles() * ((tiles_to_score + score_split_tiles - 1) / score_split_tiles),
-            p.size.Hkv * ((tiles_to_attend + attend_split_tiles - 1) / attend_split_tiles), false);
+            attend_heads() * ((tiles_to_attend + attend_split_tiles - 1) / attend_split_tiles), false);
     if (b < p.size.B) shared.score_ends[b] = ends.x, shared.attend_ends[b] = ends.y;
     if (is_first()) shared.first = taken, shared.attend_split_tiles = attend_split_tiles;
     __syncthreads();
@@ -135,7 +139,7 @@ struct Scheduler {
     describe(shared.score[stage], shared.score_ends, shared.lengths, p.size.B, head_tiles(), tile_heads(), item);
   }
   __device__ void describe_attend(int item, int stage) const {
-    describe(shared.attend[stage], shared.attend_ends, shared.lengths, p.size.B, p.size.Hkv, 1, item);
+    describe(shared.attend[stage], shared.attend_ends, shared.lengths, p.size.B, attend_heads(), 1, item);
   }
   // Threads that work alone, each in a warp of its own.
   __device__ bool is_first() const { return threadIdx.x == 0; }

@@ -12,32 +12,34 @@
 
 namespace quest::cuda {
 
-// The scores of a tile, reduced over the heads of the group in the order of topk_pages. Of the four lanes of a row
-// pair, lanes c = 0, 1 get those of pages r and r + 8.
-__device__ __forceinline__ float reduce_group(const float (&scores)[4], int group, GroupReduce how) {
+// The scores of pages r and r + 8 of a tile, reduced over `heads` of the group in the order of topk_pages. `reduced`
+// has those of the group's heads before, unless these are the first.
+__device__ __forceinline__ void reduce_group(
+    float (&reduced)[2], const float (&scores)[4], int heads, GroupReduce how, bool first) {
   const int lane = threadIdx.x % kWarpSize, c = lane % 4;
-  float reduced[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (how == GroupReduce::sum) {
       float x = __shfl_sync(kFullMask, scores[2 * half], lane - c);
+      if (!first) x += reduced[half];
 #pragma unroll
       for (int h = 1; h < kMmaHeads; ++h) {
         const float y = __shfl_sync(kFullMask, scores[2 * half + h % 2], lane - c + h / 2);
-        if (h < group) x += y;
+        if (h < heads) x += y;
       }
       reduced[half] = x;
     } else {
-      float x = 2 * c < group ? scores[2 * half] : -INFINITY;
-      if (2 * c + 1 < group) x = nan_max(x, scores[2 * half + 1]);
+      float x = 2 * c < heads ? scores[2 * half] : -INFINITY;
+      if (2 * c + 1 < heads) x = nan_max(x, scores[2 * half + 1]);
       x = nan_max(x, __shfl_xor_sync(kFullMask, x, 1));
-      reduced[half] = nan_max(x, __shfl_xor_sync(kFullMask, x, 2));
+      x = nan_max(x, __shfl_xor_sync(kFullMask, x, 2));
+      if (!first) x = nan_max(reduced[half], x);
+      reduced[half] = x;
     }
   }
-  return c & 1 ? reduced[1] : reduced[0];
 }
 
-template <class T, class Bound, int D, int kSlotBytes>
+template <class T, class Bound, int D, int kSlotBytes, int kHeadTiles>
 struct PageScorer {
   static constexpr bool kCoded = kHasScales<Bound>;
   static constexpr int kAhead = kCoded ? 2 : 1;  // tiles whose bounds are being copied while one is scored
@@ -51,7 +53,7 @@ struct PageScorer {
     float scales[kAhead + 1][kStepWarps][kMmaRows];
   };
 
-  const Scheduler& scheduler;
+  const Scheduler<kHeadTiles>& scheduler;
   Shared& shared;
   std::byte* const slots;
   const DecodeStepKernelParams& params = scheduler.params;
@@ -90,7 +92,8 @@ struct PageScorer {
 
   // Writes the keys of the warp's pages from `first` on.
   __device__ void score_tile(
-      const Split& split, int first, int physical, int stage, const SignedQuery<T, Bound, D>& query) const {
+      const Split& split, int first, int physical, int stage,
+      const SignedQuery<T, Bound, D> (&query)[kHeadTiles]) const {
     const int r = lane / 4, c = lane % 4;
     PageScoreTile<T, Bound, D> tile;
 #pragma unroll
@@ -109,9 +112,16 @@ struct PageScorer {
         }
       }
     }
-    float scores[4];
-    tile.score(scores, query);
-    const float score = reduce_group(scores, group, p.reduce);
+    float scores[4], reduced[2];
+    tile.score(scores, query[0]);
+    reduce_group(reduced, scores, kHeadTiles == 1 ? group : kMmaHeads, p.reduce, true);
+    if constexpr (kHeadTiles == 2) {
+      tile.unpack_anew();
+      tile.score(scores, query[1]);
+      reduce_group(reduced, scores, group - kMmaHeads, p.reduce, false);
+    }
+    // Of the four lanes of a row pair, lanes c = 0, 1 take pages r and r + 8.
+    const float score = c & 1 ? reduced[1] : reduced[0];
     const bool invalid = __shfl_sync(kFullMask, physical, r + c % 2 * 8) < 0;
     const int n = scheduler.pages_of(split), K = p.pages_to_select(split.b), page = first + r + c * 8;
     const bool candidate = page >= p.sink_pages && page < n - p.recent_pages;
@@ -135,8 +145,12 @@ struct PageScorer {
             : 0;
     const int head = head_of_warp(split), r = lane / 4;
     const T* const heads = static_cast<const T*>(p.q.data) + split.b * p.q.stride_b + head * group * p.q.stride_h;
-    SignedQuery<T, Bound, D> query;
-    query.positive.load(r < group ? heads + r * p.q.stride_h : nullptr);
+    SignedQuery<T, Bound, D> query[kHeadTiles];
+#pragma unroll
+    for (int i = 0; i < kHeadTiles; ++i) {
+      const int h = i * kMmaHeads + r;
+      query[i].positive.load(h < group ? heads + h * p.q.stride_h : nullptr);
+    }
     // The block that has the last split of its rows appends their new token. Its loads are in flight while bounds are
     // scored.
     const bool appends = warp < scheduler.tile_heads() && split.index == split.count - 1;
@@ -156,7 +170,9 @@ struct PageScorer {
       if (ahead < tiles) copy_first(head, page, ahead % (kAhead + 1));
       commit_copies();
       if (tile >= 0) {
-        if (tile == 0) query.split();
+        if (tile == 0)
+#pragma unroll
+          for (int i = 0; i < kHeadTiles; ++i) query[i].split();
         wait_copies<kAhead>();
         score_tile(split, first_page(split, tile), pages[0], tile % (kAhead + 1), query);
       }

@@ -42,6 +42,7 @@ inline void fetch_paging(HostCopies& host, Paging& g, int32_t B) {
 
 inline void fetch_extra(HostCopies& host, AppendParams& p) { host.fetch(p.end_lens, 1, p.size.B, p.size.B); }
 inline void fetch_extra(HostCopies& host, UpdateBoundsParams& p) { host.fetch(p.first_token, 1, p.size.B, p.size.B); }
+inline void fetch_extra(HostCopies&, AppendCodesParams&) {}
 inline void fetch_extra(HostCopies&, EstimateParams&) {}
 inline void fetch_extra(HostCopies&, TopkParams&) {}
 
@@ -66,15 +67,17 @@ inline void check_values_if_requested(DecodeStepParams p, cudaStream_t stream) {
 }
 
 // `pages` has three strides, so it is made contiguous first; only a debugging run pays for that.
-inline void check_values_if_requested(DecodeParams p, const std::optional<Tensor>& pages, cudaStream_t stream) {
+template <class Params>
+void check_values_if_requested(Params p, const std::optional<Tensor>& pages, cudaStream_t stream) {
   if (!value_checks_requested()) return;
   HostCopies host(stream);
   fetch_paging(host, p.paging, p.size.B);
   if (pages) {
     const Tensor packed = torch::stable::contiguous(*pages);
-    p.pages = static_cast<const int32_t*>(packed.const_data_ptr());
-    p.pages_stride_h = p.K, p.pages_stride_t = int64_t{p.K} * p.Hs, p.pages_stride_b = p.pages_stride_t * p.size.T;
-    host.fetch(p.pages, int64_t{p.size.B} * p.size.T * p.Hs, p.K, p.K);
+    PageLists& lists = p.pages;
+    lists.data = static_cast<const int32_t*>(packed.const_data_ptr());
+    lists.stride_h = lists.K, lists.stride_t = int64_t{lists.K} * lists.Hs, lists.stride_b = lists.stride_t * p.size.T;
+    host.fetch(lists.data, int64_t{p.size.B} * p.size.T * lists.Hs, lists.K, lists.K);
     host.wait();
   }
   host.wait();
