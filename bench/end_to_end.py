@@ -1,6 +1,6 @@
 """Milliseconds a token of whole models, by dense attention and by Quest.
 
-    python bench/end_to_end.py [--quick | --only TEXT ...] [--tune] [--keep] [--out bench/results/end-to-end.json]
+    python bench/end_to_end.py [--quick | --only TEXT ...] [--tune] [--keep] [--out FILE]
 
 The models have the shapes of known ones and random weights (whole_model.py). A step makes one greedy token for each
 sequence. On a GPU the whole step is one CUDA graph, whose pieces between the attentions are compiled. Weights are
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import re
 import statistics
 import time
@@ -29,9 +28,9 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-import quest_ops
 import torch
 from decode_attentions import BACKENDS, Contiguous, Nothing, Paged, cache_bytes
+from hardware import default_path, machine
 from quest_ops import QuestConfig
 from rich.console import Console
 from rich.table import Table
@@ -295,15 +294,6 @@ def line(result: dict[str, Any]) -> str:
     return f"{result['name']}: {result['fastest_dense']} {dense:.2f} ms; {figures}"
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Hardware and versions."""
-    found = {"torch": torch.__version__, "quest_ops": quest_ops.__version__, "python": platform.python_version()}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        return {"gpu": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda, **found}
-    return {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), **found}
-
-
 def print_rows(rows: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row["quest"]))
     table = Table("model, weights, context, batch", "fastest dense", title="milliseconds a step, gain over dense")
@@ -335,7 +325,7 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=device == "cuda")
     parser.add_argument("--tune", action="store_true", help="let Inductor tune its kernels: slower to start")
     parser.add_argument("--keep", action="store_true", help="keep the other rows of an earlier JSON")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/end-to-end.json"))
+    parser.add_argument("--out", type=Path, default=default_path("end-to-end", device))
     options = parser.parse_args()
     if bad := [budget for budget in options.budgets if budget != "full" and not budget.isdecimal()]:
         parser.error(f'--budgets takes numbers of tokens or "full", got {bad[0]}')
