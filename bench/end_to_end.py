@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,10 @@ def main() -> None:
     print(json.dumps(result["machine"]))
     print_rows(result["rows"])
     print(f"written to {options.out}")
+    if find_spec("matplotlib"):
+        from end_to_end_plots import draw
+
+        draw(result, options.out)
 
 
 if __name__ == "__main__":
