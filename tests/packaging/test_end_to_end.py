@@ -191,3 +191,70 @@ def test_generate_on_the_cpu(tmp_path):
         assert 0 < row["milliseconds"]["low"] <= row["milliseconds"]["median"] <= row["milliseconds"]["high"]
     refused = run("transformers_generate.py", "--tokens", 4)
     assert refused.returncode == 2 and "--tokens must be at least" in refused.stderr
+
+
+def entry(ms, **more):
+    figures = {"tokens_per_second": 1e3 / ms, "attention_share": 0.25, "peak_bytes": 30e9, "kernels": 400}
+    stages = dict.fromkeys(("matrix products", "dense layers", "sparse layers", "other kernels", "gaps"), ms / 5)
+    return {"milliseconds": {"median": ms, "low": ms, "high": ms}, **figures, "stages": stages, **more}
+
+
+def row(name, context, dense, quest):
+    model, weights, _, batch = name.split(", ")
+    choices = {"paper, 2048": quest, "default, 2048": quest, "default, 1024": quest - 1}
+    return {
+        "name": name,
+        "shape": {"name": model},
+        "weights": weights,
+        "batch": int(batch.split()[1]),
+        "context": context,
+        "dense": {"flash": entry(dense + 1), "cuDNN": entry(dense)},
+        "fastest_dense": "cuDNN",
+        "quest": {choice: entry(ms) for choice, ms in choices.items()},
+        "without_attention": entry(1.0),
+    }
+
+
+WHOLE = [
+    row("Llama-2-7B, int4, 1K, B 1", 1024, 4.0, 4.2),
+    row("Llama-2-7B, int4, 4K, B 1", 4096, 4.5, 4.6),
+    row("Llama-2-7B, int4, 32K, B 1", 32768, 8.4, 4.0),
+    row("Llama-3.1-8B, bf16, 32K, B 1", 32768, 9.0, 8.0),
+]
+GENERATED = [
+    {**entry(ms), "name": name, "first_token_seconds": 2.0}
+    for name, ms in (("sdpa, dynamic cache", 30.0), ("sdpa, static cache, compiled", 25.0), ("quest, compiled", 10.0))
+]
+
+
+def test_tables_of_whole_models(bench, monkeypatch, tmp_path):
+    tables = bench("tables")
+    (tmp_path / "end-to-end-h100.json").write_text(json.dumps({"rows": WHOLE}))
+    (tmp_path / "generate-h100.json").write_text(json.dumps({"rows": GENERATED}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    made = {name: tables.TABLES[name]() for name in tables.TABLES if name.startswith(("end-", "break-", "generate"))}
+    for name, table in made.items():
+        assert all(len(line) == len(table[0]) for line in table), name
+    assert made["end-to-end"][1:] == [
+        ["Llama-2-7B, int4, 32K, B 1", "8.40", "4.00 (2.10x)", "4.00 (2.10x)", "3.00 (2.80x)"],
+        ["Llama-3.1-8B, bf16, 32K, B 1", "9.00", "8.00 (1.12x)", "8.00 (1.12x)", "7.00 (1.29x)"],
+    ]
+    assert len(made["end-to-end-grid"]) == 5 and len(made["end-to-end-stages"]) == 7
+    assert made["break-even"][1:] == [
+        ["Llama-2-7B, int4, B 1", "32K", "5.0%", "1K"],
+        ["Llama-3.1-8B, bf16, B 1", "32K", "-", "-"],
+    ]
+    assert made["generate"][3] == ["quest, compiled", "2.00", "10.00", "30.0", "2.50x"]
+    assert [(*line[1:],) for line in made["end-to-end-targets"][1:]] == [
+        ("at least 2.23x", "2.10x", "missed"),
+        ("at least 2.5x", "2.80x", "met"),
+        ("at least 2.8x", "2.50x", "missed"),
+        ("at most 1.1x", "1.25x", "missed"),
+        ("at most 1.02x", "1.05x", "missed"),
+    ]
+
+
+def test_plots_of_stages(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    bench("end_to_end_plots").draw({"machine": {"gpu": "H100"}, "rows": WHOLE}, tmp_path / "found.json")
+    assert {path.name for path in tmp_path.iterdir()} == {"found.png", "found-stages.png"}
