@@ -1,6 +1,6 @@
 """Milliseconds a token of whole models, by dense attention and by Quest.
 
-    python bench/end_to_end.py [--quick | --only TEXT ...] [--tune] [--keep] [--out FILE]
+    python bench/end_to_end.py [--quick | --only TEXT ...] [--tune] [--resume] [--out FILE]
 
 The models have the shapes of known ones and random weights (whole_model.py). A step makes one greedy token for each
 sequence. On a GPU the whole step is one CUDA graph, whose pieces between the attentions are compiled. Weights are
@@ -22,6 +22,7 @@ import json
 import re
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -177,11 +178,11 @@ def profile(graph: torch.cuda.CUDAGraph) -> dict[str, Any]:
         torch.cuda.synchronize()
     kernels = [event for event in found.events() if event.device_type == DeviceType.CUDA]
     if not kernels:
-        print("the profiler saw no kernels: no stages")
+        warnings.warn("the profiler saw no kernels, so there are no stages", stacklevel=2)
         return {}
     stages = dict.fromkeys(STAGES, 0.0)
     for kernel in kernels:
-        stages[stage_of(kernel.name)] += kernel.device_time / 1e3
+        stages[stage_of(kernel.name)] += kernel.time_range.elapsed_us() / 1e3
     return {"kernels": len(kernels), "milliseconds": stages}
 
 
@@ -325,7 +326,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.2, help="of timed steps for a configuration (default: 0.2)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=device == "cuda")
     parser.add_argument("--tune", action="store_true", help="let Inductor tune its kernels: slower to start")
-    parser.add_argument("--keep", action="store_true", help="keep the other rows of an earlier JSON")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows of an earlier JSON; measure those that it lacks, or those of --only",
+    )
     parser.add_argument("--out", type=Path, default=default_path("end-to-end", device))
     options = parser.parse_args()
     if bad := [budget for budget in options.budgets if budget != "full" and not budget.isdecimal()]:
@@ -344,11 +349,13 @@ def main() -> None:
 
     result: dict[str, Any] = {"machine": machine(device), "tuned": options.tune, "rows": []}
     found: dict[str, dict[str, Any]] = {}
-    if options.keep and options.out.exists():
+    if options.resume and options.out.exists():
         earlier = json.loads(options.out.read_text())
         if (earlier["machine"], earlier["tuned"]) != (result["machine"], result["tuned"]):
-            parser.error(f"--keep: {options.out} has rows of another machine, of other versions or tuned otherwise")
+            parser.error(f"--resume: {options.out} has rows of another machine, of other versions or tuned otherwise")
         found = {row["name"]: row for row in earlier["rows"]}
+        rows = rows if options.only else [row for row in rows if str(row) not in found]
+    result["rows"] = list(found.values())
     for row in measure_all(rows, options, device):
         found[row["name"]] = row
         result["rows"] = list(found.values())

@@ -156,7 +156,7 @@ class Model:
         self.layers = [self._layer() for _ in range(shape.layers)]
         half = shape.head_dim // 2
         self.frequency = shape.rope_theta ** -(torch.arange(half, device=device) / half)
-        torch._dynamo.reset()  # the code of another model
+        torch.compiler.reset()  # the code of another model
 
         def made(piece: Callable[..., object]) -> Callable[..., object]:
             if not compiled:

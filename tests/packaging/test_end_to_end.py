@@ -64,11 +64,11 @@ def test_plots_are_beside_the_json(measured):
     assert measured[2].with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_keep_adds_rows_and_refuses_those_of_another_machine(measured, tmp_path):
+def test_resume_adds_rows_and_refuses_those_of_another_machine(measured, tmp_path):
     _, found, _ = measured
     path = tmp_path / "found.json"
     path.write_text(json.dumps({**found, "rows": found["rows"][:1]}))
-    arguments = ["--only", "tiny, int4, 2K, B 1", "--seconds", 0.01, "--keep", "--out", path]
+    arguments = ["--only", "tiny, int4, 2K, B 1", "--seconds", 0.01, "--resume", "--out", path]
     assert run("end_to_end.py", *arguments).returncode == 0
     assert [row["name"] for row in json.loads(path.read_text())["rows"]] == [
         "tiny, fp32, 2K, B 1",
