@@ -289,6 +289,11 @@ def measure_all(rows: list[Row], options: argparse.Namespace, device: str) -> It
             yield result
 
 
+def place(result: dict[str, Any]) -> tuple[str, str, int, int]:
+    """The order of rows in the JSON."""
+    return result["shape"]["name"], result["weights"], result["batch"], result["context"]
+
+
 def line(result: dict[str, Any]) -> str:
     dense = result["dense"][result["fastest_dense"]]["milliseconds"]["median"]
     found = {name: entry["milliseconds"]["median"] for name, entry in result["quest"].items()}
@@ -355,10 +360,10 @@ def main() -> None:
             parser.error(f"--resume: {options.out} has rows of another machine, of other versions or tuned otherwise")
         found = {row["name"]: row for row in earlier["rows"]}
         rows = rows if options.only else [row for row in rows if str(row) not in found]
-    result["rows"] = list(found.values())
+    result["rows"] = [*found.values()]
     for row in measure_all(rows, options, device):
         found[row["name"]] = row
-        result["rows"] = list(found.values())
+        result["rows"] = sorted(found.values(), key=place)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     if not found:
