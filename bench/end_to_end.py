@@ -4,8 +4,8 @@
 
 The models have the shapes of known ones and random weights (whole_model.py). A step makes one greedy token for each
 sequence. On a GPU the whole step is one CUDA graph, whose pieces between the attentions are compiled. Weights are
-bfloat16, or 4-bit in torch's own product, with embedding and output in bfloat16; q, k and v are one matrix, and so are
-gate and up. Dense attention and Quest share all of that in a row.
+bfloat16, or 4-bit in torch's own product. Embedding and output are always bfloat16. q, k and v are one matrix, and so
+are gate and up. Dense attention and Quest share all of that in a row.
 
 Dense attention is PyTorch's cuDNN and flash backends over contiguous caches, and this library's dense mode over pages.
 The fastest of the three is the row's. Quest runs over a pool whose pages are in random order. `contents` in
