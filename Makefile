@@ -4,7 +4,7 @@
 #   make test     the tests (ARGS="tests/operators/test_estimate.py -k ties" and so on)
 #   make test-vllm   the tests of the vLLM backend, in .venv-vllm (3.6 GB), with vLLM's CPU build
 #   make eval-model  fetches SmolLM2, a real model for the evaluation (93 MB, 538 MB on disk)
-#   make bench    the kernels against dense attention, on a GPU
+#   make bench    on a GPU the kernels against dense attention; elsewhere the steps of a tiny model
 #   make library  after a change in csrc/: rebuilds and installs the libraries, in seconds
 #   make docs     the API reference, rendered from the docstrings into build/docs
 #   make lint, make format, make wheel, make clean
@@ -91,7 +91,7 @@ bench: $(STAMPS)/dev
 	$(build)
 	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(VENV)/bin/python bench/kernels.py $(ARGS); \
-	else echo "make bench measures kernels on a GPU, and torch sees none here."; fi
+	else $(VENV)/bin/python bench/end_to_end.py $(ARGS); fi
 
 SOURCES := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 

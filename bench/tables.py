@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import cpu
+import end_to_end_tables as whole
 from nsight_metrics import METRICS, STALL
 from selection_study import CHOICES
 from targets import DENSE, median, targets
@@ -46,6 +47,19 @@ def read(name: str) -> Any:
 
 def tokens(n: int) -> str:
     return f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}K"
+
+
+def rows_of(name: str) -> Any:
+    """The rows of a JSON; none before it is measured."""
+    return read(name)["rows"] if (RESULTS / name).exists() else []
+
+
+def models() -> Any:
+    return rows_of("end-to-end-h100.json")
+
+
+def generated() -> Any:
+    return rows_of("generate-h100.json")
 
 
 def label(workload: dict[str, Any]) -> str:
@@ -276,6 +290,12 @@ def cpu_targets() -> Table:
 
 
 TABLES: dict[str, Callable[[], Table]] = {
+    "end-to-end": lambda: whole.short(models()),
+    "end-to-end-grid": lambda: whole.grid(models()),
+    "end-to-end-stages": lambda: whole.stages(models()),
+    "end-to-end-targets": lambda: whole.targets(models(), generated()),
+    "break-even": lambda: whole.break_even(models()),
+    "generate": lambda: whole.generate(generated()),
     "steps": steps,
     "steps-by-default": steps_by_default,
     "steps-in-full": steps_in_full,
