@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
+from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeGuard, get_args
 
 from torch import Tensor
 
+from . import config_file
 from .bounds import BoundsKind
 from .ops import PAGE_SIZES, GroupReduce, check_choice
 
@@ -178,6 +180,38 @@ class QuestConfig:
                 f"config.budget must be a number, or a list with one for each of {num_layers} layers, "
                 f"got {len(self._layers)} of them"
             )
+
+    def save(self, path: str | Path, *, model: str | None = None, num_layers: int | None = None) -> None:
+        """Write this configuration as JSON, to read, to edit and to :meth:`load`.
+
+        Args:
+            path: of the file.
+            model: name of the model that it is for.
+            num_layers: of that model; a list of budgets has it already.
+
+        Raises:
+            ValueError: a selector, which is a function, or a list of budgets for another number of layers.
+        """
+        config_file.write(path, self, model, num_layers)
+
+    @classmethod
+    def load(cls, path: str | Path, *, model: str | None = None, num_layers: int | None = None) -> QuestConfig:
+        """The configuration in a file of :meth:`save`.
+
+        Args:
+            path: of the file. Fields that it leaves out have their defaults.
+            model: name of the model to use it with; None does not compare names.
+            num_layers: of that model; None does not compare them. A cache compares a list of budgets in any case.
+
+        Raises:
+            ValueError: another model, another version of the format, an unknown key, or a value of a wrong type or out
+                of its range. The error names it.
+        """
+        fields = config_file.read(path, model, num_layers)
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @property
     def _tokens(self) -> int:
