@@ -30,11 +30,12 @@ class Decision(NamedTuple):
     Attributes:
         path: "prefill" and "dense" read the whole context, "sparse" at most the budget.
         rule: "many new tokens" are a prefill. A "feature" that the operators lack, a "dense layer" of the configuration
-            and a cache that "fits the budget" run dense. All else is "over the budget".
+            and a cache that "fits the budget" or holds no more than ``dense_below`` tokens, and so is "always short",
+            run dense. All else is "over the budget".
     """
 
     path: Path
-    rule: Literal["many new tokens", "feature", "dense layer", "fits the budget", "over the budget"]
+    rule: Literal["many new tokens", "feature", "dense layer", "fits the budget", "always short", "over the budget"]
 
 
 def decide(config: QuestConfig, layer: int, pages: int, num_new: int = 1, lacks_feature: bool = False) -> Decision:
@@ -55,6 +56,8 @@ def decide(config: QuestConfig, layer: int, pages: int, num_new: int = 1, lacks_
         return Decision("dense", "dense layer")
     if pages <= config.at(layer).num_pages:
         return Decision("dense", "fits the budget")
+    if pages * config.page_size <= config.dense_below:
+        return Decision("dense", "always short")
     return Decision("sparse", "over the budget")
 
 
@@ -78,6 +81,7 @@ def layer_plan(cache: StepCache, layer: int, config: QuestConfig) -> LayerPlan:
     reasons = {
         "dense layer": "a budget of 0" if listed else f"one of the first {config.dense_layers} layers",
         "fits the budget": f"the budget of {config.budget} tokens holds the cache's {cache.max_tokens}",
+        "always short": f"the cache's {cache.max_tokens} tokens are within dense_below, {config.dense_below}",
         "over the budget": f"at most {config.budget} tokens of {cache.max_tokens}",
     }
     if config.selector is not None:
@@ -118,8 +122,8 @@ def select_pages(
         k_scales: [N, Hkv] float32, for int8 k_bounds.
 
     Returns:
-        int32 [B, Hs, K] or [B, T, Hs, K] with K = config.num_pages: logical pages, ascending, -1 at the end where there
-        are fewer. Hs is Hq for group_reduce "none", else Hkv.
+        int32 [B, Hs, K] or [B, T, Hs, K] with K = config.most_pages: logical pages, ascending, -1 at the end where
+        there are fewer. Hs is Hq for group_reduce "none", else Hkv.
 
     Raises:
         RuntimeError: as the operators.
@@ -142,7 +146,7 @@ def choose_pages(layer: int, q: Tensor, pages: LayerPages, config: QuestConfig) 
         config: of the selection in this layer.
 
     Returns:
-        int32 [B, T, Hs, K].
+        int32 [B, T, Hs, K]: all pages of a sequence of at most ``config.dense_below`` tokens.
 
     Raises:
         ValueError: the selector returned neither int32 pages nor float32 scores.
@@ -156,14 +160,34 @@ def choose_pages(layer: int, q: Tensor, pages: LayerPages, config: QuestConfig) 
         return _best_pages(chosen, seq_lens, k_bounds.shape[1], config, scale)
     if chosen.dtype != torch.int32:
         raise ValueError(f"config.selector must return int32 pages or float32 scores, got {chosen.dtype}")
-    return chosen
+    return chosen if config.dense_below == 0 else _short_rows_whole(chosen, seq_lens, config)
 
 
 def _best_pages(scores: Tensor, seq_lens: Tensor, num_kv_heads: int, config: QuestConfig, scale: float) -> Tensor:
     num_pages, group_reduce, sink_pages, recent_pages = config.selection
     return topk_pages(
-        scores, seq_lens, config.page_size, num_pages, num_kv_heads, group_reduce, sink_pages, recent_pages, scale
+        scores,
+        seq_lens,
+        config.page_size,
+        num_pages,
+        num_kv_heads,
+        group_reduce,
+        sink_pages,
+        recent_pages,
+        scale,
+        budgets=config.page_budgets(seq_lens),
     )
+
+
+def _short_rows_whole(pages: Tensor, seq_lens: Tensor, config: QuestConfig) -> Tensor:
+    """A selector's pages [B, T, Hs, K], with all pages in the rows of at most ``config.dense_below`` tokens."""
+    T, K = pages.shape[1], max(pages.shape[3], -(-config.dense_below // config.page_size))
+    place = torch.arange(K, dtype=torch.int32, device=pages.device)
+    behind = torch.arange(T - 1, -1, -1, dtype=torch.int32, device=pages.device)
+    last = torch.div(seq_lens[:, None] - behind - 1, config.page_size, rounding_mode="floor")
+    all_pages = torch.where(place <= last[:, :, None], place, -1)[:, :, None]
+    is_short = (seq_lens <= config.dense_below)[:, None, None, None]
+    return torch.where(is_short, all_pages, torch.nn.functional.pad(pages, (0, K - pages.shape[3]), value=-1))
 
 
 def quest_attention(
@@ -182,7 +206,8 @@ def quest_attention(
 
     A step of 1 to 8 tokens is a decode step. Quest, or ``config.selector``, selects pages for each token. The first
     ``config.dense_layers`` layers are dense, or those with a budget of 0, and so is a cache whose capacity fits the
-    budget. A sequence no longer than the budget reads all its pages, with the dense result bit for bit.
+    budget. A sequence no longer than the budget or ``config.dense_below`` reads all its pages, with the dense result
+    bit for bit. In a ragged step that is decided for each token, by the tokens up to it.
 
     More tokens are a prefill and dense. Where all sequences start empty, PyTorch's causal attention runs on q, k and v
     as they are. Otherwise it runs over a contiguous copy of the layer's keys and values, with a mask for at most 512
@@ -252,7 +277,8 @@ def _decode_step(
     q: Tensor, k: Tensor, v: Tensor, cache: StepCache, layer: int, config: QuestConfig, scale: float | None
 ) -> Tensor:
     cache.claim_step(layer, k)
-    out, _, pages = cache.state.decode_step(layer, q, k, v, cache.start_lens, cache.seq_lens, config.selection, scale)
+    lens, budgets = (cache.start_lens, cache.seq_lens), cache.page_budgets(config)
+    out, _, pages = cache.state.decode_step(layer, q, k, v, *lens, config.selection, scale, budgets)
     cache.step_written(layer)
     if cache.counts is not None:
         cache.counts.record(layer, pages, cache.seq_lens, q.shape[1])

@@ -9,6 +9,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeGuard, get_args
 
+import torch
 from torch import Tensor
 
 from . import config_file
@@ -72,6 +73,8 @@ class QuestConfig:
             2026); None: their minimum and maximum, as in the paper.
         selector: chooses the pages in place of Quest, as :data:`Selector` says. It must not wait for the device. Dense
             layers, prefills and caches that fit the budget do not call it.
+        dense_below: a sequence of at most this number of tokens reads all its pages in every layer. The device decides
+            for each sequence. Selecting costs more than it saves in a short sequence. 0: the budget alone decides.
 
     Raises:
         ValueError: an argument out of its range.
@@ -86,6 +89,7 @@ class QuestConfig:
     bounds: BoundsKind = "int4"
     std_factor: float | None = 1.0
     selector: Selector | None = None
+    dense_below: int = 0
 
     # Each layer's configuration where the budget is a list. Made once, so that looking it up costs a step nothing.
     _layers: ClassVar[tuple[QuestConfig, ...]] = ()
@@ -95,7 +99,7 @@ class QuestConfig:
         listed = isinstance(self.budget, Sequence) and not isinstance(self.budget, str | bytes)
         if self.dense_layers is None:
             object.__setattr__(self, "dense_layers", 0 if listed else _DENSE_LAYERS)
-        for name in ("sink_pages", "recent_pages", "dense_layers"):
+        for name in ("sink_pages", "recent_pages", "dense_layers", "dense_below"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if listed:
@@ -226,9 +230,28 @@ class QuestConfig:
         return self._tokens // self.page_size
 
     @property
+    def most_pages(self) -> int:
+        """Pages that the longest list holds: those of the budget, or of a sequence of ``dense_below`` tokens."""
+        return max(self.num_pages, -(-self.dense_below // self.page_size))
+
+    @property
     def selection(self) -> tuple[int, GroupReduce, int, int]:
-        """num_pages, group_reduce, sink_pages and recent_pages: the selection of :func:`quest_ops.decode_step`."""
-        return self.num_pages, self.group_reduce, self.sink_pages, self.recent_pages
+        """most_pages, group_reduce, sink_pages and recent_pages: the selection of :func:`quest_ops.decode_step`."""
+        return self.most_pages, self.group_reduce, self.sink_pages, self.recent_pages
+
+    def page_budgets(self, seq_lens: Tensor) -> Tensor | None:
+        """The pages that each sequence selects, for the argument ``budgets`` of the operators.
+
+        Args:
+            seq_lens: [B] int32, the step's tokens included.
+
+        Returns:
+            [B] int32: ``most_pages`` for a sequence of at most ``dense_below`` tokens, ``num_pages`` for others. None
+            where the budget holds ``dense_below`` tokens, so that no sequence differs.
+        """
+        if self.most_pages == self.num_pages:
+            return None
+        return page_budgets(seq_lens, self.dense_below, self.most_pages, self.num_pages)
 
     @property
     def is_window(self) -> bool:
@@ -239,6 +262,11 @@ class QuestConfig:
     def reads_bounds(self) -> bool:
         """Whether Quest scores the pages, so that a step is a single :func:`quest_ops.decode_step`."""
         return self.selector is None and not self.is_window
+
+
+def page_budgets(seq_lens: Tensor, dense_below: int, most: int, few: int) -> Tensor:
+    """[B] int32: ``most`` pages for a sequence of at most ``dense_below`` tokens, ``few`` for others."""
+    return torch.where(seq_lens <= dense_below, most, few).int()
 
 
 def _is_whole(number: object) -> TypeGuard[int]:

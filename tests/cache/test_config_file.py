@@ -12,7 +12,7 @@ from quest_ops import QuestConfig
 from quest_ops.config_file import VERSION
 
 # No field has its default, so that a field left out shows.
-UNLIKE = QuestConfig(512, 32, 2, 3, 4, "sum", "cache", None)
+UNLIKE = QuestConfig(512, 32, 2, 3, 4, "sum", "cache", None, None, 999)
 LISTED = QuestConfig([0, 512, 64], 8, std_factor=2.0)
 
 
@@ -85,6 +85,7 @@ def test_another_model_is_named(tmp_path: Path) -> None:
         ({"bounds": 4}, "bounds must be a string, got 4"),
         ({"bounds": "int2"}, "config.json: bounds must be one of cache, int8, int4, got 'int2'"),
         ({"std_factor": "one"}, 'std_factor must be a number or null, got "one"'),
+        ({"dense_below": 0.5}, "dense_below must be a whole number, got 0.5"),
         ({"model": 7}, "model must be a string or null, got 7"),
         ({"num_layers": 1.5}, "num_layers must be a whole number or null, got 1.5"),
     ],

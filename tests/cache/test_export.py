@@ -95,6 +95,15 @@ def test_an_exported_step_has_the_budget_of_each_layer(device: str) -> None:
         assert_same_steps(model, program.module(), batch)
 
 
+def test_an_exported_step_reads_short_sequences_whole(device: str) -> None:
+    """Prompts of 100 tokens, which cross the limit, with the tokens of eager mode."""
+    model = make(device, replace(SMALL, quest=replace(SMALL.quest, dense_below=110)))
+    program = exported(model)
+    assert sum("where" in str(node.target) for node in program.graph.nodes) == 1
+    for batch in (1, 3):
+        assert_same_steps(model, program.module(), batch)
+
+
 @CONFIGS
 def test_an_exported_step_survives_a_file(device: str, tmp_path: Path, config: DecoderConfig) -> None:
     model = make(device, config)

@@ -1,5 +1,7 @@
 """A budget for each layer of a Hugging Face model: eager and compiled decoding, the plan, the report and bad lists."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,6 +53,34 @@ def test_one_compiled_step_serves_all_layers(backend, device):
     torch.testing.assert_close(compiled_logits, logits, rtol=1e-3, atol=1e-3)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "inductor"])
+def test_short_rows_of_a_batch_are_dense(backend, device):
+    """Rows of 90 and 40 tokens, of which the second is read whole: the tokens of dense attention."""
+    model, inputs = make_model("qwen3", device), prompt(90, device, padding=(0, 50))
+    dense, dense_logits = generate(model, inputs)
+    expected, logits = generate(model, inputs, enable_quest(model, BUDGETS, max_tokens=128))
+    assert not torch.allclose(logits[1], dense_logits[1], rtol=1e-3, atol=1e-3)
+    options = {} if backend is None else compiled(backend, device)
+    cache = enable_quest(model, replace(BUDGETS, dense_below=60), max_tokens=128)
+    got, mixed = generate(model, inputs, cache, **options)
+    assert torch.equal(got, torch.stack([expected[0], dense[1]]))
+    torch.testing.assert_close(mixed, torch.stack([logits[0], dense_logits[1]]), rtol=1e-3, atol=1e-3)
+    cache = enable_quest(model, replace(BUDGETS, dense_below=128), max_tokens=128)
+    assert cache.plan()[0].reason == "the cache's 128 tokens are within dense_below, 128"
+
+
+def test_a_loaded_configuration_serves(tmp_path, device):
+    model, inputs = make_model("qwen3", device), prompt(90, device)
+    expected, _ = generate(model, inputs, enable_quest(model, BUDGETS, max_tokens=128))
+    BUDGETS.save(tmp_path / "config.json", model="tiny")
+    config = QuestConfig.load(tmp_path / "config.json", model="tiny", num_layers=model.config.num_hidden_layers)
+    got, _ = generate(model, inputs, enable_quest(model, config, max_tokens=128))
+    assert torch.equal(got, expected)
+    other = make_model("qwen3", device, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="one for each of 2 layers, got 3 of them"):
+        enable_quest(other, config)
 
 
 def test_the_plan_names_a_budget_of_zero():

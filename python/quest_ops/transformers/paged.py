@@ -65,6 +65,7 @@ class PagedLayer(QuestCacheLayer):
             "feature": self._lacking or "",
             "dense layer": "a budget of 0" if listed else first,
             "fits the budget": f"the cache's {self.max_cache_len} tokens fit the budget of {config.budget}",
+            "always short": f"the cache's {self.max_cache_len} tokens are within dense_below, {config.dense_below}",
             "over the budget": f"reads at most {config.num_pages * config.page_size} of {self.max_cache_len} tokens",
         }
         return LayerPlan(self.index, path, reasons[rule])
@@ -138,7 +139,8 @@ class PagedLayer(QuestCacheLayer):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         # A padding token too is written after its row's end. The row's next real token overwrites it.
         lens = (start, start + tokens)
-        out, lse, selected = self.state.decode_step(0, q, k, v, *lens, self.config.selection, features.scale)
+        budgets = self.config.page_budgets(lens[1])
+        out, lse, selected = self.state.decode_step(0, q, k, v, *lens, self.config.selection, features.scale, budgets)
         self.advance(tokens, real)
         self._observe(selected)
         self._count(selected, tokens)

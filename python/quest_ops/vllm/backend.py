@@ -305,7 +305,8 @@ class QuestImpl:
             self.scale,
             k_scales,
             rows.new_lens,
-            std_factor=self.quest.config.std_factor,
+            self.quest.config.page_budgets(rows.seq_lens),
+            self.quest.config.std_factor,
         )
         rows.unpack(out, output)
         self._count(rows, pages)
@@ -321,7 +322,8 @@ class QuestImpl:
         q, table, lens = rows.pack(query), rows.page_table, rows.seq_lens
         scores = estimate(q, k_bounds, table, lens, S, k_scales, rows.new_lens)
         forced = (sink_pages, recent_pages)
-        pages = topk_pages(scores, lens, S, num_pages, Hkv, group_reduce, *forced, self.scale, rows.new_lens)
+        limits = (rows.new_lens, self.quest.config.page_budgets(lens))
+        pages = topk_pages(scores, lens, S, num_pages, Hkv, group_reduce, *forced, self.scale, *limits)
         out, _ = sparse_decode(q, k_cache, v_cache, table, lens, pages, self.scale, rows.new_lens)
         rows.unpack(out, output)
         self._count(rows, pages)
