@@ -1,17 +1,10 @@
 """Quest sparse attention (Tang et al., ICML 2024) as PyTorch operators: the public names."""
 
 from ._library import build_info
-from .attention import (
-    LayerPages,
-    QuestConfig,
-    Selector,
-    attention_path,
-    attention_report,
-    quest_attention,
-    select_pages,
-)
+from .attention import attention_path, attention_report, quest_attention, select_pages
 from .cache import PagedKVCache
 from .cache_view import CacheView
+from .config import LayerPages, QuestConfig, Selector
 from .ops import (
     append_codes,
     append_kv,

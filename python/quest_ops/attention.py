@@ -6,27 +6,16 @@ reads only the pages whose keys may score highest.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._autograd import refuse_backward
-from .bounds import BoundsKind
+from .config import LayerPages, QuestConfig
 from .dense import Features, attend, attend_by_position, past_of_pages
 from .kv_state import StepCache
-from .ops import (
-    MAX_NEW_TOKENS,
-    PAGE_SIZES,
-    GroupReduce,
-    check_choice,
-    estimate,
-    sparse_decode,
-    topk_pages,
-)
+from .ops import MAX_NEW_TOKENS, estimate, sparse_decode, topk_pages
 from .report import LayerPlan, Report
 
 #: How a layer's attention runs.
@@ -35,131 +24,25 @@ Path = Literal["prefill", "dense", "sparse"]
 _NAME = "quest_attention over a cache"
 
 
-class LayerPages(NamedTuple):
-    """The pages of a layer, as a selector gets them.
-
-    Attributes:
-        k_cache, v_cache: [N, Hkv, S, D], the step's tokens included.
-        k_bounds: [N, Hkv, 2, D], or [N, Hkv, 2, D / 2] of 4 bits.
-        k_scales: [N, Hkv] float32, or None where the bounds have the cache's dtype.
-        page_table: [B, P] int32.
-        seq_lens: [B] int32, the step's tokens included.
-        scale: the attention's softmax scale.
-    """
-
-    k_cache: Tensor
-    v_cache: Tensor
-    k_bounds: Tensor
-    k_scales: Tensor | None
-    page_table: Tensor
-    seq_lens: Tensor
-    scale: float
-
-
-#: Chooses the pages of a sparse layer in place of Quest: ``selector(layer, q, pages, config)``, with the layer's index,
-#: q [B, T, Hq, D], its :class:`LayerPages` and the configuration. It returns one of two tensors.
-#: Logical pages, int32 [B, T, Hs, K] with any K, are read as :func:`quest_ops.sparse_decode` takes them.
-#: Scores of all pages, float32 [B, T, Hq, P], go to :func:`quest_ops.topk_pages`, which keeps those of the budget.
-#: In a ragged step each token is a sequence of its own: B is then B * T, and T is 1.
-Selector = Callable[[int, Tensor, LayerPages, "QuestConfig"], Tensor]
-
-
-@dataclass(frozen=True)
-class QuestConfig:
-    """How Quest selects pages. The defaults are those that keep most on a real model, see docs/evaluation.md.
-
-    The paper's selection is ``QuestConfig(sink_pages=0, bounds="cache", std_factor=None, group_reduce="none")``.
-
-    Args:
-        budget: tokens that a head reads, at least a page; rounded down to whole pages.
-        page_size: S, the cache's.
-        sink_pages: first pages that are always read, counted in the budget. The first tokens hold much of the attention
-            of real models (attention sinks).
-        recent_pages: last pages that are always read, counted in the budget; 1 keeps the page being written.
-        dense_layers: first layers that read everything, as in the paper.
-        group_reduce: how the query heads of a KV head agree on pages: "max", "sum", "soft" or "none". See
-            :func:`quest_ops.topk_pages`.
-        bounds: how the cache stores a page's bounds.
-            "int8" and "int4" are 8 and 4 bits with a scale a page and head.
-            "cache" is the cache's dtype.
-        std_factor: bounds are ``mean - std_factor * std`` and ``mean + std_factor * std`` of a page's keys (UNIQUE,
-            2026); None: their minimum and maximum, as in the paper.
-        selector: chooses the pages in place of Quest, as :data:`Selector` says. It must not wait for the device. Dense
-            layers, prefills and caches that fit the budget do not call it.
-
-    Raises:
-        ValueError: an argument out of its range.
-    """
-
-    budget: int = 2048
-    page_size: int = 16
-    sink_pages: int = 1
-    recent_pages: int = 1
-    dense_layers: int = 2
-    group_reduce: GroupReduce = "max"
-    bounds: BoundsKind = "int4"
-    std_factor: float | None = 1.0
-    selector: Selector | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("page_size", self.page_size, PAGE_SIZES)
-        if self.budget < self.page_size:
-            raise ValueError(f"budget must be at least a page, {self.page_size} tokens, got {self.budget}")
-        for name in ("sink_pages", "recent_pages", "dense_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.sink_pages + self.recent_pages > self.num_pages:
-            raise ValueError(
-                f"sink_pages + recent_pages must be at most the {self.num_pages} pages of the budget, "
-                f"got {self.sink_pages} + {self.recent_pages}"
-            )
-        for name, words in (("group_reduce", GroupReduce), ("bounds", BoundsKind)):
-            if getattr(self, name) not in get_args(words):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}")
-        if self.std_factor is not None and not 0 <= self.std_factor < math.inf:
-            raise ValueError(f"std_factor must be a finite number of at least 0, or None, got {self.std_factor}")
-        if self.selector is not None and not callable(self.selector):
-            raise ValueError(f"selector must be a function or None, got {self.selector!r}")
-
-    @property
-    def num_pages(self) -> int:
-        """Pages of the budget."""
-        return self.budget // self.page_size
-
-    @property
-    def selection(self) -> tuple[int, GroupReduce, int, int]:
-        """num_pages, group_reduce, sink_pages and recent_pages: the selection of :func:`quest_ops.decode_step`."""
-        return self.num_pages, self.group_reduce, self.sink_pages, self.recent_pages
-
-    @property
-    def is_window(self) -> bool:
-        """Whether every page of the budget is forced, as in a recent window, so that no score changes the list."""
-        return self.sink_pages + self.recent_pages == self.num_pages
-
-    @property
-    def reads_bounds(self) -> bool:
-        """Whether Quest scores the pages, so that a step is a single :func:`quest_ops.decode_step`."""
-        return self.selector is None and not self.is_window
-
-
 class Decision(NamedTuple):
     """How a layer's attention runs, and the rule that decides it.
 
     Attributes:
         path: "prefill" and "dense" read the whole context, "sparse" at most the budget.
         rule: "many new tokens" are a prefill. A "feature" that the operators lack, a "dense layer" of the configuration
-            and a cache that "fits the budget" run dense. All else is "over the budget".
+            and a cache that "fits the budget" or holds no more than ``dense_below`` tokens, and so is "always short",
+            run dense. All else is "over the budget".
     """
 
     path: Path
-    rule: Literal["many new tokens", "feature", "dense layer", "fits the budget", "over the budget"]
+    rule: Literal["many new tokens", "feature", "dense layer", "fits the budget", "always short", "over the budget"]
 
 
 def decide(config: QuestConfig, layer: int, pages: int, num_new: int = 1, lacks_feature: bool = False) -> Decision:
     """The one place that decides between prefill, dense and sparse.
 
     Args:
-        config: of the selection.
+        config: of the selection, for all layers.
         layer: index of the layer.
         pages: P, logical pages that a sequence may have. Its length is on the device, so it cannot decide.
         num_new: T.
@@ -169,27 +52,36 @@ def decide(config: QuestConfig, layer: int, pages: int, num_new: int = 1, lacks_
         return Decision("prefill", "many new tokens")
     if lacks_feature:
         return Decision("dense", "feature")
-    if layer < config.dense_layers:
+    if config.is_dense(layer):
         return Decision("dense", "dense layer")
-    if pages <= config.num_pages:
+    if pages <= config.at(layer).num_pages:
         return Decision("dense", "fits the budget")
+    if pages * config.page_size <= config.dense_below:
+        return Decision("dense", "always short")
     return Decision("sparse", "over the budget")
 
 
 def attention_path(cache: StepCache, layer: int, config: QuestConfig, num_new: int = 1) -> Path:
     """The path of :func:`quest_attention` for ``num_new`` tokens in this layer.
 
-    "prefill" and "dense" read the whole context. "sparse" reads at most ``config.budget`` tokens of it.
+    "prefill" and "dense" read the whole context. "sparse" reads at most the layer's budget of it.
+
+    Raises:
+        ValueError: a list of budgets for another number of layers.
     """
+    config.check_num_layers(cache.num_layers)
     return decide(config, layer, cache.pages_per_sequence, num_new).path
 
 
 def layer_plan(cache: StepCache, layer: int, config: QuestConfig) -> LayerPlan:
     """How :func:`quest_attention` decodes in this layer, and why."""
+    config.check_num_layers(cache.num_layers)
     path, rule = decide(config, layer, cache.pages_per_sequence)
+    listed, config = isinstance(config.budget, tuple), config.at(layer)
     reasons = {
-        "dense layer": f"one of the first {config.dense_layers} layers",
+        "dense layer": "a budget of 0" if listed else f"one of the first {config.dense_layers} layers",
         "fits the budget": f"the budget of {config.budget} tokens holds the cache's {cache.max_tokens}",
+        "always short": f"the cache's {cache.max_tokens} tokens are within dense_below, {config.dense_below}",
         "over the budget": f"at most {config.budget} tokens of {cache.max_tokens}",
     }
     if config.selector is not None:
@@ -230,8 +122,8 @@ def select_pages(
         k_scales: [N, Hkv] float32, for int8 k_bounds.
 
     Returns:
-        int32 [B, Hs, K] or [B, T, Hs, K] with K = config.num_pages: logical pages, ascending, -1 at the end where there
-        are fewer. Hs is Hq for group_reduce "none", else Hkv.
+        int32 [B, Hs, K] or [B, T, Hs, K] with K = config.most_pages: logical pages, ascending, -1 at the end where
+        there are fewer. Hs is Hq for group_reduce "none", else Hkv.
 
     Raises:
         RuntimeError: as the operators.
@@ -251,10 +143,10 @@ def choose_pages(layer: int, q: Tensor, pages: LayerPages, config: QuestConfig) 
         layer: its index.
         q: [B, T, Hq, D].
         pages: of the layer.
-        config: of the selection.
+        config: of the selection in this layer.
 
     Returns:
-        int32 [B, T, Hs, K].
+        int32 [B, T, Hs, K]: all pages of a sequence of at most ``config.dense_below`` tokens.
 
     Raises:
         ValueError: the selector returned neither int32 pages nor float32 scores.
@@ -268,14 +160,34 @@ def choose_pages(layer: int, q: Tensor, pages: LayerPages, config: QuestConfig) 
         return _best_pages(chosen, seq_lens, k_bounds.shape[1], config, scale)
     if chosen.dtype != torch.int32:
         raise ValueError(f"config.selector must return int32 pages or float32 scores, got {chosen.dtype}")
-    return chosen
+    return chosen if config.dense_below == 0 else _short_rows_whole(chosen, seq_lens, config)
 
 
 def _best_pages(scores: Tensor, seq_lens: Tensor, num_kv_heads: int, config: QuestConfig, scale: float) -> Tensor:
     num_pages, group_reduce, sink_pages, recent_pages = config.selection
     return topk_pages(
-        scores, seq_lens, config.page_size, num_pages, num_kv_heads, group_reduce, sink_pages, recent_pages, scale
+        scores,
+        seq_lens,
+        config.page_size,
+        num_pages,
+        num_kv_heads,
+        group_reduce,
+        sink_pages,
+        recent_pages,
+        scale,
+        budgets=config.page_budgets(seq_lens),
     )
+
+
+def _short_rows_whole(pages: Tensor, seq_lens: Tensor, config: QuestConfig) -> Tensor:
+    """A selector's pages [B, T, Hs, K], with all pages in the rows of at most ``config.dense_below`` tokens."""
+    T, K = pages.shape[1], max(pages.shape[3], -(-config.dense_below // config.page_size))
+    place = torch.arange(K, dtype=torch.int32, device=pages.device)
+    behind = torch.arange(T - 1, -1, -1, dtype=torch.int32, device=pages.device)
+    last = torch.div(seq_lens[:, None] - behind - 1, config.page_size, rounding_mode="floor")
+    all_pages = torch.where(place <= last[:, :, None], place, -1)[:, :, None]
+    is_short = (seq_lens <= config.dense_below)[:, None, None, None]
+    return torch.where(is_short, all_pages, torch.nn.functional.pad(pages, (0, K - pages.shape[3]), value=-1))
 
 
 def quest_attention(
@@ -293,8 +205,9 @@ def quest_attention(
     torch.compile (fullgraph) and in CUDA graphs.
 
     A step of 1 to 8 tokens is a decode step. Quest, or ``config.selector``, selects pages for each token. The first
-    ``config.dense_layers`` layers are dense, and so is a cache whose capacity fits the budget. A sequence no longer
-    than the budget reads all its pages, with the dense result bit for bit.
+    ``config.dense_layers`` layers are dense, or those with a budget of 0, and so is a cache whose capacity fits the
+    budget. A sequence no longer than the budget or ``config.dense_below`` reads all its pages, with the dense result
+    bit for bit. In a ragged step that is decided for each token, by the tokens up to it.
 
     More tokens are a prefill and dense. Where all sequences start empty, PyTorch's causal attention runs on q, k and v
     as they are. Otherwise it runs over a contiguous copy of the layer's keys and values, with a mask for at most 512
@@ -306,7 +219,7 @@ def quest_attention(
         k, v: [B, T, Hkv, D], or [B, Hkv, D]. Keys with RoPE applied.
         cache: a PagedKVCache or a CacheView. A row's tokens past its ``new_lens`` are padding.
         layer: index of the layer in the cache.
-        config: its page_size, bounds and std_factor must be the cache's.
+        config: its page_size, bounds and std_factor must be the cache's; a list of budgets has one for each layer.
         scale: of the scores before the softmax, 1 / sqrt(D) by default.
 
     Returns:
@@ -320,7 +233,7 @@ def quest_attention(
     _check(q, k, v, cache, config)
     if q.dim() == 3:
         return quest_attention(q[:, None], k[:, None], v[:, None], cache, layer, config, scale)[:, 0]
-    path = attention_path(cache, layer, config, q.shape[1])
+    path, config = attention_path(cache, layer, config, q.shape[1]), config.at(layer)
     if path == "sparse" and config.reads_bounds and not cache.ragged:
         out = _decode_step(q, k, v, cache, layer, config, scale)
         return refuse_backward(_NAME, out, q, k, v)
@@ -364,7 +277,8 @@ def _decode_step(
     q: Tensor, k: Tensor, v: Tensor, cache: StepCache, layer: int, config: QuestConfig, scale: float | None
 ) -> Tensor:
     cache.claim_step(layer, k)
-    out, _, pages = cache.state.decode_step(layer, q, k, v, cache.start_lens, cache.seq_lens, config.selection, scale)
+    lens, budgets = (cache.start_lens, cache.seq_lens), cache.page_budgets(config)
+    out, _, pages = cache.state.decode_step(layer, q, k, v, *lens, config.selection, scale, budgets)
     cache.step_written(layer)
     if cache.counts is not None:
         cache.counts.record(layer, pages, cache.seq_lens, q.shape[1])

@@ -223,7 +223,7 @@ class PagedKVCache(StepCache):
             self._allocator.grow(low, high)
 
         lengths = [(self.start_lens, start), (self.new_lens, lens), (self.seq_lens, start + lens)]
-        self._change([*self._pages_written(new), *lengths], account)
+        self._change([*self._pages_written(new), *lengths, *self._renewed_budgets(start + lens)], account)
 
     def claim_step(self, layer: int, k: Tensor) -> None:
         """Check that a layer may write its keys ``k`` of the step. ``append`` does so, and calls ``step_written``.
@@ -349,12 +349,6 @@ class PagedKVCache(StepCache):
         self._change(self._emptied(slice(None)), account)
 
     # The host's account
-
-    def _host_is_blind(self) -> bool:
-        """Whether this call is traced or captured, so that the host will not see it again when it runs."""
-        if torch.compiler.is_compiling():
-            return True
-        return self.k_cache.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _row(self, sequence: int, name: str) -> int:
         if not 0 <= sequence < self.batch_size:

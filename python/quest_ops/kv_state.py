@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .bounds import BoundsKind, kind_of, new_bounds
+from .config import QuestConfig, page_budgets
 from .ops import GroupReduce, append_kv, decode_step, update_bounds
 from .report import AttentionCounts
 
@@ -106,6 +107,7 @@ class KVState:
         seq_lens: Tensor,
         selection: tuple[int, GroupReduce, int, int],
         scale: float | None,
+        budgets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The step of one layer: :func:`quest_ops.decode_step`.
 
@@ -113,6 +115,7 @@ class KVState:
             layer: its index.
             q, k, v, start_lens, seq_lens, scale: as in the operator.
             selection: num_pages, group_reduce, sink_pages and recent_pages.
+            budgets: [B] int32, or None, as in the operator.
         """
         k_cache, v_cache, k_bounds, k_scales = self.layer(layer)
         num_pages, group_reduce, sink_pages, recent_pages = selection
@@ -132,6 +135,7 @@ class KVState:
             recent_pages,
             scale,
             k_scales,
+            budgets=budgets,
             std_factor=self.std_factor,
         )
 
@@ -235,6 +239,9 @@ class StepCache:
         self.device = state.k_cache.device
         self.start_lens, self.new_lens = state.seq_lens.clone(), torch.zeros_like(state.seq_lens)
         self.ragged = self.starts_empty = False
+        # The results of page_budgets by their numbers. A step renews them in place, so captured code may read them.
+        self._page_budgets: dict[tuple[int, int, int], Tensor] = {}
+        self._advanced_unseen = False
 
     @property
     def k_cache(self) -> Tensor:
@@ -290,6 +297,40 @@ class StepCache:
         else:
             self.new_lens.copy_(new_lens.clamp(0, num_new), non_blocking=True)
         self.seq_lens.add_(self.new_lens)
+        if self._host_is_blind():
+            self._advanced_unseen = True
+        for budgets, values in self._renewed_budgets(self.seq_lens):
+            budgets.copy_(values)
+
+    def page_budgets(self, config: QuestConfig) -> Tensor | None:
+        """``config.page_budgets`` of this step's lengths, computed once a step and not in each layer.
+
+        Args:
+            config: of one layer.
+        """
+        numbers = (config.dense_below, config.most_pages, config.num_pages)
+        if config.most_pages == config.num_pages:
+            return None
+        if torch.compiler.is_compiling():  # compiled code merges equal computations
+            return page_budgets(self.seq_lens, *numbers)
+        if numbers in self._page_budgets:
+            return self._page_budgets[numbers]
+        budgets = page_budgets(self.seq_lens, *numbers)
+        # Memory of a capture belongs to its graph. An advance that was captured before would not renew a new tensor.
+        if not self._host_is_blind() and not self._advanced_unseen:
+            with torch.inference_mode(False):  # a normal tensor, since later steps may run outside inference mode
+                self._page_budgets[numbers] = budgets.clone()
+        return budgets
+
+    def _renewed_budgets(self, seq_lens: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The page budgets in use, each with its values for the lengths [B] of another step."""
+        return [(budgets, page_budgets(seq_lens, *numbers)) for numbers, budgets in self._page_budgets.items()]
+
+    def _host_is_blind(self) -> bool:
+        """Whether this call is traced or captured, so that the host will not see it again when it runs."""
+        if torch.compiler.is_compiling():
+            return True
+        return self.k_cache.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the step's keys and values of one layer, [B, T, Hkv, D], and renew the bounds of the pages touched.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.decoder_example import CONFIGS, SMALL, DecoderConfig, assert_same_cache, filled, make
-from quest_ops import CacheView, PagedKVCache
+from quest_ops import CacheView, PagedKVCache, QuestConfig
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -42,7 +43,7 @@ def pooled(model: Any, batch: int, tokens: int = 100) -> tuple[PagedKVCache, Ten
     """A prefilled cache with one pool size for every batch, since an exported program fixes it."""
     bounds = model.config.quest.bounds
     sizes = {"max_tokens": 256, "batch_size": batch, "num_pages": 64, "dtype": torch.float32, "bounds": bounds}
-    make_cache = lambda *_: PagedKVCache(2, 2, 64, device=model.output.weight.device, **sizes)  # noqa: E731
+    make_cache = lambda *_: PagedKVCache(model.config.layers, 2, 64, device=model.output.weight.device, **sizes)  # noqa: E731
     model.new_cache, original = make_cache, model.new_cache
     try:
         return filled(model, batch, tokens)
@@ -83,6 +84,24 @@ def test_an_exported_step_writes_the_caches_it_is_given(device: str, config: Dec
     assert list(functional.graph_signature.user_inputs_to_mutate.values()) == ["k", "v", "bounds", "lens", *scales]
     for step, batch in ((program.module(), 1), (program.module(), 3), (functional.module(), 4)):
         assert_same_steps(model, step, batch)
+
+
+def test_an_exported_step_has_the_budget_of_each_layer(device: str) -> None:
+    model = make(device, replace(SMALL, layers=4, quest=QuestConfig([48, 0, 64, 48], 16)))
+    program = exported(model)
+    steps = [node for node in program.graph.nodes if "decode_step" in str(node.target)]
+    assert [step.args[9] for step in steps] == [3, 4, 3]
+    for batch in (1, 3):
+        assert_same_steps(model, program.module(), batch)
+
+
+def test_an_exported_step_reads_short_sequences_whole(device: str) -> None:
+    """Prompts of 100 tokens, which cross the limit, with the tokens of eager mode."""
+    model = make(device, replace(SMALL, quest=replace(SMALL.quest, dense_below=110)))
+    program = exported(model)
+    assert sum("where" in str(node.target) for node in program.graph.nodes) == 1
+    for batch in (1, 3):
+        assert_same_steps(model, program.module(), batch)
 
 
 @CONFIGS

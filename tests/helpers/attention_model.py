@@ -58,7 +58,7 @@ class Model(History):
                 continue
             q, k, v = self.q[layer, b, :n], self.k[b][layer], self.v[b][layer]
             if path == "sparse":
-                exact[b, :n], plain[:, b, :n] = quest(q, k, v, config, scale)
+                exact[b, :n], plain[:, b, :n] = quest(q, k, v, config.at(layer), scale)
                 continue
             exact[b, :n] = dense(*(x.double() for x in (q, k, v)), scale)
             attend = dense if path == "dense" else torch_attention

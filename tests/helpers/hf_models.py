@@ -136,7 +136,8 @@ def _row(module, config, query, key, value, mask, scaling, sinks):
     k, v = (torch.nn.functional.pad(t, padding).unflatten(1, (count, size)).transpose(0, 1) for t in (key, value))
     table, lens = torch.arange(count, dtype=torch.int32)[None], torch.tensor([length], dtype=torch.int32)
     q, pages = query.cpu().transpose(1, 2), None
-    if module.layer_idx >= config.dense_layers:
+    if not config.is_dense(module.layer_idx):
+        config = config.at(module.layer_idx)
         bounds = bounds_of_keys(k, table, lens, config.bounds, config.std_factor)
         scores = reference.estimate(q, bounds, table, lens, size)
         forced = (config.group_reduce, config.sink_pages, config.recent_pages)

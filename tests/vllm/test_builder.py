@@ -86,7 +86,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
 def impl(monkeypatch: pytest.MonkeyPatch) -> Impl:
     monkeypatch.setattr(backend, "get_current_vllm_config_or_none", lambda: None)
     impl = Impl()
-    impl.quest = backend.SparseLayer(0, SETTINGS.config.num_pages, SETTINGS.config, None)
+    impl.quest = backend.SparseLayer(0, SETTINGS.config.at(0), None)
     return impl
 
 

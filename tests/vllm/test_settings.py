@@ -27,11 +27,15 @@ def test_no_key_gives_the_defaults_of_quest_config() -> None:
     assert Settings.of({}, 16, 2) == Settings(QuestConfig(), (2048, 2048), None)
 
 
-@pytest.mark.parametrize("keys", [{"budget": [512, 256, 64]}, {"budget": 64, "report": 0, "bounds": "cache"}, {}])
+@pytest.mark.parametrize(
+    "keys",
+    [{"budget": [512, 256, 64]}, {"budget": [None, 0, 64]}, {"budget": 64, "report": 0, "bounds": "cache"}, {}],
+)
 def test_keys_make_the_same_settings_again(keys: dict[str, object]) -> None:
     settings = Settings.of(keys, 32, 3)
     assert Settings.of(json.loads(json.dumps(settings.keys)), 32, 3) == settings
-    assert settings.config.budget == max(settings.budgets)
+    layers = [0 if settings.config.at(i).dense_layers == 3 else settings.config.at(i).budget for i in range(3)]
+    assert tuple(layers) == settings.budgets
 
 
 @pytest.mark.parametrize(
@@ -45,6 +49,8 @@ def test_keys_make_the_same_settings_again(keys: dict[str, object]) -> None:
         ({"budget": True}, 32, "budget must be a multiple of the block size, 32, got True"),
         ({"budget": [64, 64]}, 32, "a list of budgets must have one for each of 3 layers, got 2"),
         ({"budget": [64, 64, 80]}, 32, "budget must be a multiple of the block size, 32, got 80"),
+        ({"budget": [64, 64, -32]}, 32, "budget must be a multiple of the block size, 32, got -32"),
+        ({"budget": [64, 0, 64], "dense_layers": 2}, 32, "dense_layers must be 0 or left out with a list of budgets"),
         ({"budget": [512, 512, 32], "sink_pages": 1}, 32, "sink_pages + recent_pages must be at most the 1 pages"),
         ({"page_size": 16}, 128, "page_size must be the engine's block size, 128, got 16: leave it out, or start"),
         ({}, 48, "quest_ops takes blocks of 4, 8, 16, 32, 64, 128 tokens, got 48"),

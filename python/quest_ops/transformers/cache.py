@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
-from ..attention import QuestConfig
+from ..config import QuestConfig
 from ..report import LayerPlan, Report
 from ._say import say_once
 from .generation import Generation, install, uninstall
@@ -38,7 +38,8 @@ class QuestCache(Cache):  # type: ignore[misc]
 
     Args:
         model_config: the model's ``config``.
-        quest_config: budget, page size and the rest of the selection.
+        quest_config: budget, page size and the rest of the selection. A list of budgets has one for each layer of the
+            model; those of layers without full attention have no effect.
         max_tokens: tokens of prompt and answer together; rounded up to whole pages.
         batch_size, dtype, device: with any of them, allocate now: for ``batch_size`` sequences (1). Otherwise the first
             step allocates, after its keys. Compiled prefill needs a cache that is allocated.
@@ -70,6 +71,7 @@ class QuestCache(Cache):  # type: ignore[misc]
         self._prompt: Tensor | None = None  # the sequences of the last generate()
         self._replaced: str | None = None
         layers = _make_layers(text_config, self._capacity(max_tokens), self._settings)
+        quest_config.check_num_layers(len(layers))
         shapes = check_model(model_config, layer_kinds(text_config)[0])
         super().__init__(layers=layers)
         self._settings.num_layers = len(self.layers)
@@ -212,6 +214,7 @@ class QuestCache(Cache):  # type: ignore[misc]
             made_with, got = getattr(self.quest_config, name), getattr(config, name)
             if got != made_with:
                 raise ValueError(f"{name} of a cache cannot change: it was made with {made_with}, got {got}")
+        config.check_num_layers(self._settings.num_layers)
         self._settings.config = config
 
     @property

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from ..attention import Decision, QuestConfig
+from ..attention import Decision
+from ..config import QuestConfig
 from ..dense import Features
 from ..ops import DTYPES
 from ..report import AttentionCounts, LayerPlan
@@ -66,6 +67,11 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         self._expected = False  # update() returned keys that have not reached the attention yet
         self._calls = 0  # calls of the attention since the last update()
         self._next: QuestCacheLayer | None = None  # stores the next call of a model that calls the attention again
+
+    @property
+    def config(self) -> QuestConfig:
+        """The configuration of this layer."""
+        return self.settings.config.at(self.index)
 
     # Implemented by subclasses
 

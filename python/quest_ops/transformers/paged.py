@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..attention import Decision, LayerPages, choose_pages, decide
+from ..attention import Decision, choose_pages, decide
+from ..config import LayerPages
 from ..dense import Features, Past, attend_by_position, past_of_pages, prefill
 from ..kv_state import KVState
 from ..ops import HEAD_DIMS, MAX_NEW_TOKENS, check_choice, sparse_decode
@@ -57,11 +58,14 @@ class PagedLayer(QuestCacheLayer):
         return decide(self.settings.config, self.index, self.pages_per_row, num_new, self._lacking is not None)
 
     def plan(self) -> LayerPlan:
-        config, (path, rule) = self.settings.config, self.decide()
+        config, (path, rule) = self.config, self.decide()
+        listed = isinstance(self.settings.config.budget, tuple)
+        first = f"one of the first {config.dense_layers} layers (dense_layers)"
         reasons = {
             "feature": self._lacking or "",
-            "dense layer": f"one of the first {config.dense_layers} layers (dense_layers)",
+            "dense layer": "a budget of 0" if listed else first,
             "fits the budget": f"the cache's {self.max_cache_len} tokens fit the budget of {config.budget}",
+            "always short": f"the cache's {self.max_cache_len} tokens are within dense_below, {config.dense_below}",
             "over the budget": f"reads at most {config.num_pages * config.page_size} of {self.max_cache_len} tokens",
         }
         return LayerPlan(self.index, path, reasons[rule])
@@ -81,7 +85,7 @@ class PagedLayer(QuestCacheLayer):
             if self.settings.counts is not None:
                 self.settings.counts.record_prefill(self.index)
             return self._prefill(q, k, v, real, features, visible)
-        if path == "sparse" and self.settings.config.reads_bounds and (real is None or tokens == 1):
+        if path == "sparse" and self.config.reads_bounds and (real is None or tokens == 1):
             return self._decode_step(q, k, v, real, features)
         self._append(k, v, real)
         if self._lacking is not None:
@@ -135,7 +139,8 @@ class PagedLayer(QuestCacheLayer):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         # A padding token too is written after its row's end. The row's next real token overwrites it.
         lens = (start, start + tokens)
-        out, lse, selected = self.state.decode_step(0, q, k, v, *lens, self.settings.config.selection, features.scale)
+        budgets = self.config.page_budgets(lens[1])
+        out, lse, selected = self.state.decode_step(0, q, k, v, *lens, self.config.selection, features.scale, budgets)
         self.advance(tokens, real)
         self._observe(selected)
         self._count(selected, tokens)
@@ -143,7 +148,7 @@ class PagedLayer(QuestCacheLayer):
 
     def _decode(self, q: Tensor, features: Features, sparse: bool) -> Tensor:
         k_cache, v_cache, k_bounds, k_scales = self.state.layer(0)
-        config, queries, selected = self.settings.config, q.transpose(1, 2), None
+        config, queries, selected = self.config, q.transpose(1, 2), None
         paging = (self.state.page_table, self.seq_lens)
         if sparse:
             scale = q.shape[-1] ** -0.5 if features.scale is None else features.scale
@@ -167,8 +172,7 @@ class PagedLayer(QuestCacheLayer):
 
     def _count(self, selected: Tensor | None, tokens: int) -> None:
         if self.settings.counts is not None:
-            reads_bounds = self.settings.config.reads_bounds
-            self.settings.counts.record(self.index, selected, self.seq_lens, tokens, reads_bounds)
+            self.settings.counts.record(self.index, selected, self.seq_lens, tokens, self.config.reads_bounds)
 
     def _note_features(self, features: Features) -> None:
         """Note a feature that makes this layer dense under any configuration, and log it once."""

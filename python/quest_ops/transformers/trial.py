@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..attention import QuestConfig
+from ..config import QuestConfig
 from ..ops import MAX_NEW_TOKENS
 from .generation import CACHE_NAME
 from .layer import QuestCacheLayer

@@ -24,8 +24,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata, MultipleOf
 
-from ..attention import QuestConfig
 from ..bounds import bytes_of_bounds
+from ..config import QuestConfig
 from ..ops import HEAD_DIMS, decode_step, estimate, sparse_decode, topk_pages, update_bounds
 from ..report import AttentionCounts, LayerPlan
 from .block_tail import bounds_in_blocks, padded_spec
@@ -52,13 +52,11 @@ class SparseLayer:
 
     Attributes:
         index: of the layer in the model.
-        num_pages: K, pages that it reads.
-        config: of the selection; ``num_pages`` is in the place of its budget.
+        config: of the selection in this layer.
         counts: its counters, or None where nothing is counted.
     """
 
     index: int
-    num_pages: int
     config: QuestConfig
     counts: AttentionCounts | None
 
@@ -132,7 +130,7 @@ class QuestBuilder:
                 counts = AttentionCounts(*shape, self.kv_cache_spec.dtype, self.device, settings.config.bounds)
             if reason is None:
                 budget = settings.budgets[index]
-                layer.impl.quest = SparseLayer(index, budget // S, settings.config, counts)
+                layer.impl.quest = SparseLayer(index, settings.config.at(index), counts)
                 plans.append(
                     LayerPlan(index, "sparse", f"at most {budget} tokens of {config.model_config.max_model_len}")
                 )
@@ -291,7 +289,7 @@ class QuestImpl:
     ) -> None:  # fmt: skip
         """A step without prompt tokens, whole: written and attended for."""
         assert self.quest is not None
-        num_pages, (_, group_reduce, sink_pages, recent_pages) = self.quest.num_pages, self.quest.config.selection
+        num_pages, group_reduce, sink_pages, recent_pages = self.quest.config.selection
         out, _, pages = decode_step(
             rows.pack(query),
             rows.pack(key),
@@ -307,7 +305,8 @@ class QuestImpl:
             self.scale,
             k_scales,
             rows.new_lens,
-            std_factor=self.quest.config.std_factor,
+            self.quest.config.page_budgets(rows.seq_lens),
+            self.quest.config.std_factor,
         )
         rows.unpack(out, output)
         self._count(rows, pages)
@@ -319,11 +318,12 @@ class QuestImpl:
         assert self.quest is not None
         k_cache, v_cache, k_bounds = caches
         S, Hkv = k_cache.shape[2], k_cache.shape[1]
-        num_pages, (_, group_reduce, sink_pages, recent_pages) = self.quest.num_pages, self.quest.config.selection
+        num_pages, group_reduce, sink_pages, recent_pages = self.quest.config.selection
         q, table, lens = rows.pack(query), rows.page_table, rows.seq_lens
         scores = estimate(q, k_bounds, table, lens, S, k_scales, rows.new_lens)
         forced = (sink_pages, recent_pages)
-        pages = topk_pages(scores, lens, S, num_pages, Hkv, group_reduce, *forced, self.scale, rows.new_lens)
+        limits = (rows.new_lens, self.quest.config.page_budgets(lens))
+        pages = topk_pages(scores, lens, S, num_pages, Hkv, group_reduce, *forced, self.scale, *limits)
         out, _ = sparse_decode(q, k_cache, v_cache, table, lens, pages, self.scale, rows.new_lens)
         rows.unpack(out, output)
         self._count(rows, pages)
@@ -398,7 +398,9 @@ def why_dense(
     for feature, present in features.items():
         if present:
             return feature
-    if index < settings.config.dense_layers:
+    if settings.config.is_dense(index):
+        if settings.budgets[index] == 0:
+            return "a budget of 0"
         return f"one of the first {settings.config.dense_layers} layers"
     budget, longest = settings.budgets[index], vllm_config.model_config.max_model_len
     if budget >= longest:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ..attention import QuestConfig
+from ..config import QuestConfig
 from ..ops import PAGE_SIZES
 
 #: The environment variable that turns Quest on.
@@ -28,8 +28,8 @@ class Settings:
     """Quest in an engine.
 
     Attributes:
-        config: of the selection; its budget is the largest of a layer, and its page_size the engine's block size.
-        budgets: tokens that each layer of the model reads.
+        config: of the selection; its page_size is the engine's block size.
+        budgets: tokens that each layer of the model reads; 0 for a dense layer of a list.
         report: seconds between two reports in the log; 0 counts without logging, None does not count.
     """
 
@@ -42,7 +42,7 @@ class Settings:
         """The settings of the given keys, with QuestConfig's defaults for the rest.
 
         Args:
-            keys: of :data:`KEYS`. ``budget`` is a number, or a list with one for each layer.
+            keys: of :data:`KEYS`. ``budget`` is a number, or a list with one for each layer, 0 or None for dense ones.
             block_size: tokens of a block of the engine's cache.
             num_layers: of the model.
 
@@ -69,20 +69,19 @@ class Settings:
         if keys.get("std_factor") == "none":
             keys["std_factor"] = None
         budget = keys.pop("budget", QuestConfig.budget)
-        budgets = list(budget) if isinstance(budget, list | tuple) else [budget] * num_layers
+        listed = isinstance(budget, list | tuple)
+        budgets = [0 if number is None else number for number in budget] if listed else [budget] * num_layers
         if len(budgets) != num_layers:
             raise RefusedError(
                 f"quest_ops: a list of budgets must have one for each of {num_layers} layers, got {len(budgets)}"
             )
         for number in budgets:
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1 or number % block_size:
+            if isinstance(number, bool) or not isinstance(number, int) or number < (not listed) or number % block_size:
                 raise RefusedError(
                     f"quest_ops: budget must be a multiple of the block size, {block_size}, got {number!r}"
                 )
         try:
-            # The smallest budget has to hold the forced pages, the largest is the most that a layer reads.
-            for number in (min(budgets), max(budgets)):
-                config = QuestConfig(budget=number, **keys)
+            config = QuestConfig(budget=budgets if listed else budget, **keys)
         except (TypeError, ValueError) as error:
             raise RefusedError(f"quest_ops: {error}") from None
         if config.recent_pages < 1:
@@ -94,8 +93,8 @@ class Settings:
     def keys(self) -> dict[str, Any]:
         """The keys that :meth:`of` makes these settings from; plain values, which any process can read."""
         keys = {key: value for key, value in asdict(replace(self.config, selector=None)).items() if key in _CONFIG_KEYS}
-        budgets = self.budgets[0] if len(set(self.budgets)) == 1 else list(self.budgets)
-        return {**keys, "budget": budgets, **({} if self.report is None else {"report": self.report})}
+        budget = list(self.budgets) if isinstance(self.config.budget, tuple) else self.config.budget
+        return {**keys, "budget": budget, **({} if self.report is None else {"report": self.report})}
 
 
 def parse(text: str) -> dict[str, Any] | None:
