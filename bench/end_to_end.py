@@ -42,6 +42,7 @@ from workloads import named
 
 WARM, MOST_STEPS = 3, 64  # steps before those that are timed, and all of a configuration
 BUDGETS = {"cuda": ["512", "1024", "2048", "4096", "full"], "cpu": ["512", "full"]}
+ALL_SPARSE = ("512", "1024", "2048")  # budgets of the default without dense layers
 LEAST_CAPACITY = 8192  # a serving cache is not made for short texts alone
 SPARE_BYTES = 3 << 30  # for activations, the graph and the making of keys
 #: The paper's: minimum and maximum in the cache's dtype, no page forced but the last one, two dense layers.
@@ -77,7 +78,7 @@ class Row:
         return weights + cache_bytes(self.shape, [PAPER, DEFAULT], self.batch, tokens, dtype) + SPARE_BYTES
 
 
-#: The rows of the issue's table that this script measures; transformers_generate.py has the last one.
+#: The rows that have targets; transformers_generate.py has another.
 QUICK = [
     Row(LLAMA2_7B, "int4", 1, 32768),
     Row(LLAMA2_7B, "bf16", 1, 32768),
@@ -234,6 +235,10 @@ def measure(row: Row, model: Model, timer: Timer, budgets: list[str], without: d
         tokens = context + MOST_STEPS if budget == "full" else int(budget)
         attention.config = replace(DEFAULT, budget=tokens)
         quest[f"default, {budget}"] = timed(attention, profiled=budget in ("2048", "full"))
+        attention.rewind()
+    for budget in [budget for budget in budgets if budget in ALL_SPARSE]:
+        attention.config = replace(DEFAULT, budget=int(budget), dense_layers=0)
+        quest[f"no dense layers, {budget}"] = timed(attention, profiled=budget == "1024")
         attention.rewind()
     attention.config = replace(DEFAULT, dense_layers=shape.layers)
     dense[OWN_DENSE] = timed(attention)

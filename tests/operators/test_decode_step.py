@@ -126,10 +126,10 @@ def test_batches_and_layouts(device: str, batch: int, layouts: tuple[int, int, i
     assert_same_step(before_step(shape), device, 8, group_reduce="sum")
 
 
-@pytest.mark.parametrize(("batch", "new_tokens"), [(256, 0), (257, 0), (64, 4), (65, 4)])
-def test_as_many_sequences_as_one_launch_takes_and_one_more(device: str, batch: int, new_tokens: int) -> None:
-    lengths = tuple(4 + 7 * b % 90 for b in range(batch))
-    shape = Shape(torch.float16, 64, 8, 2, 1, new_tokens, lengths=lengths, kind=KINDS["minmax-8-bit"], seed=15)
+@pytest.mark.parametrize("batch", [256, 257])
+def test_as_many_sequences_as_one_launch_takes_and_one_more(device: str, batch: int) -> None:
+    lengths = tuple(1 + 7 * b % 90 for b in range(batch))
+    shape = Shape(torch.float16, 64, 8, 2, 1, lengths=lengths, kind=KINDS["minmax-8-bit"], seed=15)
     assert_same_step(before_step(shape), device, 4)
 
 
@@ -272,39 +272,21 @@ class TestOnTheGPU:
 
     @ALL_BOUNDS
     @pytest.mark.parametrize("dtype", HALF, ids=str)
-    @pytest.mark.parametrize(
-        ("heads", "new_tokens", "recent_pages", "launches"),
-        [
-            ((32, 8), 0, 1, ["clear_counters", "decode_step"]),
-            ((32, 2), 0, 1, ["clear_counters", "decode_step"]),
-            ((32, 8), 8, 1, ["append_kv", "clear_counters", "decode_step"]),
-            ((32, 2), 4, 1, ["append_kv", "clear_counters", "decode_step"]),
-            ((32, 8), 0, 0, ["append_kv", "clear_counters", "decode_step"]),
-        ],
-    )
-    def test_one_launch(
-        self,
-        dtype: torch.dtype,
-        kind: Kind,
-        heads: tuple[int, int],
-        new_tokens: int,
-        recent_pages: int,
-        launches: list[str],
-    ) -> None:
+    @pytest.mark.parametrize("kv_heads", [8, 2])
+    def test_one_launch(self, dtype: torch.dtype, kv_heads: int, kind: Kind) -> None:
         """The documented conditions; without a single launch the tests above would compare nothing."""
-        Hq, Hkv = heads
-        shape = Shape(dtype, 128, 16, Hkv, Hq // Hkv, new_tokens, lengths=(3000, 700), kind=kind)
-        x = on(before_step(shape), "cuda")
-        one_step(x, 64, recent_pages=recent_pages)
+        x = on(before_step(Shape(dtype, 128, 16, kv_heads, 32 // kv_heads, lengths=(3000, 700), kind=kind)), "cuda")
+        one_step(x, 64)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            one_step(x, 64, recent_pages=recent_pages)
+            one_step(x, 64)
             torch.cuda.synchronize()
         on_the_gpu = torch.autograd.DeviceType.CUDA
         kernels = [event.name for event in profile.events() if event.device_type == on_the_gpu]
         if not kernels:
             pytest.skip("the profiler sees no kernels here")
-        assert len(kernels) == len(launches)
-        assert all(name in kernel for name, kernel in zip(launches, kernels, strict=True))
+        assert len(kernels) == 2
+        assert "clear_counters" in kernels[0]
+        assert "decode_step" in kernels[1]
 
     @ALL_BOUNDS
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

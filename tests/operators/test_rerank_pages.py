@@ -39,7 +39,11 @@ class CodedCase(Case):
         self.code_scales = torch.full((N, Hkv, S), math.nan)
         for b, keys in enumerate(self.keys):
             self.k_codes, self.code_scales = reference.append_codes(
-                keys[None], self.k_codes, self.code_scales, self.page_table[b : b + 1], torch.zeros(1, dtype=torch.int32)
+                keys[None],
+                self.k_codes,
+                self.code_scales,
+                self.page_table[b : b + 1],
+                torch.zeros(1, dtype=torch.int32),
             )
 
     def arguments(self, device: str, pages: Tensor) -> tuple[Tensor, ...]:
@@ -49,14 +53,24 @@ class CodedCase(Case):
 
 
 def torch_scores(case: CodedCase, pages: Tensor, token_reduce: str, scale: float) -> Tensor:
-    """The same scores in the case's dtype: codes times scales are rounded to it, as a plain cache would hold them."""
-    keys = (reference.unpack_codes(case.k_codes).float() * case.code_scales[..., None]).to(case.shape.dtype)
-    unit = torch.ones_like(case.code_scales)
-    q = reference.hadamard(reference.hadamard(case.q.float()).to(case.shape.dtype).float())  # rounded when rotated
-    codes, whole = case.k_codes, case.code_scales
-    exact = reference.rerank_pages(q, codes, whole, case.page_table, case.seq_lens, pages, token_reduce, scale)
-    del keys, unit
-    return exact.float()
+    """The same scores by PyTorch: queries rotated and rounded to the case's dtype, and sums in float32."""
+    rotated = reference.hadamard(case.q.float()).to(case.shape.dtype).float()
+    levels = reference.unpack_codes(case.k_codes).float()
+    exact = reference.rerank_pages(
+        case.q, case.k_codes, case.code_scales, case.page_table, case.seq_lens, pages, token_reduce, scale
+    )
+    S = case.shape.page_size
+    scores = torch.full_like(exact, -math.inf, dtype=torch.float32)
+    for *where, h, page in (exact != -math.inf).nonzero().tolist():
+        b = where[0]
+        new = case.shape.new_tokens
+        visible = case.shape.lengths[b] - (new - 1 - where[1] if new else 0)
+        n = min(S, visible - page * S)
+        physical, kv_head = int(case.page_table[b, page]), h // case.shape.group
+        tokens = (levels[physical, kv_head, :n] @ rotated[(*where, h)]) * case.code_scales[physical, kv_head, :n]
+        best = tokens.max() if token_reduce == "max" else (tokens * scale).logsumexp(0) / scale
+        scores[(*where, h, page)] = best
+    return scores
 
 
 def check(case: CodedCase, device: str, pages: Tensor, token_reduce: str = "max") -> None:
