@@ -150,6 +150,26 @@ def test_4_bit_weights_multiply(bench, device, batch):
     torch.testing.assert_close(product.cpu().float(), x.float() @ (codes / 4).T, rtol=1e-2, atol=1e-1)
 
 
+def test_a_row_on_the_device(bench, device):
+    """On a GPU this is the CUDA graph and its profile."""
+    script, whole = bench("end_to_end"), bench("whole_model")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = whole.Model(whole.TINY, "fp32", dtype, device, compiled=False)
+    row, timer = script.Row(whole.TINY, "fp32", 2, 4096), script.Timer(device, 0.01)
+    nothing = script.Nothing(2, row.context, device)
+    without = timer(lambda tokens: model.step(tokens, nothing), 2, True)
+    found = script.measure(row, model, timer, ["512", "2048", "full"], without)
+    assert len(found["quest"]) == 4 and 0 < found["selections_differ"] < 1
+    assert found["dense"][found["fastest_dense"]]["tokens_per_second"] > 0
+    if device == "cuda":
+        assert set(found["dense"]) == {"cuDNN", "flash", "own dense mode"}
+        stages = found["quest"]["default, 2048"]["stages"]
+        assert set(stages) == {*script.STAGES, "gaps"}
+        assert all(stages[name] > 0 for name in script.STAGES)
+        dense = found["dense"]["cuDNN"]["stages"]
+        assert dense["sparse layers"] == 0 < dense["dense layers"]
+
+
 def test_stages_of_kernels(bench):
     stage_of = bench("end_to_end").stage_of
     names = {
