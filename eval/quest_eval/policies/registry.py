@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .. import library
 from . import summaries
 from .base import Policy
+from .configured import Configured
 from .dense import Dense
 from .h2o import H2O
 from .oracle import PageOracle, TokenOracle
@@ -63,6 +64,7 @@ _BUILT_IN = {
         "Quest as QuestConfig has it: mean and standard deviation in 4 bits, the first page forced",
         {"bounds": "int4", "std_factor": 1.0, "sink_pages": 1},
     ),
+    "quest-config": _BuiltIn(Configured, "Quest as a saved QuestConfig has it: quest-config,file=config.json"),
     "quest-nodense": _BuiltIn(Quest, "quest, in the first layers as well", {"dense_layers": 0}),
     "summary": _BuiltIn(
         PageSummaryPolicy, "pages by mean and standard deviation of 8 bits, the first page forced; emulated"
