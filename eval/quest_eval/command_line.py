@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--tokens", type=int, metavar="N", help="length of the text in bytes (16384; 32768 on a GPU)")
     demo.add_argument("--facts", type=int, metavar="N", help="number of facts to hide (8)")
     known = "\n".join(f"  {name:13} {description}" for name, description in policies.NAMES.items())
+    known += "\n  quest-config,file=FILE.json  Quest as a saved QuestConfig has it"
     about_policies: dict[str, Any] = {
         "formatter_class": argparse.RawDescriptionHelpFormatter,
         "epilog": f"policies, each with fields behind it or not (quest,sink_pages=1):\n{known}",

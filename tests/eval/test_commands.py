@@ -189,7 +189,7 @@ def test_the_written_configuration_is_a_policy_with_the_loss_of_the_advice(tmp_p
     assert [policy.at(i).limit for i in range(6) if config.budget[i]] == [n for n in config.budget if n]
     run = f"run perplexity --lengths 600 --tries 1 --scored 4 --policies dense quest-config,file={path}"
     assert command_line.main([*run.split(), "--out", str(tmp_path / "run")]) == 0
-    dense, cell = json.loads((tmp_path / "run" / "results.json").read_text())["cells"]
+    _, cell = json.loads((tmp_path / "run" / "results.json").read_text())["cells"]
     assert cell["label"] == "Quest, config.json"
     share = cell["kv_bytes_read"] / cell["kv_bytes_dense"]
     assert (share < 1) == any(config.budget)
