@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--tokens", type=int, metavar="N", help="length of the text in bytes (16384; 32768 on a GPU)")
     demo.add_argument("--facts", type=int, metavar="N", help="number of facts to hide (8)")
     known = "\n".join(f"  {name:13} {description}" for name, description in policies.NAMES.items())
+    known += "\n  quest-config,file=FILE.json  Quest as a saved QuestConfig has it"
     about_policies: dict[str, Any] = {
         "formatter_class": argparse.RawDescriptionHelpFormatter,
         "epilog": f"policies, each with fields behind it or not (quest,sink_pages=1):\n{known}",
@@ -72,6 +73,13 @@ def parser() -> argparse.ArgumentParser:
     advise.add_argument("--policy", metavar="NAME", help="a name, with fields or not, or MODULE:CLASS (quest-default)")
     advise.add_argument("--length", type=int, metavar="N", help="tokens of the text (4096)")
     advise.add_argument("--tokens", type=int, metavar="N", help="decoded tokens that are measured (64)")
+    advise.add_argument(
+        "--keep",
+        type=float,
+        metavar="X",
+        help="seek a budget for each layer, with perplexity at most this share above dense (0.01)",
+    )
+    advise.add_argument("--evaluations", type=int, metavar="N", help="budget lists that --keep may try (24)")
     for command in (run, advise):
         command.add_argument(
             "--model", metavar="NAME", help="smollm2, a .gguf, a folder or a name on the hub (bundled)"
@@ -89,7 +97,8 @@ def parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--text", type=Path, metavar="FILE", help="a long text (the standard library)")
         command.add_argument("--device", choices=("cpu", "cuda"), help="the device to run on (cpu)")
-        command.add_argument("--out", type=Path, metavar="DIR", help=f"for results (results/{name})")
+        to_file = "; FILE.json: for the configuration of --keep" if name == "advise" else ""
+        command.add_argument("--out", type=Path, metavar="DIR", help=f"for results (results/{name}){to_file}")
         command.add_argument("--page-size", type=int, choices=PAGE_SIZES, help="tokens a page (16)")
         command.add_argument("--seed", type=int, metavar="N", help="of names, keys, places and windows (0)")
     return result

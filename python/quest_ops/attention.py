@@ -30,8 +30,8 @@ class Decision(NamedTuple):
     Attributes:
         path: "prefill" and "dense" read the whole context, "sparse" at most the budget.
         rule: "many new tokens" are a prefill. A "feature" that the operators lack, a "dense layer" of the configuration
-            and a cache that "fits the budget" or holds no more than ``dense_below`` tokens, and so is "always short",
-            run dense. All else is "over the budget".
+            and a cache that "fits the budget" run dense. So does a cache that is "always short", within
+            ``dense_below``. All else is "over the budget".
     """
 
     path: Path

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,16 @@ pytest.importorskip("rich")
 from helpers.checkpoint import SIZES, save
 from quest_eval import command_line, models, policies, tasks
 from quest_eval.commands import advise as advise_command
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from quest_eval.commands import measurements
+from quest_ops import QuestConfig
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +158,81 @@ def test_the_answer_by_the_other_criterion_is_told():
     assert "decode more --tokens for a sure answer" in advise_command._advice(advice, {"mass": None, "perplexity": 64})
 
 
+LAYERS = "--length 600 --tokens 8 --budgets 32 64 128"
+
+
+def test_a_budget_for_each_layer_is_written_as_a_configuration(tmp_path, capsys):
+    advice, words = advise(f"{LAYERS} --keep 0.5 --evaluations 3", tmp_path / "out", capsys)
+    config = QuestConfig.load(tmp_path / "out" / "config.json", model="bundled", num_layers=6)
+    assert list(config.budget) == advice["layer_budgets"]
+    assert replace(config, budget=2048, dense_layers=2) == QuestConfig()
+    lists = [trial["budgets"] for trial in advice["trials"]]
+    assert lists[:3] == [[budget] * 6 for budget in (32, 64, 128)]
+    assert 0 < len(lists[3:]) <= 3
+    within = [trial for trial in advice["trials"] if trial["loss"] <= 1.5]
+    assert within == [trial for trial in advice["trials"] if trial["accepted"]]
+    best = min(within, key=lambda trial: trial["bytes"])
+    assert best["budgets"] == advice["layer_budgets"]
+    assert best["bytes"] / sum(c[-1]["bytes"] for c in advice["choices"]) == advice["kv_bytes_over_dense"] < 1
+    assert f"reads {advice['kv_bytes_over_dense']:.1%} of dense attention's bytes" in words
+    assert f"{len(lists[3:])} lists were tried" in words
+
+
+def test_the_written_configuration_is_a_policy_with_the_loss_of_the_advice(tmp_path, capsys):
+    path = tmp_path / "sub" / "config.json"
+    assert command_line.main(["advise", *LAYERS.split(), "--evaluations", "2", "--out", str(path)]) == 0
+    assert [p.name for p in path.parent.iterdir()] == ["config.json"]
+    capsys.readouterr()
+    policy = policies.make(f"quest-config,file={path}", None)
+    config = QuestConfig.load(path)
+    assert [policy.is_dense(i) for i in range(6)] == [budget == 0 for budget in config.budget]
+    assert [policy.at(i).limit for i in range(6) if config.budget[i]] == [n for n in config.budget if n]
+    run = f"run perplexity --lengths 600 --tries 1 --scored 4 --policies dense quest-config,file={path}"
+    assert command_line.main([*run.split(), "--out", str(tmp_path / "run")]) == 0
+    _, cell = json.loads((tmp_path / "run" / "results.json").read_text())["cells"]
+    assert cell["label"] == "Quest, config.json"
+    share = cell["kv_bytes_read"] / cell["kv_bytes_dense"]
+    assert (share < 1) == any(config.budget)
+
+
+def test_a_margin_that_no_budget_keeps_gives_dense_attention(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measurements.Measurements, "of", as_bad_as_can_be(measurements.Measurements.of))
+    advice, words = advise(f"{LAYERS} --keep 0.01 --evaluations 3", tmp_path, capsys)
+    assert QuestConfig.load(tmp_path / "config.json").budget == (0,) * 6
+    assert (advice["kv_bytes_over_dense"], advice["best_single_budget"]) == (1.0, None)
+    assert "No budget list was found with perplexity at most 1.0% above dense attention's" in words
+
+
+def as_bad_as_can_be(of):
+    return lambda *arguments, **options: dataclasses.replace(of(*arguments, **options), ratio=9.0)
+
+
+def test_layers_of_a_sliding_model_that_have_a_window_get_no_budget(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 3, "sliding_window": 32}
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, layer_types=kinds, query_pre_attn_scalar=64))
+    (tmp_path / "gemma3").mkdir()
+    arguments = f"{LAYERS} --keep 9 --evaluations 2 --model {save(model, tmp_path / 'gemma3')}"
+    advice, _ = advise(arguments, tmp_path / "out", capsys)
+    assert advice["layer_budgets"] == [0, 32, 32]
+    assert [len(choices) for choices in advice["choices"]] == [1, 4, 4]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("advise --keep 0", "--keep must be above 0, a share of dense attention's perplexity, got 0.0"),
+        ("advise --keep 0.01 --evaluations 0", "--evaluations must be at least 1, got 0"),
+        ("advise --keep 0.01 --policy h2o", "--policy h2o has no QuestConfig to write: name quest-default"),
+        ("advise --keep 0.01 --policy quest-shared", "--policy quest-shared has no QuestConfig to write"),
+        ("advise --keep 0.01 --length 60", "--budgets must have one below --length, 60"),
+        ("run passkey --policies quest-config", "--policies and --budgets: policy quest-config needs a file"),
+        (
+            "run passkey --policies quest-config,file=none",
+            "--policies and --budgets: file none cannot be read: No such",
+        ),
+        ("run passkey --policies quest-config,file=file", "--policies and --budgets: file is no JSON"),
         ("run passkey --chat", "the bundled model has no chat template: leave --chat away"),
         ("run passkey --lengths 40000", "--lengths must be at most 32768, which the model knows, got 40000"),
         ("run passkey --policies nonsense", "--policies and --budgets: policy must be one of dense"),

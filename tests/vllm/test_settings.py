@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from quest_ops import QuestConfig
@@ -36,6 +37,30 @@ def test_keys_make_the_same_settings_again(keys: dict[str, object]) -> None:
     assert Settings.of(json.loads(json.dumps(settings.keys)), 32, 3) == settings
     layers = [0 if settings.config.at(i).dense_layers == 3 else settings.config.at(i).budget for i in range(3)]
     assert tuple(layers) == settings.budgets
+
+
+def test_a_saved_configuration_is_taken_but_for_the_keys_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    QuestConfig([0, 64, 256], 32, group_reduce="sum", dense_below=96).save(path, model="a/b")
+    settings = Settings.of({"config": str(path), "bounds": "int8", "report": 0}, 32, 3)
+    assert settings.config == QuestConfig([0, 64, 256], 32, group_reduce="sum", dense_below=96, bounds="int8")
+    assert (settings.budgets, settings.report) == ((0, 64, 256), 0)
+    path.unlink()  # another process needs no file
+    assert Settings.of(json.loads(json.dumps(settings.keys)), 32, 3) == settings
+    assert parse(f"config={path}") == {"config": str(path)}
+
+
+def test_a_saved_configuration_that_does_not_go_with_the_engine_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    QuestConfig([0, 64, 256], 32).save(path, model="a/b")
+    for num_layers, block_size, sentence in (
+        (28, 32, "config.json was made for the model 'a/b' of 3 layers, got 28"),
+        (3, 16, "page_size must be the engine's block size, 16, got 32"),
+    ):
+        with pytest.raises(RefusedError, match=sentence):
+            Settings.of({"config": str(path)}, block_size, num_layers)
+    with pytest.raises(RefusedError, match="No such file"):
+        Settings.of({"config": str(tmp_path / "none.json")}, 32, 3)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +12,19 @@ from rich import box
 from rich.table import Table
 
 from .. import models, tasks
-from ..decoding.observers import Recall
-from ..decoding.policy_decoder import PolicyDecoder
 from ..errors import InputError
 from ..plots import maps
 from ..tasks.text import read_text
+from . import layer_budgets
 from .checks import check_lengths, make_folder, make_policies, make_store
+from .measurements import Measurements
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ..decoding.prefill_store import PrefillStore
+    from ..tasks import Sample
+    from ..tasks.text import Text
 
 
 #: Targets where none is given: the least share of the attention mass, and the most perplexity over dense attention's.
@@ -45,14 +48,22 @@ class Options:
     dense_layers: int = 2
     prefills: float | None = None
     seed: int = 0
+    #: Seek a budget for each layer, with at most this perplexity above dense attention's.
+    keep: float | None = None
+    evaluations: int = 24
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Measure, print a table, write ``advice.json`` and ``advice.png``; returns the content of the former.
 
+    With ``keep``, or a JSON file for ``out``, it seeks a budget for each layer instead:
+    :mod:`quest_eval.commands.layer_budgets`.
+
     Raises:
         InputError: before any long work, for an argument that cannot be used.
     """
+    if options.keep is not None or options.out.suffix == ".json":
+        return layer_budgets.run(options, console)
     target = TARGETS[options.criterion] if options.target is None else options.target
     if options.criterion == "mass" and not 0 < target <= 1:
         raise InputError(f"--target must be above 0 and at most 1 for mass, got {target}")
@@ -63,47 +74,33 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     policies = make_policies((options.policy,), budgets, options.page_size, options.dense_layers)
     if policies[0].budget is None:
         raise InputError(f"--policy {options.policy} has no budget to advise on: name another")
-    files = models.find(options.model)
-    check_lengths((options.length,), files)
-    text = read_text(options.text, files.tokenizer)
-    setup = tasks.Setup(files.tokenizer, text, tries=1, seed=options.seed, scored=options.tokens)
-    sample = tasks.make("perplexity", setup).samples(options.length)[0]
-    store = make_store(options.prefills, options.device)
+    files, text, sample, store = prepare(options)
     make_folder(options.out)
 
-    model = models.load(files, options.device, models.DTYPES[options.device])
-    fingerprint = "" if store is None else models.fingerprint(model)
-    decoder = PolicyDecoder(model, max_tokens=options.length + 1, store=store, fingerprint=fingerprint)
-    if options.dense_layers >= decoder.num_layers:
-        raise InputError(f"--dense-layers must be below the model's {decoder.num_layers}, got {options.dense_layers}")
-    ids = torch.tensor([sample.ids])
-    dense = make_policies(("dense",), budgets, options.page_size, options.dense_layers)[0]
-    with console.status("reading the text"):
-        decoder.prefill(ids[:, : -sample.tail], policies=[dense, *policies])
-    tail = ids[:, -sample.tail :]
-    of_dense = decoder.score(dense, tail)
-    dense_perplexity = math.exp(-float(of_dense.mean()))
+    measurements = Measurements(files, sample, options.length, options.device, store, policies, console)
+    layers, dense_perplexity = measurements.decoder.num_layers, measurements.dense_perplexity
+    if options.dense_layers >= layers:
+        raise InputError(f"--dense-layers must be below the model's {layers}, got {options.dense_layers}")
     rows: list[dict[str, Any]] = []
     for policy in policies:
-        decoder.observer = recall = Recall()
         with console.status(f"decoding {sample.tail} tokens with a budget of {policy.budget}"):
-            lost = of_dense - decoder.score(policy, tail)
-        kept = recall.by_head()
-        ratio = math.exp(float(lost.mean()))
+            found = measurements.of(policy)
+        kept = found.mass
+        assert kept is not None
         rows.append(
             {
                 "budget": policy.budget,
                 "mass_by_layer": kept.mean(1).tolist(),
                 "mass_by_layer_and_head": kept.tolist(),
                 "weakest_layer": float(kept.mean(1)[policy.dense_layers :].min()),
-                "perplexity": dense_perplexity * ratio,
-                "perplexity_over_dense": ratio,
-                "perplexity_over_dense_error": ratio * float(lost.std()) / math.sqrt(lost.numel()),
+                "perplexity": dense_perplexity * found.ratio,
+                "perplexity_over_dense": found.ratio,
+                "perplexity_over_dense_error": found.error,
             }
         )
-    found = {criterion: _smallest(rows, criterion, TARGETS[criterion]) for criterion in TARGETS}
-    found[options.criterion] = _smallest(rows, options.criterion, target)
-    budget = found[options.criterion]
+    smallest = {criterion: _smallest(rows, criterion, TARGETS[criterion]) for criterion in TARGETS}
+    smallest[options.criterion] = _smallest(rows, options.criterion, target)
+    budget = smallest[options.criterion]
     advice: dict[str, Any] = {
         "model": options.model,
         "text": text.name,
@@ -126,8 +123,18 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         masses, "layer", "budget in tokens", [f"{budget}" for budget in budgets], title, options.out / "advice.png"
     )
     console.print(_table(advice))
-    console.print(_advice(advice, found), highlight=False)
+    console.print(_advice(advice, smallest), highlight=False)
     return advice
+
+
+def prepare(options: Options) -> tuple[models.ModelFiles, Text, Sample, PrefillStore | None]:
+    """The model's files, the text, its sample and the store of prefills, before any long work."""
+    files = models.find(options.model)
+    check_lengths((options.length,), files)
+    text = read_text(options.text, files.tokenizer)
+    setup = tasks.Setup(files.tokenizer, text, tries=1, seed=options.seed, scored=options.tokens)
+    sample = tasks.make("perplexity", setup).samples(options.length)[0]
+    return files, text, sample, make_store(options.prefills, options.device)
 
 
 def _smallest(rows: list[dict[str, Any]], criterion: str, target: float) -> int | None:

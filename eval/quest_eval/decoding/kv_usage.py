@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ..policies import KVShape, Policy
 
@@ -40,15 +41,22 @@ def kv_usage(policy: Policy, shape: KVShape, layers: Sequence[int], context: int
     """
     lengths = range(context + 1, max(length, context + 1) + 1)
     end = lengths[-1]
-    dense_share = sum(layer < policy.dense_layers for layer in layers) / len(layers)
+    ruled = Counter(policy.at(layer) for layer in layers if not policy.is_dense(layer))
+    dense_share = 1 - ruled.total() / len(layers)
 
-    def mean_over_layers(dense: float, ruled: float) -> float:
-        return dense_share * dense + (1 - dense_share) * ruled
+    def mean_over_ruled(count: Callable[[Policy], float]) -> float:
+        kinds = ruled or Counter([policy.at(layers[0])])  # a policy that rules no layer counts as if it ruled one
+        return fmean(value for kind, number in kinds.items() for value in [count(kind)] * number)
+
+    def mean_over_layers(dense: float, count: Callable[[Policy], float]) -> float:
+        return dense_share * dense + (1 - dense_share) * mean_over_ruled(count)
 
     dense_read = fmean(n * shape.token_bytes for n in lengths)
     return KVUsage(
-        tokens_attended=fmean(policy.tokens_attended(context, n) for n in lengths),
-        kv_bytes_read=mean_over_layers(dense_read, fmean(policy.bytes_read(shape, context, n) for n in lengths)),
-        kv_bytes_held=mean_over_layers(end * shape.token_bytes, policy.bytes_held(shape, context, end)),
+        tokens_attended=mean_over_ruled(lambda kind: fmean(kind.tokens_attended(context, n) for n in lengths)),
+        kv_bytes_read=mean_over_layers(
+            dense_read, lambda kind: fmean(kind.bytes_read(shape, context, n) for n in lengths)
+        ),
+        kv_bytes_held=mean_over_layers(end * shape.token_bytes, lambda kind: kind.bytes_held(shape, context, end)),
         kv_bytes_dense=dense_read,
     )

@@ -32,8 +32,8 @@ _STEPS_PER_LOOK = 16
 class PolicyDecoder:
     """A model and a batch of equally long contexts: prefilled once, then decoded behind under any policy.
 
-    Question and answer are decoded token by token under the policy, as in the Quest paper; the first
-    ``policy.dense_layers`` layers are dense. Each call starts anew behind the context. Keys and values are stored once,
+    Question and answer are decoded token by token under the policy, as in the Quest paper. The layers that
+    ``policy.is_dense`` names are dense. Each call starts anew behind the context. Keys and values are stored once,
     whatever the policy: a policy that evicts a token does not read it any more.
 
     While a decoder is in use the model cannot be used by itself. ``model.set_attn_implementation("sdpa")`` gives it
@@ -117,6 +117,7 @@ class PolicyDecoder:
                 f"max_tokens for what follows, and at least 1 of each, got {list(ids.shape)}"
             )
         for policy in policies:
+            policy.check_num_layers(self.num_layers)
             if policy.needs_rotation and self._rotate is None:
                 raise ValueError(
                     f"policy {policy.name} numbers rotary positions anew, and {type(self.model).__name__} has none"
@@ -307,7 +308,7 @@ class PolicyDecoder:
     def _reader(self, index: int, kv: LayerKV, policy: Policy) -> LayerReader:
         if kv.window is not None:
             return SlidingWindow(kv)
-        return DenseReader(kv, self.page_size) if index < policy.dense_layers else policy.start(kv)
+        return DenseReader(kv, self.page_size) if policy.is_dense(index) else policy.at(index).start(kv)
 
     def _finish(self, policy: Policy) -> None:
         kv = self._layers[0]

@@ -123,6 +123,17 @@ class Policy(ABC):
     def start(self, kv: LayerKV) -> LayerReader:
         """A reader that begins behind the context of ``kv``, and leaves the context as it is."""
 
+    def at(self, layer: int) -> Policy:  # noqa: ARG002
+        """The policy of one layer, where they differ."""
+        return self
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether a layer reads everything."""
+        return layer < self.dense_layers
+
+    def check_num_layers(self, num_layers: int) -> None:  # noqa: B027 - most policies go with any model
+        """Raises ValueError where the policy is for models of another number of layers."""
+
     @property
     def limit(self) -> int:
         """The budget, of a policy that has one."""

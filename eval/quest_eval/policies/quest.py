@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quest_ops import QuestConfig, topk_pages
+from quest_ops import QuestConfig, sparse_decode, topk_pages
 
 from .page_bounds import PageBounds, bytes_of_page
 from .pages import PagePolicy, PageReader
@@ -29,6 +29,9 @@ class QuestReader(PageReader):
 
     def attend(self, q: Tensor) -> Tensor:
         self._bounds.append()
+        if self.policy.reads_all(self.kv.length.tokens):
+            self.pages = None
+            return sparse_decode(q, *self.view, self.kv.length.seq_lens, None, self.kv.scale)[0]
         return super().attend(q)
 
     def scores(self, q: Tensor) -> Tensor:
@@ -53,7 +56,7 @@ class Quest(PagePolicy):
     Args:
         shared: one list for all heads: of the scores of the groups' mean queries, summed over the KV heads. SGLang's
             QuestAlgorithm does the same.
-        bounds, std_factor: as in :class:`quest_ops.QuestConfig`; by default the paper's.
+        bounds, std_factor, dense_below: as in :class:`quest_ops.QuestConfig`; by default the paper's.
 
     Raises:
         ValueError: a budget, page size or selection that :class:`quest_ops.QuestConfig` refuses.
@@ -62,6 +65,7 @@ class Quest(PagePolicy):
     shared: bool = False
     bounds: BoundsKind = "cache"
     std_factor: float | None = None
+    dense_below: int = 0
 
     def __post_init__(self) -> None:
         forced = self.sink_pages, self.recent_pages
@@ -76,6 +80,16 @@ class Quest(PagePolicy):
         bounds += "" if self.page_size == 16 else f", pages of {self.page_size}"
         dense = "" if self.dense_layers else ", no dense layers"
         return f"Quest, {who}{bounds}{self.forced_label()}{dense}"
+
+    def reads_all(self, length: int) -> bool:
+        """Whether a sequence of ``length`` tokens is short enough to be read whole."""
+        return length <= self.dense_below
+
+    def tokens_attended(self, context: int, length: int) -> int:
+        return length if self.reads_all(length) else super().tokens_attended(context, length)
+
+    def bytes_read(self, shape: KVShape, context: int, length: int) -> int:
+        return length * shape.token_bytes if self.reads_all(length) else super().bytes_read(shape, context, length)
 
     def start(self, kv: LayerKV) -> QuestReader:
         return QuestReader(kv, self)

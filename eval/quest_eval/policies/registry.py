@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .. import library
 from . import summaries
 from .base import Policy
+from .configured import Configured
 from .dense import Dense
 from .h2o import H2O
 from .oracle import PageOracle, TokenOracle
@@ -63,6 +64,7 @@ _BUILT_IN = {
         "Quest as QuestConfig has it: mean and standard deviation in 4 bits, the first page forced",
         {"bounds": "int4", "std_factor": 1.0, "sink_pages": 1},
     ),
+    "quest-config": _BuiltIn(Configured, "Quest as a saved QuestConfig has it"),
     "quest-nodense": _BuiltIn(Quest, "quest, in the first layers as well", {"dense_layers": 0}),
     "summary": _BuiltIn(
         PageSummaryPolicy, "pages by mean and standard deviation of 8 bits, the first page forced; emulated"
@@ -81,8 +83,8 @@ _BUILT_IN = {
     "page-oracle": _BuiltIn(PageOracle, "the pages with the best exact scores, for each query head"),
     "token-oracle": _BuiltIn(TokenOracle, "the tokens with the best exact scores, for each query head"),
 }
-#: Built-in names with their descriptions.
-NAMES: dict[str, str] = {name: built_in.description for name, built_in in _BUILT_IN.items()}
+#: Built-in names with their descriptions. "quest-config" is no name by itself, since it needs a file.
+NAMES: dict[str, str] = {name: x.description for name, x in _BUILT_IN.items() if x.kind is not Configured}
 
 
 def make(name: str, budget: int | None, *, page_size: int = 16, dense_layers: int = 2) -> Policy:

@@ -405,6 +405,8 @@ def why_dense(
     budget, longest = settings.budgets[index], vllm_config.model_config.max_model_len
     if budget >= longest:
         return f"the budget of {budget} tokens holds the engine's {longest}"
+    if settings.config.dense_below >= longest:
+        return f"the engine's {longest} tokens are within dense_below, {settings.config.dense_below}"
     return None
 
 

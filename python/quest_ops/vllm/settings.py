@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from .. import config_file
 from ..config import QuestConfig
 from ..ops import PAGE_SIZES
 
@@ -15,8 +16,9 @@ from ..ops import PAGE_SIZES
 VARIABLE = "QUEST_OPS_VLLM"
 # A selector is a function, which no setting can carry to another process.
 _CONFIG_KEYS = tuple(f.name for f in fields(QuestConfig) if f.name != "selector")
-#: All keys. "report" is the seconds between two reports in the log, or 0 to count without logging.
-KEYS = (*_CONFIG_KEYS, "report")
+#: All keys. "report" is the seconds between two reports in the log, or 0 to count without logging. "config" is the file
+#: of a QuestConfig, whose fields are taken where no key is given.
+KEYS = (*_CONFIG_KEYS, "report", "config")
 
 
 class RefusedError(RuntimeError):
@@ -53,6 +55,11 @@ class Settings:
         if unknown:
             raise RefusedError(f"quest_ops has no setting {unknown[0]!r}: it takes {', '.join(KEYS)}")
         keys = dict(keys)
+        path = keys.pop("config", None)
+        try:
+            keys = keys if path is None else config_file.read(path, num_layers=num_layers) | keys
+        except (OSError, TypeError, ValueError) as error:
+            raise RefusedError(f"quest_ops: {error}") from None
         report = keys.pop("report", None)
         if report is not None and not (_is_number(report) and report >= 0):
             raise RefusedError(f"quest_ops: report must be seconds, at least 0, got {report!r}")
