@@ -60,8 +60,12 @@ __device__ __forceinline__ void append_to_page(
   }
 }
 
-template <class T, bool kMeanStd>
-__global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendParams p) {
+// kPlain: neither new_lens nor end_lens is given, and bounds do not have 4 bits. A kernel that never asks is 0.08 us
+// faster.
+template <class T, bool kMeanStd, bool kPlain>
+__global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendParams params) {
+  AppendParams p = params;
+  if constexpr (kPlain) p.paging.new_lens = nullptr, p.end_lens = nullptr, p.k_bounds.packed = false;
   __shared__ SummaryShared<T, kMeanStd> shared;
   start_next_kernel();  // its blocks take their places now and wait for the writes below
   const int touched = blockIdx.x % p.max_touched;

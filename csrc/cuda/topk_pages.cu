@@ -50,7 +50,10 @@ Tensor topk_pages(
   const size_t shared = padded(std::min(vecs, kTopkKeys / kVecKeys)) * sizeof(uint4) + heads;
   const unsigned blocks = grid_size(rows * params.splits, "topk_pages");
   const bool few = blocks <= unsigned(device_attribute(cudaDevAttrMultiProcessorCount, scores.get_device_index()));
-  launch_in_order(few ? topk_pages_kernel<1> : topk_pages_kernel<2>, blocks, kTopkThreads, shared, stream, params);
+  const bool ragged = p.paging.new_lens || p.budgets;
+  auto* const kernel = few ? (ragged ? topk_pages_kernel<1, true> : topk_pages_kernel<1, false>)
+                           : (ragged ? topk_pages_kernel<2, true> : topk_pages_kernel<2, false>);
+  launch_in_order(kernel, blocks, kTopkThreads, shared, stream, params);
   if (params.splits > 1)
     launch_in_order(topk_best_kernel, grid_size(rows, "topk_pages"), kTopkThreads, shared, stream, params);
   return pages;

@@ -162,9 +162,11 @@ __device__ __forceinline__ void select_pages(
 }
 
 // A block owns a split. kResident blocks share a multiprocessor: where there are few, one block gets more registers.
-template <int kResident>
+// kRagged: new_lens or budgets are given. A kernel that never looks for them is 0.08 us faster.
+template <int kResident, bool kRagged>
 __global__ void __launch_bounds__(kTopkThreads, kResident) topk_pages_kernel(const TopkKernelParams params) {
-  const TopkParams& p = params.op;
+  TopkParams p = params.op;
+  if constexpr (!kRagged) p.paging.new_lens = nullptr, p.budgets = nullptr;
   const int index = blockIdx.x / params.splits, split = blockIdx.x % params.splits;
   TopkRow row(p, index);
   wait_for_previous_kernel();
