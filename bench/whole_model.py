@@ -102,7 +102,7 @@ def multiply(x: Tensor, matrix: Matrix) -> Tensor:
     if isinstance(matrix, Tensor):
         return linear(x, matrix)
     product = torch.ops.aten._weight_int4pack_mm if x.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
-    return product(x, matrix.packed, GROUP, matrix.scales_and_zeros)
+    return product(x.contiguous(), matrix.packed, GROUP, matrix.scales_and_zeros)
 
 
 class LayerWeights(NamedTuple):
