@@ -29,6 +29,17 @@ def arguments(name: str, dtype: torch.dtype, layout: str, full: bool, device: st
     if name == "estimate":
         return (x.q, x.k_bounds, *paging, 16), {"new_lens": few, **scales} if full else {}
     rows = x.q.shape[:-1]
+    codes = (
+        place(torch.zeros(len(x.k_cache), 2, 16, 16, dtype=torch.uint8), layout, device),
+        place(torch.ones(len(x.k_cache), 2, 16), layout, device),
+    )
+    lists = torch.tensor([0, 1, -1], dtype=torch.int32, device=device).expand(*rows, 3).contiguous()
+    if name == "append_codes":
+        k = place(torch.randn(2, 3, 2, 64).to(dtype), layout, device)
+        return (k, *codes, x.page_table, x.seq_lens - 3), {"new_lens": few} if full else {}
+    if name == "rerank_pages":
+        options = {"token_reduce": 1, "scale": 0.3, "new_lens": few} if full else {}
+        return (x.q, *codes, *paging, lists), options
     if name == "decode_step":
         T = 2 if full else 1
         k, v = (place(torch.randn(2, T, 2, 64).to(dtype), layout, device) for _ in "kv")
@@ -43,8 +54,7 @@ def arguments(name: str, dtype: torch.dtype, layout: str, full: bool, device: st
         if full:
             options |= {"new_lens": few, "budgets": few}
         return (scores, x.seq_lens, 16, 2, 2), options
-    pages = torch.tensor([0, 1, -1], dtype=torch.int32, device=device).expand(*rows, 3).contiguous()
-    return (x.q, x.k_cache, x.v_cache, *paging), {"pages": pages, "scale": 0.3, "new_lens": few} if full else {}
+    return (x.q, x.k_cache, x.v_cache, *paging), {"pages": lists, "scale": 0.3, "new_lens": few} if full else {}
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["short", "full"])

@@ -1,5 +1,6 @@
 """append_codes and rerank_pages: keys in two bits a dimension, and scores of listed pages from them."""
 
+import contextlib
 import math
 import re
 from typing import Any
@@ -234,7 +235,7 @@ BAD = {
         {"code_scales": lambda t: t[:, :, :-1]},
         "code_scales must have shape [N, Hkv, S] with 16 in dimension 2 (the tokens of k_codes), got [9, 2, 15]",
     ),
-    "no list": ({"pages": lambda t: None}, "pages must be a tensor, got None"),
+    "no list": ({"pages": lambda _: None}, "pages must be a tensor, got None"),
     "heads of the lists": (
         {"pages": lambda t: t[:, :1]},
         "pages must have shape [B, Hs, K] like q's [B, Hq, D] with Hs 2 (a list a KV head) or 4 (a list a query head), "
@@ -248,18 +249,20 @@ BAD = {
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(device: str, name: str, fake: bool) -> None:
+    if fake and name == "no list":
+        pytest.skip("PyTorch itself refuses None where tensors are fake")
     case = CodedCase(Shape(lengths=(37, 20)))
     names = ("q", "k_codes", "code_scales", "page_table", "seq_lens", "pages")
     good: dict[str, Any] = dict(zip(names, case.arguments(device, case.random_pages(3)), strict=True))
     good |= {"token_reduce": 0, "scale": 1.0}
     changes, message = BAD[name]
     bad = {key: change(good[key]) for key, change in changes.items()}
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        if fake and name != "no list":
-            with FakeTensorMode() as mode:
-                moved = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in {**good, **bad}.items()}
-                torch.ops.quest.rerank_pages(**moved)
-        torch.ops.quest.rerank_pages(**{**good, **bad})
+    call = {**good, **bad}
+    mode = FakeTensorMode() if fake else contextlib.nullcontext()
+    if isinstance(mode, FakeTensorMode):
+        call = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in call.items()}
+    with mode, pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.ops.quest.rerank_pages(**call)
 
 
 def test_a_page_that_does_not_exist(device: str, monkeypatch: Any) -> None:

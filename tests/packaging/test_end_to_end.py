@@ -49,7 +49,7 @@ def test_rows_have_their_figures(measured):
     assert found["machine"]["torch"] == torch.__version__
     for row in found["rows"]:
         assert set(row["dense"]) == {"SDPA", "own dense mode"}
-        assert set(row["quest"]) == {"paper, 2048", "default, 512", "default, full"}
+        assert set(row["quest"]) == {"paper, 2048", "default, 512", "default, full", "no dense layers, 512"}
         for entry in (*row["dense"].values(), *row["quest"].values()):
             ms = entry["milliseconds"]
             assert 0 < ms["low"] <= ms["median"] <= ms["high"]
@@ -222,7 +222,7 @@ def entry(ms, **more):
 
 def row(name, context, dense, quest):
     model, weights, _, batch = name.split(", ")
-    choices = {"paper, 2048": quest, "default, 2048": quest, "default, 1024": quest - 1}
+    choices = {"paper, 2048": quest, "default, 2048": quest, "no dense layers, 1024": quest - 1}
     return {
         "name": name,
         "shape": {"name": model},
@@ -260,7 +260,7 @@ def test_tables_of_whole_models(bench, monkeypatch, tmp_path):
         ["Llama-2-7B, int4, 32K, B 1", "8.40", "4.00 (2.10x)", "4.00 (2.10x)", "3.00 (2.80x)"],
         ["Llama-3.1-8B, bf16, 32K, B 1", "9.00", "8.00 (1.12x)", "8.00 (1.12x)", "7.00 (1.29x)"],
     ]
-    assert len(made["end-to-end-grid"]) == 5 and len(made["end-to-end-stages"]) == 7
+    assert len(made["end-to-end-grid"]) == 5 and len(made["end-to-end-stages"]) == 9
     assert made["break-even"][1:] == [
         ["Llama-2-7B, int4, B 1", "32K", "5.0%", "1K"],
         ["Llama-3.1-8B, bf16, B 1", "32K", "-", "-"],

@@ -202,6 +202,8 @@ def errors(library):
         "update_bounds": (cache, bounds, 0 * lens[None], lens),
         "estimate": (x, bounds, 0 * lens[None], lens, 16),
         "topk_pages": (x[..., :1], lens, 16, 1, 1),
+        "append_codes": (new, cache[..., :16].byte(), cache[..., 0], 0 * lens[None], 0 * lens),
+        "rerank_pages": (x, cache[..., :16].byte(), cache[..., 0], 0 * lens[None], lens, 0 * lens[None, None]),
         "sparse_decode": (x, cache, cache, 0 * lens[None], lens),
         "decode_step": (x, new, new, cache, cache, bounds, 0 * lens[None], 0 * lens, lens, 1),
     }
