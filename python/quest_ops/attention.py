@@ -6,16 +6,16 @@ reads only the pages whose keys may score highest.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import SymFloat, Tensor
 
 from ._autograd import refuse_backward
-from .bounds import BoundsKind
+from .bounds import BoundsKind, check_std_factor
 from .dense import Features, attend, attend_by_position, past_of_pages
 from .kv_state import StepCache
 from .ops import (
@@ -23,6 +23,7 @@ from .ops import (
     PAGE_SIZES,
     GroupReduce,
     check_choice,
+    check_whole,
     estimate,
     sparse_decode,
     topk_pages,
@@ -103,6 +104,8 @@ class QuestConfig:
 
     def __post_init__(self) -> None:
         check_choice("page_size", self.page_size, PAGE_SIZES)
+        for name in ("budget", "sink_pages", "recent_pages", "dense_layers"):
+            check_whole(name, getattr(self, name))
         if self.budget < self.page_size:
             raise ValueError(f"budget must be at least a page, {self.page_size} tokens, got {self.budget}")
         for name in ("sink_pages", "recent_pages", "dense_layers"):
@@ -116,8 +119,7 @@ class QuestConfig:
         for name, words in (("group_reduce", GroupReduce), ("bounds", BoundsKind)):
             if getattr(self, name) not in get_args(words):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}")
-        if self.std_factor is not None and not 0 <= self.std_factor < math.inf:
-            raise ValueError(f"std_factor must be a finite number of at least 0, or None, got {self.std_factor}")
+        check_std_factor(self.std_factor)
         if self.selector is not None and not callable(self.selector):
             raise ValueError(f"selector must be a function or None, got {self.selector!r}")
 
@@ -317,7 +319,7 @@ def quest_attention(
         RuntimeError: ``cache.advance`` was not called for this step, or the layer was left out of an earlier one; or as
             the operators. Backward raises it too, but for the prefill of an empty cache.
     """
-    _check(q, k, v, cache, config)
+    _check(q, k, v, cache, config, scale)
     if q.dim() == 3:
         return quest_attention(q[:, None], k[:, None], v[:, None], cache, layer, config, scale)[:, 0]
     path = attention_path(cache, layer, config, q.shape[1])
@@ -337,12 +339,17 @@ def quest_attention(
     return refuse_backward(_NAME, out, q, k, v)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, config: QuestConfig) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, config: QuestConfig, scale: float | None) -> None:
     for name in ("page_size", "bounds", "std_factor"):
         if getattr(config, name) != getattr(cache, name):
             raise ValueError(f"config.{name} must be the cache's, {getattr(cache, name)}, got {getattr(config, name)}")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {tensor!r}")
     if q.dim() not in (3, 4):
         raise ValueError(f"q must have shape [B, Hq, D] or [B, T, Hq, D], got {list(q.shape)}")
+    if scale is not None and not (isinstance(scale, (Real, SymFloat)) and abs(scale) <= torch.finfo(torch.float32).max):
+        raise ValueError(f"scale must be a finite number, or None, got {scale!r}")
     B, Hkv, D = cache.page_table.shape[0], cache.num_kv_heads, cache.head_dim
     T = list(q.shape[1:-2])
     if q.shape[0] != B or q.shape[-1] != D or q.shape[-2] == 0 or q.shape[-2] % Hkv != 0:

@@ -17,9 +17,10 @@ number never leads outside the tensors, and a page that does not exist scores Na
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from . import _autograd, _fake, _layouts  # noqa: F401 - they register their kernels
 from ._library import ops as _ops
@@ -34,6 +35,7 @@ __all__ = [
     "GroupReduce",
     "append_kv",
     "check_choice",
+    "check_whole",
     "decode_step",
     "estimate",
     "sparse_decode",
@@ -46,10 +48,27 @@ GroupReduce = Literal["none", "max", "sum", "soft"]
 GROUP_REDUCE: dict[str, int] = {"none": 0, "max": 1, "sum": 2, "soft": 3}
 
 
+_NUMBERS = {bool, int, float, type(None)}
+
+
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raises ValueError unless ``value`` is one of the values ``allowed`` for the argument ``name``."""
-    if value not in allowed:
+    if isinstance(value, (Tensor, float)) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raises ValueError unless ``value`` of the argument ``name`` is a whole number."""
+    if not isinstance(value, (Integral, SymInt)):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+
+
+def _check_numbers(names: str, *numbers: object) -> None:
+    # PyTorch would convert a tensor of one element, which waits for its device and cannot be compiled.
+    if not {*map(type, numbers)} <= _NUMBERS:  # isinstance is slower
+        for name, number in zip(names.split(), numbers, strict=True):
+            if isinstance(number, Tensor):
+                raise RuntimeError(f"{name} must be a number, got a tensor of shape {list(number.shape)}")
 
 
 def append_kv(
@@ -89,6 +108,7 @@ def append_kv(
     Raises:
         RuntimeError: an argument that is not supported, as the module says.
     """
+    _check_numbers("std_factor", std_factor)
     _ops.append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, std_factor)
 
 
@@ -116,6 +136,7 @@ def update_bounds(
     Raises:
         RuntimeError: an argument that is not supported, as the module says.
     """
+    _check_numbers("std_factor", std_factor)
     _ops.update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales, std_factor)
 
 
@@ -149,6 +170,7 @@ def estimate(
     Raises:
         RuntimeError: an argument that is not supported, as the module says.
     """
+    _check_numbers("page_size", page_size)
     scores: Tensor = _ops.estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales, new_lens)
     return scores
 
@@ -194,6 +216,8 @@ def topk_pages(
     """
     how = _group_reduce(group_reduce)
     forced = (sink_pages, recent_pages)
+    names = "page_size k num_kv_heads sink_pages recent_pages scale"
+    _check_numbers(names, page_size, k, num_kv_heads, sink_pages, recent_pages, scale)
     pages: Tensor = _ops.topk_pages(
         scores, seq_lens, page_size, k, num_kv_heads, how, *forced, scale, new_lens, budgets
     )
@@ -232,6 +256,7 @@ def sparse_decode(
     Raises:
         RuntimeError: an argument that is not supported, as the module says.
     """
+    _check_numbers("scale", scale)
     out, lse = _ops.sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale, new_lens)
     return out, lse
 
@@ -288,6 +313,8 @@ def decode_step(
         ValueError: an unknown ``group_reduce``.
         RuntimeError: an argument that is not supported, as the module says.
     """
+    names = "num_pages sink_pages recent_pages scale std_factor"
+    _check_numbers(names, num_pages, sink_pages, recent_pages, scale, std_factor)
     out, lse, pages = _ops.decode_step(
         q,
         k,
@@ -312,6 +339,6 @@ def decode_step(
 
 
 def _group_reduce(name: str) -> int:
-    if name not in GROUP_REDUCE:
+    if not isinstance(name, str) or name not in GROUP_REDUCE:
         raise ValueError(f"group_reduce must be one of {', '.join(GROUP_REDUCE)}, got {name!r}")
     return GROUP_REDUCE[name]
