@@ -1008,19 +1008,24 @@ def full(key: str, value: float) -> Change:
     return of(key, lambda x: torch.full_like(x, value))
 
 
+def whole_table(good: Arguments) -> Tensor:
+    """All pages of both sequences; the right table has those in use."""
+    return torch.arange(8, dtype=torch.int32, device=good["seq_lens"].device).view(2, 4)
+
+
 #: Calls at the limits, which are accepted.
 ACCEPTED: list[BadInput] = [
     *(bad(name, "") for name in OPERATORS),
     *(bad_int8(name, "") for name in SCALED),
     *(bad(name, "", seq_lens=full("seq_lens", 0)) for name in OPERATORS if name != "decode_step"),
     *(
-        bad(name, "", seq_lens=full("seq_lens", 64))
-        for name in ("update_bounds", "estimate", "topk_pages", "sparse_decode")
+        bad(name, "", seq_lens=full("seq_lens", 64), page_table=whole_table)
+        for name in ("update_bounds", "estimate", "sparse_decode")
     ),
     *(bad(name, "", page_table=full("page_table", page)) for name in ("estimate", "sparse_decode") for page in (0, 8)),
     *(bad("append_kv", "", std_factor=factor) for factor in (0.0, 3.4e38)),
     bad("append_kv", "", seq_lens=full("seq_lens", 64), new_lens=full("new_lens", 0)),
-    bad("append_kv", "", seq_lens=full("seq_lens", 61), new_lens=full("new_lens", 3)),
+    bad("append_kv", "", seq_lens=full("seq_lens", 61), new_lens=full("new_lens", 3), page_table=whole_table),
     bad(
         "append_kv",
         "",
@@ -1045,6 +1050,7 @@ ACCEPTED: list[BadInput] = [
     bad("estimate", "", q=zeros(2, 8, 4, 64), new_lens=full("seq_lens", 8)),
     bad("estimate", "", q=zeros(2, 8, 4, 64), new_lens=full("seq_lens", 0)),
     bad("estimate", "", q=zeros(2, 2, 64)),
+    bad("topk_pages", "", seq_lens=full("seq_lens", 64)),
     bad("topk_pages", "", k=1),
     bad("topk_pages", "", k=1, recent_pages=0),
     bad("topk_pages", "", k=3, sink_pages=2),
@@ -1056,6 +1062,6 @@ ACCEPTED: list[BadInput] = [
     bad("sparse_decode", "", pages=lens(2, 4, 3)),
     bad("sparse_decode", "", pages=lens(2, 2, 0)),
     bad("decode_step", "", seq_lens=full("seq_lens", 0), start_lens=full("seq_lens", 0)),
-    bad("decode_step", "", seq_lens=full("seq_lens", 64), start_lens=full("seq_lens", 63)),
+    bad("decode_step", "", seq_lens=full("seq_lens", 64), start_lens=full("seq_lens", 63), page_table=whole_table),
     bad("decode_step", "", num_pages=2, sink_pages=2, recent_pages=0),
 ]

@@ -142,7 +142,10 @@ def build(folder: Path) -> list[Mutant]:
     """Build the CPU library with all mutants in ``folder``."""
     for name in ("CMakeLists.txt", "pyproject.toml", "cmake", "csrc"):
         source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+        if source.is_dir():
+            shutil.copytree(source, folder / name, dirs_exist_ok=True)
+        else:
+            shutil.copy(source, folder)
     mutants = instrument(folder / "csrc")
     options = [
         "-D",
