@@ -1013,6 +1013,14 @@ def whole_table(good: Arguments) -> Tensor:
     return torch.arange(8, dtype=torch.int32, device=good["seq_lens"].device).view(2, 4)
 
 
+def of_three_of(*size: int) -> Change:
+    """Zeros with two numbers between those of the last dimension."""
+    return lambda good: zeros(*size, 3)(good)[..., 0]
+
+
+#: The largest float32.
+MOST = torch.finfo(torch.float32).max
+
 #: Calls at the limits, which are accepted.
 ACCEPTED: list[BadInput] = [
     *(bad(name, "") for name in OPERATORS),
@@ -1023,7 +1031,7 @@ ACCEPTED: list[BadInput] = [
         for name in ("update_bounds", "estimate", "sparse_decode")
     ),
     *(bad(name, "", page_table=full("page_table", page)) for name in ("estimate", "sparse_decode") for page in (0, 8)),
-    *(bad("append_kv", "", std_factor=factor) for factor in (0.0, 3.4e38)),
+    *(bad("append_kv", "", std_factor=factor) for factor in (0.0, MOST)),
     bad("append_kv", "", seq_lens=full("seq_lens", 64), new_lens=full("new_lens", 0)),
     bad("append_kv", "", seq_lens=full("seq_lens", 61), new_lens=full("new_lens", 3), page_table=whole_table),
     bad(
@@ -1046,18 +1054,32 @@ ACCEPTED: list[BadInput] = [
         )
         for S in (4, 128)
     ),
+    # The stride of a dimension of one element means nothing.
+    bad(
+        "append_kv",
+        "",
+        k=zeros(2, 3, 1, 64),
+        v=zeros(2, 3, 1, 64),
+        k_cache=lambda good: zeros(9, 1, 16, 64)(good).as_strided((9, 1, 16, 64), (1024, 0, 64, 1)),
+        v_cache=zeros(9, 1, 16, 64),
+        k_bounds=zeros(9, 1, 2, 64),
+    ),
+    *(bad("topk_pages", "", group_reduce=name) for name in ops.GROUP_REDUCE),
+    bad("update_bounds", "", first_token=full("first_token", 0)),
     bad("update_bounds", "", first_token=full("first_token", 2**31 - 1)),
     bad("estimate", "", q=zeros(2, 8, 4, 64), new_lens=full("seq_lens", 8)),
     bad("estimate", "", q=zeros(2, 8, 4, 64), new_lens=full("seq_lens", 0)),
     bad("estimate", "", q=zeros(2, 2, 64)),
     bad("topk_pages", "", seq_lens=full("seq_lens", 64)),
+    bad("topk_pages", "", scores=of_three_of(2, 4, 1), seq_lens=full("seq_lens", 16)),
+    bad("topk_pages", "", scale=MOST),
     bad("topk_pages", "", k=1),
     bad("topk_pages", "", k=1, recent_pages=0),
     bad("topk_pages", "", k=3, sink_pages=2),
     bad("topk_pages", "", k=3, sink_pages=3, recent_pages=0),
     bad("topk_pages", "", num_kv_heads=4),
     *(bad("topk_pages", "", budgets=full("seq_lens", pages)) for pages in (-1, 0, 1, 2**31 - 1)),
-    *(bad("sparse_decode", "", scale=scale) for scale in (-1.0, 0.0, 3.4e38, -3.4e38)),
+    *(bad("sparse_decode", "", scale=scale) for scale in (-1.0, 0.0, MOST, -MOST)),
     *(bad("sparse_decode", "", pages=full("pages", page)) for page in (-1, 0, 3)),
     bad("sparse_decode", "", pages=lens(2, 4, 3)),
     bad("sparse_decode", "", pages=lens(2, 2, 0)),

@@ -163,7 +163,7 @@ def test_most_pages_of_a_sequence(device: str, name: str, page_size: int) -> Non
     result = OPERATORS[name](**{**good, key: columns(good[key], most)})
     if name == "estimate":
         assert result.shape == (0, 4, most)
-    for pages in (most + 1, 2**60 // page_size, 2**64 // page_size):
+    for pages in (most + 1, 2**60 // page_size, (2**63 - 1) // page_size, 2**64 // page_size):
         message = f"{key}'{'s' * (key == 'page_table')} tokens a sequence (P * page_size) must fit in 32 bits"
         got = f"got {min(pages * page_size, 2**63 - 1)}"
         with pytest.raises(RuntimeError, match=re.escape(message) + ".*" + got):

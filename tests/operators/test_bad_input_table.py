@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 EACH = pytest.mark.parametrize("case", BAD_INPUTS, ids=[f"{i}-{case}" for i, case in enumerate(BAD_INPUTS)])
-# A family makes the same mistake in many arguments, and compiling takes a while, so every third of its rows is compiled.
+# A family makes the same mistake in many arguments, and compiling is slow, so every third of its rows is compiled.
 COMPILED = [case for case in (*TABLE, *FAMILIES[::3]) if not case.by_values]
 WITHOUT_VALUES = [case for case in BAD_INPUTS if not case.by_values]
 # Tensors that torch makes no fake tensor of, and those that it makes on the CPU only.
@@ -48,7 +48,8 @@ def compiled_error(operator: str, call: Arguments) -> str:
     with unlimited, pytest.raises((RuntimeError, ValueError)) as error:
         torch.compile(OPERATORS[operator], backend="eager", dynamic=False)(**call)
     quoted = re.search(r"got RuntimeError\((.*)\)$", str(error.value), re.MULTILINE)
-    return first_line(ast.literal_eval(quoted[1]) if quoted else str(error.value))
+    line = first_line(ast.literal_eval(quoted[1]) if quoted else str(error.value))
+    return line.replace("immutable_list", "list")
 
 
 def expected(case: BadInput, device: str) -> str:
