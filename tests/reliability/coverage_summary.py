@@ -1,6 +1,6 @@
-"""Writes and prints the share of lines and branches that tests ran, from the reports of coverage.py and gcovr.
+"""Writes and prints the share of lines and branches that tests ran, from a report of coverage.py.
 
-`make coverage` and `make coverage-cpp` call it.
+`make coverage` calls it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,6 @@ def of_python(report: dict[str, Any]) -> dict[str, Counts]:
     }
 
 
-def of_cpp(report: dict[str, Any]) -> dict[str, Counts]:
-    """Counts of each file in a report of `gcovr --json-summary`."""
-    names = {"lines": "line_total", "lines_run": "line_covered", "branches": "branch_total"}
-    names |= {"branches_run": "branch_covered"}
-    return {entry["filename"]: {key: entry[name] for key, name in names.items()} for entry in report["files"]}
-
-
 def percent(counts: Counts, kind: str) -> float:
     return round(100 * counts[f"{kind}_run"] / counts[kind], 1) if counts[kind] else 100.0
 
@@ -41,7 +34,7 @@ def main() -> None:
     parser.add_argument("--command", required=True, help="that made the report")
     options = parser.parse_args()
     report = json.loads(options.report.read_text())
-    files = of_cpp(report) if "gcovr/summary_format_version" in report else of_python(report)
+    files = of_python(report)
     keys = ("lines", "lines_run", "branches", "branches_run")
     files["total"] = {key: sum(counts[key] for counts in files.values()) for key in keys}
     for name, counts in files.items():
