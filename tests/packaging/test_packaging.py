@@ -218,9 +218,7 @@ def test_sdist_in_a_new_environment(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     check_that_it_runs(packages, tmp_path)
-    for library in (packages / "quest_ops").glob("*.so"):
-        check_abi(library)
-        check_dependencies(library)
+    check_abi(packages / "quest_ops" / "_C.so")
 
 
 def test_libraries_have_the_schemas_of_this_source() -> None:
