@@ -146,8 +146,7 @@ inline int32_t check_groups(int64_t Hq, int64_t Hkv, const char* heads, const ch
 
 // A scale beyond float32 would be infinite in the kernels.
 inline float check_scale(double scale) {
-  STD_TORCH_CHECK(
-      std::abs(scale) <= std::numeric_limits<float>::max(), "scale must be a finite number, got ", scale);
+  STD_TORCH_CHECK(std::abs(scale) <= std::numeric_limits<float>::max(), "scale must be a finite number, got ", scale);
   return static_cast<float>(scale);
 }
 

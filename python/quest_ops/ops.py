@@ -21,6 +21,7 @@ from numbers import Integral
 from typing import Literal
 
 from torch import SymInt, Tensor
+from torch.compiler import is_compiling
 
 from . import _autograd, _fake, _layouts  # noqa: F401 - they register their kernels
 from ._library import ops as _ops
@@ -65,7 +66,7 @@ def check_whole(name: str, value: object) -> None:
 
 def _check_numbers(names: str, *numbers: object) -> None:
     # PyTorch would convert a tensor of one element, which waits for its device and cannot be compiled.
-    if not {*map(type, numbers)} <= _NUMBERS:  # isinstance is slower
+    if is_compiling() or not {*map(type, numbers)} <= _NUMBERS:  # the types are quicker, and isinstance is traceable
         for name, number in zip(names.split(), numbers, strict=True):
             if isinstance(number, Tensor):
                 raise RuntimeError(f"{name} must be a number, got a tensor of shape {list(number.shape)}")

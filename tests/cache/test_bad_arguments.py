@@ -14,6 +14,12 @@ from torch import Tensor
 PAGE_SIZES = "must be one of 4, 8, 16, 32, 64, 128, got"
 FACTOR = "std_factor must be a finite number of at least 0, or None, got"
 
+
+def ids(rows: list[Any]) -> list[str]:
+    """Names of cases by their messages, without the signs that have a meaning to pytest."""
+    return [f"{i}-{re.sub(r'[^a-z0-9]+', '_', row[-1])[:40]}" for i, row in enumerate(rows)]
+
+
 CONFIG: list[tuple[dict[str, Any], str]] = [
     *(({"budget": x}, f"budget must be a whole number, got {x!r}") for x in (2048.0, 100.5, math.nan, "2048", None)),
     ({"budget": torch.tensor(2048)}, "budget must be a whole number, got tensor(2048)"),
@@ -41,7 +47,7 @@ CONFIG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), CONFIG, ids=str)
+@pytest.mark.parametrize(("arguments", "message"), CONFIG, ids=ids(CONFIG))
 def test_config(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         QuestConfig(**arguments)
@@ -70,7 +76,7 @@ CACHE: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), CACHE, ids=str)
+@pytest.mark.parametrize(("arguments", "message"), CACHE, ids=ids(CACHE))
 def test_new_cache(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         PagedKVCache(**(RIGHT | arguments))
@@ -108,7 +114,7 @@ METHODS: list[tuple[str, tuple[Any, ...], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "arguments", "message"), METHODS, ids=str)
+@pytest.mark.parametrize(("method", "arguments", "message"), METHODS, ids=ids(METHODS))
 def test_methods(device: str, method: str, arguments: tuple[Any, ...], message: str) -> None:
     cache = PagedKVCache(**RIGHT, device=device)
     cache.advance(5)
@@ -150,7 +156,7 @@ ATTENTION: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-@pytest.mark.parametrize(("key", "value", "message"), ATTENTION, ids=str)
+@pytest.mark.parametrize(("key", "value", "message"), ATTENTION, ids=ids(ATTENTION))
 def test_attention(device: str, key: str, value: Any, message: str, sparse: bool) -> None:
     cache = PagedKVCache(**RIGHT, device=device, dtype=torch.float32)
     for pool in cache.pools:

@@ -6,6 +6,7 @@ A sentence names the argument, the requirement and the value found. ``{device}``
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ class BadInput:
     by_values: bool = False
 
     def __str__(self) -> str:
-        return f"{self.operator}-{self.message[:60]}"
+        return f"{self.operator}-{re.sub(r'[^a-z0-9]+', '_', self.message)[:50]}"
 
     def arguments(self, device: str) -> tuple[Arguments, Arguments]:
         """The right arguments, and those of this call."""
