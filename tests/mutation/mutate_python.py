@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 #: The quick tests of each file. Tests of torch.compile would trace mutmut's own code.
 TESTS = {
     "page_allocator": ("test_cache.py", "test_cache_sharing.py"),
-    "cache": ("test_cache.py", "test_cache_sharing.py", "test_bad_arguments.py"),
-    "attention": ("test_attention.py", "test_selector.py", "test_bad_arguments.py"),
+    "cache": ("test_cache.py", "test_cache_sharing.py", "test_cache_failures.py", "test_bad_arguments.py"),
+    "attention": ("test_attention.py", "test_selector.py", "test_report.py", "test_bad_arguments.py"),
 }
 WORDS = "not cuda and not compile and not dtype1 and not dtype2 and not int8 and not moved_unseen"
 CONFIG = """
