@@ -22,13 +22,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-#: The quick tests of each file. Tests of torch.compile would trace mutmut's own code.
+#: The quick tests of each file.
 TESTS = {
     "page_allocator": ("test_cache.py", "test_cache_sharing.py"),
     "cache": ("test_cache.py", "test_cache_sharing.py", "test_cache_failures.py", "test_bad_arguments.py"),
     "attention": ("test_attention.py", "test_selector.py", "test_report.py", "test_bad_arguments.py"),
 }
-WORDS = "not cuda and not compile and not dtype1 and not dtype2 and not int8 and not moved_unseen"
+#: Tests of torch.compile would trace mutmut's own code.
+#: dtype1, dtype2 and int8 are other kinds of the same tests; the last two compile without the word in their names.
+WORDS = (
+    "not cuda and not compile and not dtype1 and not dtype2 and not int8 "
+    "and not moved_unseen and not sync_lengths_that_fails"
+)
 CONFIG = """
 [tool.mutmut]
 source_paths = ["src"]
