@@ -7,6 +7,9 @@
 #   make bench    on a GPU the kernels against dense attention; elsewhere the steps of a tiny model
 #   make library  after a change in csrc/: rebuilds and installs the libraries, in seconds
 #   make docs     the API reference, rendered from the docstrings into build/docs
+#   make coverage    lines and branches of quest_ops that the tests run, into tests/reliability/coverage.json
+#   make mutation    flips comparisons of the C++ checks and changes the cache's Python, which tests must notice
+#                    (ARGS="--sample 40 --seed 1" for a part of the mutants)
 #   make lint, make format, make wheel, make clean
 #
 # Settings, given as `make test NAME=value`:
@@ -54,7 +57,7 @@ define build
 @cmake --install build --prefix "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
 endef
 
-.PHONY: demo test test-vllm eval-model bench lint format library wheel docs clean torch
+.PHONY: demo test test-vllm coverage mutation eval-model bench lint format library wheel docs clean torch
 
 demo: $(STAMPS)/demo
 	$(build)
@@ -82,6 +85,22 @@ $(VLLM_VENV)/stamp: pyproject.toml eval/pyproject.toml
 	  pytest pytest-timeout hypothesis
 	$(VLLM_PIP) install -q --no-build-isolation --no-deps -e ./eval
 	@touch $@
+
+# Few examples of each property reach the same lines. Tests of the vLLM backend have an environment of their own.
+COVERED := tests/operators tests/cache tests/transformers tests/packaging/test_info.py tests/packaging/test_library.py
+
+coverage: $(STAMPS)/dev
+	$(build)
+	QUEST_OPS_TEST_EXAMPLES=5 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup --cov=quest_ops --cov-report= \
+	  $(or $(ARGS),$(COVERED))
+	$(VENV)/bin/python -m coverage json -q -o build/coverage.json
+	$(VENV)/bin/python tests/reliability/coverage_summary.py build/coverage.json --out tests/reliability/coverage.json \
+	  --command "make coverage$(if $(ARGS), ARGS=$(ARGS))"
+
+mutation: $(STAMPS)/dev
+	$(build)
+	$(VENV)/bin/python tests/mutation/flip_checks.py --out tests/mutation/flip_checks.json $(ARGS)
+	$(VENV)/bin/python tests/mutation/mutate_python.py --out tests/mutation/python.json $(ARGS)
 
 eval-model: $(STAMPS)/dev
 	$(build)

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -143,6 +144,21 @@ inline int32_t check_groups(int64_t Hq, int64_t Hkv, const char* heads, const ch
   return check_int32_range(Hq, heads);
 }
 
+// A scale beyond float32 would be infinite in the kernels.
+inline float check_scale(double scale) {
+  STD_TORCH_CHECK(std::abs(scale) <= std::numeric_limits<float>::max(), "scale must be a finite number, got ", scale);
+  return static_cast<float>(scale);
+}
+
+// Tasks write in any order, so an expanded tensor cannot be written. Pages that overlap pass: in a view of a contiguous
+// cache, those that the page table names do not.
+inline void check_own_memory(const Tensor& t, const char* name) {
+  for (int64_t i = 0; i < t.dim(); ++i)
+    STD_TORCH_CHECK(
+        t.stride(i) != 0 || t.size(i) <= 1, name,
+        " must have memory of its own for each element, since it is written to, got stride 0 in dimension ", i);
+}
+
 // 16-byte vector accesses need the base and every stride but the last to be multiples of 16 bytes.
 inline bool is_aligned(const Tensor& t) {
   const ScalarType type = t.scalar_type();
@@ -193,14 +209,20 @@ inline Leading check_leading(const Tensor& t, const char* name, const char* shap
       .stride_h = t.stride(heads)};
 }
 
+// The address of a tensor. A lazy clone that is to be written first gets memory of its own.
+inline void* address(const Tensor& t, bool written) {
+  return written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
+}
+
 inline Cache check_cache(
-    const Tensor& t, const char* name, const Tensor& like, const char* like_name, int64_t Hkv, int64_t D) {
+    const Tensor& t, const char* name, const Tensor& like, const char* like_name, int64_t Hkv, int64_t D,
+    bool written = false) {
   check_dim(t, name, 4, "[N, Hkv, S, D]");
   check_like(t, name, like, like_name);
   check_size(t, name, 1, Hkv, "[N, Hkv, S, D]", "the number of KV heads");
   check_size(t, name, 3, D, "[N, Hkv, S, D]", "head_dim");
   return {
-      .data = const_cast<void*>(t.const_data_ptr()),
+      .data = address(t, written),
       .stride_n = t.stride(0),
       .stride_h = t.stride(1),
       .stride_s = t.stride(2),
@@ -216,7 +238,7 @@ inline void check_same_pages(const Tensor& t, const char* name, const Tensor& li
 // Bounds have the keys' dtype. Where they come with scales they are int8, or uint8 with two dimensions a byte.
 inline Bounds check_bounds(
     const Tensor& t, const std::optional<Tensor>& scales, const Tensor& like, const char* like_name, int64_t Hkv,
-    int64_t D, std::optional<double> std_factor = std::nullopt) {
+    int64_t D, bool written = false, std::optional<double> std_factor = std::nullopt) {
   check_dim(t, "k_bounds", 4, "[N, Hkv, 2, D]");
   const ScalarType type = t.scalar_type();
   const bool packed = type == ScalarType::Byte;
@@ -241,7 +263,7 @@ inline Bounds check_bounds(
       !std_factor || (*std_factor >= 0 && *std_factor <= std::numeric_limits<float>::max()),
       "std_factor must be a finite number of at least 0, or None for minimum and maximum, got ", *std_factor);
   Bounds bounds{
-      .data = const_cast<void*>(t.const_data_ptr()),
+      .data = address(t, written),
       .stride_n = t.stride(0),
       .stride_h = t.stride(1),
       .stride_c = t.stride(2),
@@ -260,7 +282,7 @@ inline Bounds check_bounds(
   check_dim(*scales, "k_scales", 2, "[N, Hkv]");
   check_size(*scales, "k_scales", 0, t.size(0), "[N, Hkv]", "the pages of k_bounds");
   check_size(*scales, "k_scales", 1, Hkv, "[N, Hkv]", "the number of KV heads");
-  bounds.scales = const_cast<float*>(static_cast<const float*>(scales->const_data_ptr()));
+  bounds.scales = static_cast<float*>(address(*scales, written));
   bounds.scales_stride_n = scales->stride(0), bounds.scales_stride_h = scales->stride(1);
   // Null would mean bounds without scales, and an empty tensor's address is null. Nothing is read from this one.
   static float nothing;
@@ -269,7 +291,8 @@ inline Bounds check_bounds(
 }
 
 inline KeyCodes check_codes(
-    const Tensor& t, const Tensor& scales, const Tensor& like, const char* like_name, int64_t Hkv, int64_t D) {
+    const Tensor& t, const Tensor& scales, const Tensor& like, const char* like_name, int64_t Hkv, int64_t D,
+    bool written = false) {
   check_dim(t, "k_codes", 4, "[N, Hkv, S, D / 4]");
   STD_TORCH_CHECK(
       t.scalar_type() == ScalarType::Byte, "k_codes must be uint8, got ", torch::headeronly::toString(t.scalar_type()));
@@ -286,12 +309,12 @@ inline KeyCodes check_codes(
   for (int64_t i = 0; i < 3; ++i)
     check_size(scales, "code_scales", i, t.size(i), "[N, Hkv, S]", "the tokens of k_codes");
   return {
-      .data = const_cast<uint8_t*>(static_cast<const uint8_t*>(t.const_data_ptr())),
+      .data = static_cast<uint8_t*>(address(t, written)),
       .stride_n = t.stride(0),
       .stride_h = t.stride(1),
       .stride_s = t.stride(2),
       .aligned = is_aligned(t),
-      .scales = const_cast<float*>(static_cast<const float*>(scales.const_data_ptr())),
+      .scales = static_cast<float*>(address(scales, written)),
       .scales_stride_n = scales.stride(0),
       .scales_stride_h = scales.stride(1),
       .scales_stride_s = scales.stride(2)};

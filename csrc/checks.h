@@ -40,9 +40,9 @@ inline AppendParams check_append_kv(
   const int32_t D = check_head_dim(k, "k");
   p.k = check_new_tokens(k, "k", k, "k");
   p.v = check_new_tokens(v, "v", k, "k");
-  p.k_cache = check_cache(k_cache, "k_cache", k, "k", Hkv, D);
-  p.v_cache = check_cache(v_cache, "v_cache", k, "k", Hkv, D);
-  p.k_bounds = check_bounds(k_bounds, k_scales, k, "k", Hkv, D, std_factor);
+  p.k_cache = check_cache(k_cache, "k_cache", k, "k", Hkv, D, true);
+  p.v_cache = check_cache(v_cache, "v_cache", k, "k", Hkv, D, true);
+  p.k_bounds = check_bounds(k_bounds, k_scales, k, "k", Hkv, D, true, std_factor);
   check_same_pages(v_cache, "v_cache", k_cache, "k_cache");
   check_same_pages(k_bounds, "k_bounds", k_cache, "k_cache");
   check_size(v_cache, "v_cache", 2, k_cache.size(2), "[N, Hkv, S, D]", "the page size of k_cache");
@@ -50,6 +50,15 @@ inline AppendParams check_append_kv(
   p.paging = check_paging(page_table, seq_lens, B, k_cache.size(0), shift, k, "k", lens_name);
   p.paging.new_lens = check_optional_lens(new_lens, "new_lens", B, k, "k");
   p.end_lens = check_optional_lens(end_lens, "seq_lens", B, k, "k");
+  if (B > 0) {
+    check_own_memory(k_cache, "k_cache");
+    check_own_memory(v_cache, "v_cache");
+    check_own_memory(k_bounds, "k_bounds");
+    if (k_scales) check_own_memory(*k_scales, "k_scales");
+    STD_TORCH_CHECK(
+        v_cache.numel() == 0 || p.v_cache.data != p.k_cache.data,
+        "v_cache must have memory of its own, since it is written to, got that of k_cache");
+  }
   const int32_t heads = check_int32_range(Hkv, "the number of KV heads");
   p.size = {.B = check_int32_range(B, "B"), .T = check_int32_range(T, "T"), .Hq = heads, .Hkv = heads, .D = D};
   // The first of them may be the last token of its page.
@@ -66,13 +75,17 @@ inline UpdateBoundsParams check_update_bounds(
   const int64_t Hkv = k_cache.size(1);
   const int32_t D = check_head_dim(k_cache, "k_cache");
   p.k_cache = check_cache(k_cache, "k_cache", k_cache, "k_cache", Hkv, D);
-  p.k_bounds = check_bounds(k_bounds, k_scales, k_cache, "k_cache", Hkv, D, std_factor);
+  p.k_bounds = check_bounds(k_bounds, k_scales, k_cache, "k_cache", Hkv, D, true, std_factor);
   check_same_pages(k_bounds, "k_bounds", k_cache, "k_cache");
   const int32_t shift = check_page_size(k_cache.size(2), "k_cache's page size (dimension 2)");
   check_dim(page_table, "page_table", 2, "[B, P]");
   const int64_t B = page_table.size(0);
   p.paging = check_paging(page_table, seq_lens, B, k_cache.size(0), shift, k_cache, "k_cache");
   p.first_token = check_optional_lens(first_token, "first_token", B, k_cache, "k_cache");
+  if (B > 0) {
+    check_own_memory(k_bounds, "k_bounds");
+    if (k_scales) check_own_memory(*k_scales, "k_scales");
+  }
   const int32_t heads = check_int32_range(Hkv, "the number of KV heads");
   p.size = {.B = check_int32_range(B, "B"), .T = 1, .Hq = heads, .Hkv = heads, .D = D};
   return p;
@@ -151,7 +164,7 @@ inline TopkParams check_topk_pages(
       .sink_pages = static_cast<int32_t>(sink_pages),
       .recent_pages = static_cast<int32_t>(recent_pages),
       .reduce = reduce,
-      .scale = static_cast<float>(scale),
+      .scale = check_scale(scale),
       .budgets = check_optional_lens(budgets, "budgets", l.B, scores, "scores"),
       .pages = nullptr};
 }
@@ -187,10 +200,14 @@ inline AppendCodesParams check_append_codes(
   const int64_t B = k.size(0), T = k.size(1), Hkv = k.size(2);
   const int32_t D = check_head_dim(k, "k");
   p.k = check_new_tokens(k, "k", k, "k");
-  p.codes = check_codes(k_codes, code_scales, k, "k", Hkv, D);
+  p.codes = check_codes(k_codes, code_scales, k, "k", Hkv, D, true);
   const int32_t shift = check_page_size(k_codes.size(2), "k_codes' page size (dimension 2)");
   p.paging = check_paging(page_table, seq_lens, B, k_codes.size(0), shift, k, "k");
   p.paging.new_lens = check_optional_lens(new_lens, "new_lens", B, k, "k");
+  if (B > 0) {
+    check_own_memory(k_codes, "k_codes");
+    check_own_memory(code_scales, "code_scales");
+  }
   const int32_t heads = check_int32_range(Hkv, "the number of KV heads");
   p.size = {.B = check_int32_range(B, "B"), .T = check_int32_range(T, "T"), .Hq = heads, .Hkv = heads, .D = D};
   return p;
@@ -217,10 +234,9 @@ inline RerankParams check_rerank_pages(
   STD_TORCH_CHECK(
       token_reduce >= 0 && token_reduce <= static_cast<int64_t>(TokenReduce::lse),
       "token_reduce must be 0 (max) or 1 (lse), got ", token_reduce);
-  STD_TORCH_CHECK(
-      scale > 0 && scale <= std::numeric_limits<float>::max(), "scale must be a finite number above 0, got ", scale);
   p.reduce = static_cast<TokenReduce>(token_reduce);
-  p.scale = static_cast<float>(scale);
+  p.scale = check_scale(scale);
+  STD_TORCH_CHECK(p.scale > 0, "scale must be above 0, got ", scale);
   return p;
 }
 
@@ -246,7 +262,7 @@ inline DecodeParams check_sparse_decode(
   p.q = query_of(q, l);
   p.pages.Hs = p.size.Hkv, p.pages.K = p.paging.P;
   if (pages) p.pages = check_lists(*pages, q, l, Hkv, p.paging);
-  p.scale = scale ? static_cast<float>(*scale) : 1.0f / std::sqrt(static_cast<float>(D));
+  p.scale = scale ? check_scale(*scale) : 1.0f / std::sqrt(static_cast<float>(D));
   return p;
 }
 

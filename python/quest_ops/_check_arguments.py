@@ -164,6 +164,20 @@ def check_groups(heads: Size, kv_heads: Size, heads_name: str, kv_heads_name: st
     check_int32_range(heads, heads_name)
 
 
+def check_scale(scale: float) -> None:
+    if not abs(scale) <= torch.finfo(torch.float32).max:
+        raise RuntimeError(f"scale must be a finite number, got {scale:g}")
+
+
+def check_own_memory(t: Tensor, name: str) -> None:
+    for i, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        if _known_false(stride != 0) and not _known_false(size > 1):
+            raise RuntimeError(
+                f"{name} must have memory of its own for each element, since it is written to, "
+                f"got stride 0 in dimension {i}"
+            )
+
+
 def check_paging(
     page_table: Tensor,
     seq_lens: Tensor,
@@ -310,6 +324,14 @@ def check_append_kv(
     check_page_size(k_cache.shape[2], "k_cache's page size (dimension 2)")
     check_paging(page_table, seq_lens, B, k_cache.shape[0], k_cache.shape[2], k, "k", lens_name)
     check_optional_lens(new_lens, "new_lens", B, k, "k")
+    if not _known_false(B > 0):
+        check_own_memory(k_cache, "k_cache")
+        check_own_memory(v_cache, "v_cache")
+        check_own_memory(k_bounds, "k_bounds")
+        if k_scales is not None:
+            check_own_memory(k_scales, "k_scales")
+        if v_cache is k_cache:
+            raise RuntimeError("v_cache must have memory of its own, since it is written to, got that of k_cache")
     for size, name in ((Hkv, "the number of KV heads"), (B, "B"), (T, "T")):
         check_int32_range(size, name)
 
@@ -335,6 +357,10 @@ def check_update_bounds(
     B = page_table.shape[0]
     check_paging(page_table, seq_lens, B, N, S, k_cache, "k_cache")
     check_optional_lens(first_token, "first_token", B, k_cache, "k_cache")
+    if not _known_false(B > 0):
+        check_own_memory(k_bounds, "k_bounds")
+        if k_scales is not None:
+            check_own_memory(k_scales, "k_scales")
     check_int32_range(Hkv, "the number of KV heads")
     check_int32_range(B, "B")
 
@@ -383,6 +409,7 @@ def check_topk_pages(
     group_reduce: int,
     sink_pages: int,
     recent_pages: int,
+    scale: float,
     new_lens: Tensor | None,
     budgets: Tensor | None,
 ) -> None:
@@ -399,6 +426,7 @@ def check_topk_pages(
     check_size(seq_lens, "seq_lens", 0, B, "[B]", "one length a sequence")
     check_pages(scores.shape[-1], page_size, "scores' tokens a sequence (P * page_size)")
     check_optional_lens(new_lens, "new_lens", B, scores, "scores")
+    check_scale(scale)
     check_optional_lens(budgets, "budgets", B, scores, "scores")
 
 
@@ -429,9 +457,11 @@ def check_append_codes(
     check_page_size(k_codes.shape[2], "k_codes' page size (dimension 2)")
     check_paging(page_table, seq_lens, B, k_codes.shape[0], k_codes.shape[2], k, "k")
     check_optional_lens(new_lens, "new_lens", B, k, "k")
-    check_int32_range(Hkv, "the number of KV heads")
-    check_int32_range(B, "B")
-    check_int32_range(T, "T")
+    if not _known_false(B > 0):
+        check_own_memory(k_codes, "k_codes")
+        check_own_memory(code_scales, "code_scales")
+    for size, name in ((Hkv, "the number of KV heads"), (B, "B"), (T, "T")):
+        check_int32_range(size, name)
 
 
 def check_rerank_pages(
@@ -458,8 +488,8 @@ def check_rerank_pages(
     check_optional_lens(new_lens, "new_lens", B, q, "q")
     check_lists(pages, q, (B, T, Hq), Hkv, S)
     _require(0 <= token_reduce <= 1, f"token_reduce must be 0 (max) or 1 (lse), got {token_reduce}")
-    if not 0 < scale <= torch.finfo(torch.float32).max:
-        raise RuntimeError(f"scale must be a finite number above 0, got {scale:g}")
+    check_scale(scale)
+    _require(scale > 0, f"scale must be above 0, got {scale:g}")
 
 
 def check_sparse_decode(
@@ -469,6 +499,7 @@ def check_sparse_decode(
     page_table: Tensor,
     seq_lens: Tensor,
     pages: Tensor | None,
+    scale: float | None,
     new_lens: Tensor | None,
 ) -> None:
     check_dtype(q, "q")
@@ -485,6 +516,8 @@ def check_sparse_decode(
     check_page_size(S, "k_cache's page size (dimension 2)")
     check_paging(page_table, seq_lens, B, N, S, q, "q")
     check_optional_lens(new_lens, "new_lens", B, q, "q")
+    if scale is not None:
+        check_scale(scale)
     if pages is not None:
         check_lists(pages, q, (B, T, Hq), Hkv, S)
 
@@ -503,12 +536,13 @@ def check_decode_step(
     group_reduce: int,
     sink_pages: int,
     recent_pages: int,
+    scale: float | None,
     k_scales: Tensor | None,
     new_lens: Tensor | None,
     budgets: Tensor | None,
     std_factor: float | None,
 ) -> None:
-    check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, None, new_lens)
+    check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, None, scale, new_lens)
     check_like(k, "k", q, "q")
     check_dim(k, "k", 4, "[B, T, Hkv, D]")
     check_size(k, "k", 0, q.shape[0], "[B, T, Hkv, D]", "the number of sequences")

@@ -75,7 +75,7 @@ def _topk_pages(  # type: ignore[no-untyped-def]
     budgets=None,
 ):
     check.check_topk_pages(
-        scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, new_lens, budgets
+        scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale, new_lens, budgets
     )
     heads = scores.shape[-2] if group_reduce == 0 else num_kv_heads
     return scores.new_empty((*scores.shape[:-2], heads, k), dtype=torch.int32)
@@ -97,7 +97,7 @@ def _rerank_pages(  # type: ignore[no-untyped-def]
 
 @_fake("sparse_decode")
 def _sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages=None, scale=None, new_lens=None):  # type: ignore[no-untyped-def]
-    check.check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, new_lens)
+    check.check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale, new_lens)
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
@@ -136,6 +136,7 @@ def _decode_step(  # type: ignore[no-untyped-def]
         group_reduce,
         sink_pages,
         recent_pages,
+        scale,
         k_scales,
         new_lens,
         budgets,

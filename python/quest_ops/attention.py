@@ -6,10 +6,11 @@ reads only the pages whose keys may score highest.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import SymFloat, Tensor
 
 from ._autograd import refuse_backward
 from .config import LayerPages, QuestConfig
@@ -230,7 +231,7 @@ def quest_attention(
         RuntimeError: ``cache.advance`` was not called for this step, or the layer was left out of an earlier one; or as
             the operators. Backward raises it too, but for the prefill of an empty cache.
     """
-    _check(q, k, v, cache, config)
+    _check(q, k, v, cache, config, scale)
     if q.dim() == 3:
         return quest_attention(q[:, None], k[:, None], v[:, None], cache, layer, config, scale)[:, 0]
     path, config = attention_path(cache, layer, config, q.shape[1]), config.at(layer)
@@ -250,12 +251,17 @@ def quest_attention(
     return refuse_backward(_NAME, out, q, k, v)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, config: QuestConfig) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, config: QuestConfig, scale: float | None) -> None:
     for name in ("page_size", "bounds", "std_factor"):
         if getattr(config, name) != getattr(cache, name):
             raise ValueError(f"config.{name} must be the cache's, {getattr(cache, name)}, got {getattr(config, name)}")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {tensor!r}")
     if q.dim() not in (3, 4):
         raise ValueError(f"q must have shape [B, Hq, D] or [B, T, Hq, D], got {list(q.shape)}")
+    if scale is not None and not (isinstance(scale, (Real, SymFloat)) and abs(scale) <= torch.finfo(torch.float32).max):
+        raise ValueError(f"scale must be a finite number, or None, got {scale!r}")
     B, Hkv, D = cache.page_table.shape[0], cache.num_kv_heads, cache.head_dim
     T = list(q.shape[1:-2])
     if q.shape[0] != B or q.shape[-1] != D or q.shape[-2] == 0 or q.shape[-2] % Hkv != 0:

@@ -7,6 +7,7 @@ deviations (UNIQUE, 2026). Each can be stored in three ways.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -38,6 +39,12 @@ def bytes_of_bounds(head_dim: int, kind: BoundsKind, dtype: torch.dtype) -> int:
     """Bytes of one page's bounds for one head, its scale included."""
     scale = 0 if kind == "cache" else torch.float32.itemsize
     return 2 * bounds_width(kind, head_dim) * bounds_dtype(kind, dtype).itemsize + scale
+
+
+def check_std_factor(value: object) -> None:
+    """Raises ValueError unless ``value`` is a finite number of at least 0, or None."""
+    if value is not None and not (isinstance(value, Real) and 0 <= float(value) <= torch.finfo(torch.float32).max):
+        raise ValueError(f"std_factor must be a finite number of at least 0, or None, got {value!r}")
 
 
 def new_bounds(

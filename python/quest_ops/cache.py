@@ -6,16 +6,16 @@ The host assigns pages from an account of its own, so that no decode step waits 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from .bounds import BoundsKind
+from .bounds import BoundsKind, check_std_factor
 from .kv_state import KVState, StepCache, write_together
 from .layer_steps import LayerSteps
-from .ops import DTYPES, HEAD_DIMS, PAGE_SIZES, check_choice
+from .ops import DTYPES, HEAD_DIMS, PAGE_SIZES, check_choice, check_whole
 from .page_allocator import NewPage, PageAllocator
 
 
@@ -84,17 +84,19 @@ class PagedKVCache(StepCache):
             ("bounds", bounds, get_args(BoundsKind)),
         ):
             check_choice(choice, value, allowed)
-        pages_per_sequence = -(-max_tokens // page_size)
-        num_pages = batch_size * pages_per_sequence if num_pages is None else num_pages
+        check_std_factor(std_factor)
         for name, number in (
             ("num_layers", num_layers),
             ("num_kv_heads", num_kv_heads),
             ("max_tokens", max_tokens),
             ("batch_size", batch_size),
-            ("num_pages", num_pages),
+            ("num_pages", 1 if num_pages is None else num_pages),
         ):
+            check_whole(name, number)
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
+        pages_per_sequence = -(-max_tokens // page_size)
+        num_pages = batch_size * pages_per_sequence if num_pages is None else num_pages
         pool = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
         with torch.inference_mode(False):  # normal tensors, since later steps may run outside inference mode
             page_table = torch.full((batch_size, pages_per_sequence), -1, dtype=torch.int32, device=device)
@@ -185,6 +187,7 @@ class PagedKVCache(StepCache):
             RuntimeError: lengths moved on the device and ``sync_lengths`` was not called.
             ValueError: an argument out of its range.
         """
+        check_whole("tokens", tokens)
         if tokens < 0:
             raise ValueError(f"tokens must be at least 0, got {tokens}")
         self._require_known_lengths()
@@ -267,6 +270,7 @@ class PagedKVCache(StepCache):
             RuntimeError: lengths moved on the device and ``sync_lengths`` was not called.
             ValueError: an argument out of its range.
         """
+        check_whole("tokens", tokens)
         if tokens < 0:
             raise ValueError(f"tokens must be at least 0, got {tokens}")
         self._require_known_lengths()
@@ -351,6 +355,7 @@ class PagedKVCache(StepCache):
     # The host's account
 
     def _row(self, sequence: int, name: str) -> int:
+        check_whole(name, sequence)
         if not 0 <= sequence < self.batch_size:
             raise ValueError(f"{name} must be 0 to {self.batch_size - 1}, got {sequence}")
         return sequence
@@ -370,6 +375,7 @@ class PagedKVCache(StepCache):
         self, num_new: int, new_lens: Tensor | Sequence[int] | None
     ) -> tuple[list[int], list[int], Tensor | None]:
         """The fewest and the most tokens that a step gives each sequence, and new_lens as a tensor on the device."""
+        check_whole("num_new", num_new)
         if num_new < 1:
             raise ValueError(f"num_new must be at least 1, got {num_new}")
         self._require_known_lengths()
@@ -384,7 +390,11 @@ class PagedKVCache(StepCache):
                     raise ValueError(f"new_lens must be on {self.device} like the cache, got {new_lens.device}")
                 return [0] * B, [num_new] * B, new_lens
             new_lens = new_lens.tolist()
+        if not isinstance(new_lens, Iterable):
+            raise ValueError(f"new_lens must hold {B} numbers from 0 to num_new, {num_new}, got {new_lens!r}")
         counts = list(new_lens)
+        for count in counts:
+            check_whole("each of new_lens", count)
         if len(counts) != B or not all(0 <= n <= num_new for n in counts):
             raise ValueError(f"new_lens must hold {B} numbers from 0 to num_new, {num_new}, got {counts}")
         return counts, counts, torch.tensor(counts, dtype=torch.int32).to(self.device, non_blocking=True)

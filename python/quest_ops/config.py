@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import config_file
-from .bounds import BoundsKind
-from .ops import PAGE_SIZES, GroupReduce, check_choice
+from .bounds import BoundsKind, check_std_factor
+from .ops import PAGE_SIZES, GroupReduce, check_choice, check_whole
 
 # First layers that are dense where no budget list says which are.
 _DENSE_LAYERS = 2
@@ -100,6 +99,7 @@ class QuestConfig:
         if self.dense_layers is None:
             object.__setattr__(self, "dense_layers", 0 if listed else _DENSE_LAYERS)
         for name in ("sink_pages", "recent_pages", "dense_layers", "dense_below"):
+            check_whole(name, getattr(self, name))
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if listed:
@@ -109,8 +109,7 @@ class QuestConfig:
         for name, words in (("group_reduce", GroupReduce), ("bounds", BoundsKind)):
             if getattr(self, name) not in get_args(words):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}")
-        if self.std_factor is not None and not 0 <= self.std_factor < math.inf:
-            raise ValueError(f"std_factor must be a finite number of at least 0, or None, got {self.std_factor}")
+        check_std_factor(self.std_factor)
         if self.selector is not None and not callable(self.selector):
             raise ValueError(f"selector must be a function or None, got {self.selector!r}")
         if isinstance(self.budget, tuple):

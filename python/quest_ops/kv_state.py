@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .bounds import BoundsKind, kind_of, new_bounds
 from .config import QuestConfig, page_budgets
-from .ops import GroupReduce, append_kv, decode_step, update_bounds
+from .ops import GroupReduce, append_kv, check_whole, decode_step, update_bounds
 from .report import AttentionCounts
 
 
@@ -368,5 +368,6 @@ class StepCache:
         self.counts = None
 
     def _check_layer(self, index: int) -> None:
+        check_whole("layer", index)
         if not 0 <= index < self.num_layers:
             raise ValueError(f"layer must be 0 to {self.num_layers - 1}, got {index}")

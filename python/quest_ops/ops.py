@@ -17,9 +17,11 @@ number never leads outside the tensors, and a page that does not exist scores Na
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal
 
-from torch import Tensor
+from torch import SymInt, Tensor
+from torch.compiler import is_compiling
 
 from . import _autograd, _fake, _layouts  # noqa: F401 - they register their kernels
 from ._library import ops as _ops
@@ -36,6 +38,7 @@ __all__ = [
     "append_codes",
     "append_kv",
     "check_choice",
+    "check_whole",
     "decode_step",
     "estimate",
     "rerank_pages",
@@ -52,10 +55,27 @@ TokenReduce = Literal["max", "lse"]
 _TOKEN_REDUCE: dict[str, int] = {"max": 0, "lse": 1}
 
 
+_NUMBERS = {bool, int, float, type(None)}
+
+
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raises ValueError unless ``value`` is one of the values ``allowed`` for the argument ``name``."""
-    if value not in allowed:
+    if isinstance(value, (Tensor, float)) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raises ValueError unless ``value`` of the argument ``name`` is a whole number."""
+    if not isinstance(value, (Integral, SymInt)):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+
+
+def _check_numbers(names: str, *numbers: object) -> None:
+    # PyTorch would convert a tensor of one element, which waits for its device and cannot be compiled.
+    if is_compiling() or not {*map(type, numbers)} <= _NUMBERS:  # the types are quicker, and isinstance is traceable
+        for name, number in zip(names.split(), numbers, strict=True):
+            if isinstance(number, Tensor):
+                raise RuntimeError(f"{name} must be a number, got a tensor of shape {list(number.shape)}")
 
 
 def append_kv(
@@ -95,6 +115,7 @@ def append_kv(
     Raises:
         RuntimeError: an argument that is not supported, as the module says.
     """
+    _check_numbers("std_factor", std_factor)
     _ops.append_kv(k, v, k_cache, v_cache, k_bounds, page_table, seq_lens, new_lens, k_scales, std_factor)
 
 
@@ -122,6 +143,7 @@ def update_bounds(
     Raises:
         RuntimeError: an argument that is not supported, as the module says.
     """
+    _check_numbers("std_factor", std_factor)
     _ops.update_bounds(k_cache, k_bounds, page_table, seq_lens, first_token, k_scales, std_factor)
 
 
@@ -155,6 +177,7 @@ def estimate(
     Raises:
         RuntimeError: an argument that is not supported, as the module says.
     """
+    _check_numbers("page_size", page_size)
     scores: Tensor = _ops.estimate(q, k_bounds, page_table, seq_lens, page_size, k_scales, new_lens)
     return scores
 
@@ -200,6 +223,8 @@ def topk_pages(
     """
     how = _group_reduce(group_reduce)
     forced = (sink_pages, recent_pages)
+    names = "page_size k num_kv_heads sink_pages recent_pages scale"
+    _check_numbers(names, page_size, k, num_kv_heads, sink_pages, recent_pages, scale)
     pages: Tensor = _ops.topk_pages(
         scores, seq_lens, page_size, k, num_kv_heads, how, *forced, scale, new_lens, budgets
     )
@@ -269,6 +294,7 @@ def rerank_pages(
         ValueError: a ``token_reduce`` of another name.
     """
     check_choice("token_reduce", token_reduce, tuple(_TOKEN_REDUCE))
+    _check_numbers("scale", scale)
     scores: Tensor = _ops.rerank_pages(
         q, k_codes, code_scales, page_table, seq_lens, pages, _TOKEN_REDUCE[token_reduce], scale, new_lens
     )
@@ -307,6 +333,7 @@ def sparse_decode(
     Raises:
         RuntimeError: an argument that is not supported, as the module says.
     """
+    _check_numbers("scale", scale)
     out, lse = _ops.sparse_decode(q, k_cache, v_cache, page_table, seq_lens, pages, scale, new_lens)
     return out, lse
 
@@ -363,6 +390,8 @@ def decode_step(
         ValueError: an unknown ``group_reduce``.
         RuntimeError: an argument that is not supported, as the module says.
     """
+    names = "num_pages sink_pages recent_pages scale std_factor"
+    _check_numbers(names, num_pages, sink_pages, recent_pages, scale, std_factor)
     out, lse, pages = _ops.decode_step(
         q,
         k,
@@ -387,6 +416,6 @@ def decode_step(
 
 
 def _group_reduce(name: str) -> int:
-    if name not in GROUP_REDUCE:
+    if not isinstance(name, str) or name not in GROUP_REDUCE:
         raise ValueError(f"group_reduce must be one of {', '.join(GROUP_REDUCE)}, got {name!r}")
     return GROUP_REDUCE[name]

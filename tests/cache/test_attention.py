@@ -58,6 +58,43 @@ def test_scale_reaches_attention_and_soft_selection(device: str) -> None:
         model.assert_right(model.attend(T, config, scale=0.5), config, scale=0.5)
 
 
+def test_the_default_scale_of_a_selection(device: str) -> None:
+    """Only "soft" depends on it."""
+    model, config = Model(device), QuestConfig(16, S, sink_pages=0, dense_layers=0, group_reduce="soft")
+    model.attend(60, config)
+    k_bounds, k_scales = model.cache.layer(0)[2:]
+    q = 4 * torch.randn(2, 4, D, generator=torch.Generator().manual_seed(0)).to(device)
+    tensors = (q, k_bounds, model.cache.page_table, model.cache.seq_lens, config)
+    default, given, other = (select_pages(*tensors, scale, k_scales) for scale in (None, D**-0.5, 100.0))
+    assert torch.equal(default, given)
+    assert not torch.equal(default, other)
+
+
+def test_a_feature_that_the_operators_lack_runs_dense() -> None:
+    config = QuestConfig(16, S, sink_pages=0, dense_layers=0)
+    assert attention.decide(config, 0, 100, 1, lacks_feature=True) == ("dense", "feature")
+    assert attention.decide(config, 0, 100, 1) == ("sparse", "over the budget")
+
+
+def test_the_plan_of_a_layer_is_its_path(device: str) -> None:
+    model, config = Model(device), QuestConfig(16, S, sink_pages=0, dense_layers=1)
+    plans = [attention.layer_plan(model.cache, layer, config) for layer in range(2)]
+    assert [plan.path for plan in plans] == ["dense", "sparse"]
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_decode_step_refuses_backward_through_each_input(device: str, name: str, T: int) -> None:
+    model, config = Model(device), QuestConfig(16, S, sink_pages=0, dense_layers=0)
+    model.attend(40, config)
+    given = dict(zip("qkv", (x[0] for x in model.inputs(T)), strict=True))
+    given[name].requires_grad_()
+    model.cache.advance(T)
+    out = quest_attention(**given, cache=model.cache, layer=0, config=config)
+    with pytest.raises(RuntimeError, match="quest_attention over a cache"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @BOUNDS
 def test_ragged_steps(device: str, dtype: torch.dtype, bounds: str) -> None:

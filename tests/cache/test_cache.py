@@ -109,6 +109,25 @@ def test_crop_gives_pages_back(device: str) -> None:
     assert cache.lengths == [0, 0, 0]
 
 
+def test_crop_to_the_length_keeps_the_reserved_pages(device: str) -> None:
+    cache = make(device)
+    cache.advance(8)
+    cache.reserve(20)
+    assert cache.free_pages == 24 - 12
+    cache.crop(8)
+    assert cache.free_pages == 24 - 12
+    cache.crop(7)
+    assert cache.free_pages == 24 - 3
+
+
+def test_defaults_and_dtype() -> None:
+    cache = PagedKVCache(1, 2, 64, max_tokens=16)
+    assert cache.device.type == "cpu"
+    assert cache.k_cache.dtype == cache.v_cache.dtype == torch.bfloat16
+    half = PagedKVCache(1, 2, 64, max_tokens=16, dtype=torch.float16)
+    assert half.k_cache.dtype == half.v_cache.dtype == torch.float16
+
+
 def test_a_pool_smaller_than_the_page_table(device: str) -> None:
     history = History(make(device, num_pages=8))  # the table has 24 entries
     history.step(50, [50, 0, 0])

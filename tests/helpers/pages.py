@@ -11,7 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "eval/README.md", "csrc/cuda/README.md")),
+        *(
+            ROOT / name
+            for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "eval/README.md", "csrc/cuda/README.md")
+        ),
         ROOT / "eval" / "quest_eval" / "bundled_model" / "README.md",
         *(ROOT / "docs").glob("*.md"),
     ]

@@ -1,61 +1,19 @@
-"""Wrong arguments raise an error that names the argument and its value, before anything is written.
+"""Devices, layouts and limits of arguments. Other bad input is in test_bad_input_table.py.
 
 Wrong values that a GPU does not check never lead a kernel outside its tensors.
 """
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers.operator_cases import KINDS, Case, Shape, assert_same_bits, place
+from helpers.bad_inputs import OPERATORS, SCALED, TENSORS, WRITTEN, Arguments, arguments
+from helpers.operator_cases import assert_same_bits
 from quest_ops import ops, reference
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-Arguments = dict[str, Any]
-OPERATORS: dict[str, Callable[..., Any]] = {
-    name: getattr(ops, name)
-    for name in ("append_kv", "update_bounds", "estimate", "topk_pages", "sparse_decode", "decode_step")
-}
-SCALED = ("append_kv", "update_bounds", "estimate", "decode_step")
-WRITTEN = ("k_cache", "v_cache", "k_bounds", "k_scales")
-
-
-def arguments(name: str, device: str, int8: bool = False) -> Arguments:
-    """Right arguments of an operator, all given: B = 2, Hq = 4, Hkv = 2, D = 64, S = 16, P = 4, N = 9.
-
-    k_scales is given with 8-bit bounds only. decode_step gets float16, which a single launch supports.
-    """
-    if int8:
-        good = arguments(name, device)
-        x = Case(Shape(good["k_bounds"].dtype, lengths=(37, 20), kind=KINDS["minmax-8-bit"])).on(device)
-        return {**good, "k_bounds": x.k_bounds, "k_scales": x.k_scales}
-    case = Case(Shape(torch.float16 if name == "decode_step" else torch.float32, lengths=(37, 20)))
-    x = case.on(device)
-    few = place(torch.tensor([2, 1], dtype=torch.int32), "contiguous", device)
-    k, v = (place(torch.randn(2, 3, 2, 64), "contiguous", device) for _ in "kv")
-    caches = {"k_cache": x.k_cache, "v_cache": x.v_cache, "k_bounds": x.k_bounds}
-    paging = {"page_table": x.page_table, "seq_lens": x.seq_lens}
-    if name == "append_kv":
-        return dict(k=k, v=v, **caches, **paging, new_lens=few)
-    if name == "update_bounds":
-        return dict(k_cache=x.k_cache, k_bounds=x.k_bounds, **paging, first_token=few)
-    if name == "estimate":
-        return dict(q=x.q, k_bounds=x.k_bounds, **paging, page_size=16)
-    if name == "decode_step":
-        k, v = (place(torch.randn(2, 1, 2, 64).half(), "contiguous", device) for _ in "kv")
-        before = place(case.seq_lens - 1, "contiguous", device)
-        return dict(
-            q=x.q, k=k, v=v, **caches, page_table=x.page_table, start_lens=before, seq_lens=x.seq_lens, num_pages=2
-        )
-    if name == "topk_pages":
-        scores = place(torch.randn(2, 4, 4), "contiguous", device)
-        return {"scores": scores, "seq_lens": x.seq_lens, "page_size": 16, "k": 3, "num_kv_heads": 2}
-    pages = place(case.random_pages(3), "contiguous", device)
-    return dict(q=x.q, k_cache=x.k_cache, v_cache=x.v_cache, **paging, pages=pages)
 
 
 def refusal(name: str, call: Arguments) -> str:
@@ -69,10 +27,10 @@ def on_meta(x: Any) -> Any:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
 
 
-def assert_refused(name: str, good: Arguments, bad: Arguments, *parts: str, by_values: bool = False) -> None:
+def assert_refused(name: str, good: Arguments, bad: Arguments, *parts: str) -> None:
     """The message has these pieces, in this order, and the operator's output tensors are as before.
 
-    Unless the refusal is by the values of a tensor, fake and meta tensors are refused in the same words.
+    Fake tensors are refused in the same words.
     """
     before = {key: good[key]._base.clone() for key in WRITTEN if key in good}
     call = {**good, **bad}
@@ -80,45 +38,13 @@ def assert_refused(name: str, good: Arguments, bad: Arguments, *parts: str, by_v
         OPERATORS[name](**call)
     for key, memory in before.items():
         assert_same_bits(good[key]._base, memory)
-    if by_values:
-        return
     sentence = refusal(name, call)
     with FakeTensorMode() as mode:
         fake = {key: mode.from_tensor(x) if isinstance(x, Tensor) else x for key, x in call.items()}
         assert refusal(name, fake) == sentence
-    if len({x.device for x in call.values() if isinstance(x, Tensor)}) == 1:
-        assert refusal(name, {key: on_meta(x) for key, x in call.items()}) == sentence
 
 
-TENSORS = [(name, key) for name in OPERATORS for key, x in arguments(name, "cpu").items() if isinstance(x, Tensor)]
 WITH_SCALES = [(name, key) for name in SCALED for key in ("k_bounds", "k_scales")]
-
-
-@pytest.mark.parametrize(("name", "key"), TENSORS)
-def test_dtype(device: str, name: str, key: str) -> None:
-    good = arguments(name, device)
-    wrong, called = (torch.float64, "Double") if good[key].is_floating_point() else (torch.int64, "Long")
-    assert_refused(name, good, {key: good[key].to(wrong)}, f"{key} must be", f"got {called}")
-
-
-@pytest.mark.parametrize(("name", "key"), TENSORS)
-def test_dimensions(device: str, name: str, key: str) -> None:
-    good = arguments(name, device)
-    bad = good[key][None, None, None]
-    assert_refused(name, good, {key: bad}, f"{key} must have shape", f"got {list(bad.shape)}")
-
-
-@pytest.mark.parametrize(("name", "key"), TENSORS)
-def test_no_dimensions(device: str, name: str, key: str) -> None:
-    good = arguments(name, device)
-    assert_refused(name, good, {key: good[key].flatten()[0]}, f"{key} must have shape", "got []")
-
-
-@pytest.mark.parametrize(("name", "key"), TENSORS)
-def test_last_stride(device: str, name: str, key: str) -> None:
-    good = arguments(name, device)
-    bad = torch.stack([good[key]] * 3, -1)[..., 0]
-    assert_refused(name, good, {key: bad}, f"{key} must have stride 1 in its last dimension", "got 3")
 
 
 @pytest.mark.gpu
@@ -197,184 +123,11 @@ def test_tensors_that_are_no_strided_memory(device: str, name: str, key: str, la
         assert_same_bits(good[other]._base, memory)
 
 
-@pytest.mark.parametrize(
-    ("name", "key"), [(name, key) for name, key in TENSORS if key not in ("pages", "new_lens", "first_token")]
-)
-def test_none_for_a_required_tensor(device: str, name: str, key: str) -> None:
-    good = arguments(name, device)
-    assert_refused(name, good, {key: None}, f"{key} must be a tensor, got None", by_values=True)
-
-
-@pytest.mark.parametrize(("name", "key"), WITH_SCALES)
-def test_8_bit_bounds_and_their_scales(device: str, name: str, key: str) -> None:
-    good = arguments(name, device, int8=True)
-    wrong = {"k_bounds": torch.float32, "k_scales": torch.float16}[key]
-    must_be_scaled = "k_bounds must be int8 or uint8 where k_scales is given"
-    right = {"k_bounds": must_be_scaled, "k_scales": "k_scales must be float32"}[key]
-    called = {"k_bounds": "got Float", "k_scales": "got Half"}[key]
-    assert_refused(name, good, {key: good[key].to(wrong)}, right, called)
-    bad = good[key][None]
-    assert_refused(name, good, {key: bad}, f"{key} must have shape [N, Hkv", f"got {list(bad.shape)}")
-    few = good[key][:, :1]
-    assert_refused(name, good, {key: few}, f"{key} must have shape" if key == "k_scales" else "must", "got")
-    assert_refused(name, good, {"k_scales": None}, "k_bounds of int8 needs k_scales, got none")
-    packed = good["k_bounds"].to(torch.uint8)
-    assert_refused(name, good, {"k_bounds": packed}, "k_bounds must have shape [N, Hkv, 2, D / 2] with 32", "got [9, 2")
-    assert_refused(name, good, {"k_bounds": packed, "k_scales": None}, "k_bounds of uint8 needs k_scales, got none")
-    plain = arguments(name, device)
-    assert_refused(name, plain, {"k_scales": good["k_scales"]}, must_be_scaled)
-
-
-@pytest.mark.parametrize("name", SCALED)
-def test_scales_of_another_pool(device: str, name: str) -> None:
-    good = arguments(name, device, int8=True)
-    bad = torch.zeros(10, 2, device=device)
-    assert_refused(
-        name, good, {"k_scales": bad}, "k_scales must have shape [N, Hkv] with 9 in dimension 0", "got [10, 2]"
-    )
-
-
-@pytest.mark.parametrize("factor", [-1.0, -1e-9, math.inf, math.nan, 1e39])
-@pytest.mark.parametrize("name", ["append_kv", "update_bounds", "decode_step"])
-def test_a_factor_of_the_standard_deviation(device: str, name: str, factor: float) -> None:
-    message = "std_factor must be a finite number of at least 0, or None for minimum and maximum"
-    assert_refused(name, arguments(name, device), {"std_factor": factor}, message, f"got {factor:g}")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "key"), WITH_SCALES)
 def test_device_of_8_bit_bounds(name: str, key: str) -> None:
     good = arguments(name, "cuda", int8=True)
     assert_refused(name, good, {key: good[key].cpu()}, f"{key} must be on cuda:0", "got cpu")
-
-
-def zeros(*size: int) -> Callable[[], Tensor]:
-    return lambda: torch.zeros(size)
-
-
-def half(*size: int) -> Callable[[], Tensor]:
-    return lambda: torch.zeros(size, dtype=torch.float16)
-
-
-def lens(*size: int) -> Callable[[], Tensor]:
-    return lambda: torch.zeros(size, dtype=torch.int32)
-
-
-def never_touched(*size: int) -> Callable[[], Tensor]:
-    return lambda: torch.empty(size[1], dtype=torch.int32).expand(size)
-
-
-def bounds(*size: int) -> tuple[str, Callable[[], Tensor], str]:
-    return "k_bounds", zeros(*size), f"k_bounds must have shape [N, Hkv, 2, D] with 2|got {list(size)}"
-
-
-HEAD_DIM = "must have head_dim 64, 80, 96, 128, 192 or 256|got 72"
-PAGE_SIZE = "must be 4, 8, 16, 32, 64 or 128|got 12"
-SIZES: list[Any] = [
-    # append_kv: k [2, 3, 2, 64]
-    ("append_kv", "k", zeros(2, 3, 2, 72), f"k {HEAD_DIM}"),
-    ("append_kv", "v", zeros(2, 4, 2, 64), "v must have shape [B, T, Hkv, D] with 3 in dimension 1|got [2, 4, 2, 64]"),
-    ("append_kv", "v", zeros(2, 3, 1, 64), "v must have shape [B, T, Hkv, D] with 2 in dimension 2|got [2, 3, 1, 64]"),
-    ("append_kv", "k_cache", zeros(9, 4, 16, 64), "k_cache must have shape|with 2 in dimension 1|got [9, 4, 16, 64]"),
-    ("append_kv", "k_cache", zeros(9, 2, 16, 80), "k_cache must have shape|with 64 in dimension 3|got [9, 2, 16, 80]"),
-    ("append_kv", "k_cache", zeros(9, 2, 12, 64), "v_cache must have shape|with 12 in dimension 2|got [9, 2, 16, 64]"),
-    ("append_kv", "v_cache", zeros(8, 2, 16, 64), "v_cache must have as many pages as k_cache, 9, got 8"),
-    ("append_kv", "v_cache", zeros(9, 2, 32, 64), "v_cache must have shape|with 16 in dimension 2|got [9, 2, 32, 64]"),
-    ("append_kv", "k_bounds", zeros(8, 2, 2, 64), "k_bounds must have as many pages as k_cache, 9, got 8"),
-    ("append_kv", *bounds(9, 2, 3, 64)),
-    ("append_kv", "page_table", lens(3, 4), "page_table must have shape [B, P] with 2 in dimension 0|got [3, 4]"),
-    ("append_kv", "seq_lens", lens(3), "seq_lens must have shape [B] with 2|got [3]"),
-    ("append_kv", "new_lens", lens(1), "new_lens must have shape [B] with 2|got [1]"),
-    ("append_kv", "page_table", never_touched(2, 2**27), f"page_table's tokens a sequence|got {2**31}"),
-    # update_bounds
-    ("update_bounds", "k_cache", zeros(9, 2, 16, 72), f"k_cache {HEAD_DIM}"),
-    ("update_bounds", "k_cache", zeros(9, 2, 12, 64), f"k_cache's page size (dimension 2) {PAGE_SIZE}"),
-    ("update_bounds", "k_bounds", zeros(10, 2, 2, 64), "k_bounds must have as many pages as k_cache, 9, got 10"),
-    ("update_bounds", *bounds(9, 1, 2, 64)),
-    ("update_bounds", "seq_lens", lens(1), "seq_lens must have shape [B] with 2|got [1]"),
-    ("update_bounds", "first_token", lens(3), "first_token must have shape [B] with 2|got [3]"),
-    # estimate: q [2, 4, 64]
-    ("estimate", "q", zeros(2, 4, 72), f"q {HEAD_DIM}"),
-    ("estimate", "q", zeros(2, 3, 64), "q's heads must be a positive multiple of k_bounds' heads, got 3 and 2"),
-    ("estimate", "q", zeros(2, 0, 64), "q's heads must be a positive multiple of k_bounds' heads, got 0 and 2"),
-    ("estimate", "q", zeros(2, 9, 4, 64), "q must have 1 to 8 new tokens in dimension 1, got 9"),
-    ("estimate", "q", zeros(2, 0, 4, 64), "q must have 1 to 8 new tokens in dimension 1, got 0"),
-    ("estimate", "q", zeros(3, 4, 64), "page_table must have shape [B, P] with 3 in dimension 0|got [2, 4]"),
-    (
-        "estimate",
-        "k_bounds",
-        zeros(9, 0, 2, 64),
-        "q's heads must be a positive multiple of k_bounds' heads, got 4 and 0",
-    ),
-    ("estimate", "k_bounds", zeros(9, 2, 2, 80), "k_bounds must have shape|with 64 in dimension 3|got [9, 2, 2, 80]"),
-    ("estimate", "seq_lens", lens(3), "seq_lens must have shape [B] with 2|got [3]"),
-    ("estimate", "page_size", 12, f"page_size {PAGE_SIZE}"),
-    ("estimate", "page_size", 0, "page_size must be 4, 8, 16, 32, 64 or 128, got 0"),
-    # topk_pages: scores [2, 4, 4]
-    ("topk_pages", "scores", zeros(2, 9, 4, 4), "scores must have 1 to 8 new tokens in dimension 1, got 9"),
-    ("topk_pages", "seq_lens", lens(3), "seq_lens must have shape [B] with 2|got [3]"),
-    ("topk_pages", "page_size", 256, "page_size must be 4, 8, 16, 32, 64 or 128, got 256"),
-    ("topk_pages", "k", 0, "k must be at least 1, got 0"),
-    ("topk_pages", "k", -1, "k must|got -1"),
-    ("topk_pages", "k", 2**31, f"k must fit in 32 bits, got {2**31}"),
-    ("topk_pages", "num_kv_heads", 3, "scores' heads must be a positive multiple of num_kv_heads, got 4 and 3"),
-    ("topk_pages", "num_kv_heads", 0, "num_kv_heads, got 4 and 0"),
-    ("topk_pages", "sink_pages", -1, "sink_pages must be at least 0, got -1"),
-    ("topk_pages", "recent_pages", -1, "recent_pages must be at least 0, got -1"),
-    ("topk_pages", "sink_pages", 3, "sink_pages + recent_pages is 3 + 1, got k = 3"),
-    ("topk_pages", "recent_pages", 2**62, f"sink_pages + recent_pages is 0 + {2**62}, got k = 3"),
-    # sparse_decode: q [2, 4, 64], pages [2, 2, 3]
-    ("sparse_decode", "q", zeros(2, 4, 72), f"q {HEAD_DIM}"),
-    ("sparse_decode", "q", zeros(2, 5, 64), "q's heads must be a positive multiple of k_cache's heads, got 5 and 2"),
-    ("sparse_decode", "q", zeros(2, 9, 4, 64), "q must have 1 to 8 new tokens in dimension 1, got 9"),
-    ("sparse_decode", "q", zeros(2, 1, 4, 64), "pages must have shape [B, T, Hs, K]|got [2, 2, 3]"),
-    (
-        "sparse_decode",
-        "k_cache",
-        zeros(9, 2, 16, 80),
-        "k_cache must have shape|with 64 in dimension 3|got [9, 2, 16, 80]",
-    ),
-    ("sparse_decode", "v_cache", zeros(8, 2, 16, 64), "v_cache must have as many pages as k_cache, 9, got 8"),
-    (
-        "sparse_decode",
-        "v_cache",
-        zeros(9, 2, 8, 64),
-        "v_cache must have shape|with 16 in dimension 2|got [9, 2, 8, 64]",
-    ),
-    ("sparse_decode", "page_table", lens(1, 4), "page_table must have shape [B, P] with 2 in dimension 0|got [1, 4]"),
-    ("sparse_decode", "seq_lens", lens(1), "seq_lens must have shape [B] with 2|got [1]"),
-    ("sparse_decode", "pages", lens(2, 3, 3), "pages must have shape [B, Hs, K]|Hs 2|or 4|got [2, 3, 3]"),
-    ("sparse_decode", "pages", lens(1, 2, 3), "pages must have shape [B, Hs, K]|got [1, 2, 3]"),
-    # decode_step: q [2, 4, 64], k [2, 1, 2, 64]
-    ("decode_step", "q", half(2, 4, 72), f"q {HEAD_DIM}"),
-    ("decode_step", "q", half(2, 5, 64), "q's heads must be a positive multiple of k_cache's heads, got 5 and 2"),
-    ("decode_step", "q", half(2, 9, 4, 64), "q must have 1 to 8 new tokens in dimension 1, got 9"),
-    ("decode_step", "q", half(2, 2, 4, 64), "k must have shape [B, T, Hkv, D] with 2 in dimension 1|got [2, 1, 2, 64]"),
-    ("decode_step", "k", half(3, 1, 2, 64), "k must have shape [B, T, Hkv, D] with 2 in dimension 0|got [3, 1, 2, 64]"),
-    ("decode_step", "k", half(2, 2, 2, 64), "k must have shape [B, T, Hkv, D] with 1 in dimension 1|got [2, 2, 2, 64]"),
-    ("decode_step", "v", half(2, 1, 4, 64), "v must have shape [B, T, Hkv, D] with 2 in dimension 2|got [2, 1, 4, 64]"),
-    ("decode_step", "k_cache", half(9, 2, 16, 80), "k_cache must have shape|with 64 in dimension 3|got [9, 2, 16, 80]"),
-    ("decode_step", "v_cache", half(8, 2, 16, 64), "v_cache must have as many pages as k_cache, 9, got 8"),
-    ("decode_step", "v_cache", half(9, 2, 32, 64), "v_cache must have shape|with 16 in dimension 2|got [9, 2, 32, 64]"),
-    ("decode_step", "k_bounds", half(8, 2, 2, 64), "k_bounds must have as many pages as k_cache, 9, got 8"),
-    ("decode_step", "k_bounds", half(9, 2, 3, 64), "k_bounds must have shape|with 2 in dimension 2|got [9, 2, 3, 64]"),
-    ("decode_step", "page_table", lens(3, 4), "page_table must have shape [B, P] with 2 in dimension 0|got [3, 4]"),
-    ("decode_step", "start_lens", lens(3), "start_lens must have shape [B] with 2|got [3]"),
-    ("decode_step", "seq_lens", lens(3), "seq_lens must have shape [B] with 2|got [3]"),
-    ("decode_step", "num_pages", 0, "num_pages must be at least 1, got 0"),
-    ("decode_step", "num_pages", -1, "num_pages must|got -1"),
-    ("decode_step", "num_pages", 2**31, f"num_pages must fit in 32 bits, got {2**31}"),
-    ("decode_step", "sink_pages", -1, "sink_pages must be at least 0, got -1"),
-    ("decode_step", "recent_pages", -1, "recent_pages must be at least 0, got -1"),
-    ("decode_step", "sink_pages", 2, "sink_pages + recent_pages is 2 + 1, got num_pages = 2"),
-]
-
-
-@pytest.mark.parametrize(("name", "key", "value", "message"), SIZES)
-def test_sizes(device: str, name: str, key: str, value: Any, message: str) -> None:
-    good = arguments(name, device)
-    bad = value().to(device) if callable(value) else value
-    assert_refused(name, good, {key: bad}, *message.split("|"))
 
 
 MOST_TOKENS = 2**31 - 1  # of a sequence, and of a list of pages
@@ -410,7 +163,7 @@ def test_most_pages_of_a_sequence(device: str, name: str, page_size: int) -> Non
     result = OPERATORS[name](**{**good, key: columns(good[key], most)})
     if name == "estimate":
         assert result.shape == (0, 4, most)
-    for pages in (most + 1, 2**60 // page_size, 2**64 // page_size):
+    for pages in (most + 1, 2**60 // page_size, (2**63 - 1) // page_size, 2**64 // page_size):
         message = f"{key}'{'s' * (key == 'page_table')} tokens a sequence (P * page_size) must fit in 32 bits"
         got = f"got {min(pages * page_size, 2**63 - 1)}"
         with pytest.raises(RuntimeError, match=re.escape(message) + ".*" + got):
@@ -500,65 +253,6 @@ def test_group_reduce_has_four_names() -> None:
         ops.decode_step(**step, group_reduce="mean")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"group_reduce must be 0 .*, got 4"):
         ops._ops.decode_step(*step.values(), 4)
-
-
-VALUES: list[Any] = [
-    *(
-        (name, "seq_lens", (1,), value, f"seq_lens must be 0 to 64|got {value} for sequence 1")
-        for name in OPERATORS
-        for value in (-1, 65, 2**31 - 1)
-    ),
-    *(
-        (
-            name,
-            "page_table",
-            (0, 2),
-            value,
-            f"page_table must hold physical pages 0 to 8, got {value} for sequence 0, page 2",
-        )
-        for name in ("append_kv", "update_bounds", "estimate", "sparse_decode", "decode_step")
-        for value in (-1, 9, 2**31 - 1)
-    ),
-    *(
-        ("decode_step", "start_lens", (1,), value, f"start_lens must be 0 to 64|got {value} for sequence 1")
-        for value in (-1, 65, 2**31 - 1)
-    ),
-    (
-        "decode_step",
-        "page_table",
-        (1, 0),
-        9,
-        "page_table must hold physical pages 0 to 8, got 9 for sequence 1, page 0",
-    ),
-    ("decode_step", "seq_lens", (1,), 21, "seq_lens must be start_lens + T, 19 + 1 for sequence 1, got 21"),
-    ("decode_step", "start_lens", (0,), 35, "seq_lens must be start_lens + T, 35 + 1 for sequence 0, got 37"),
-    ("append_kv", "new_lens", (1,), -1, "new_lens must be 0 to 3|got -1 for sequence 1"),
-    ("append_kv", "new_lens", (0,), 4, "new_lens must be 0 to 3|got 4 for sequence 0"),
-    ("append_kv", "seq_lens", (1,), 64, "page_table must have room for seq_lens + new tokens, 64 + 1 for sequence 1"),
-    ("update_bounds", "first_token", (1,), -5, "first_token must be at least 0, got -5 for sequence 1"),
-    ("sparse_decode", "pages", (1, 1, 2), 4, "pages must hold logical pages 0 to 3|got 4 for sequence 1, head 1"),
-    ("sparse_decode", "pages", (0, 1, 0), -2, "pages must hold logical pages 0 to 3|got -2 for sequence 0, head 1"),
-]
-
-
-@pytest.mark.parametrize(("name", "key", "place", "value", "message"), VALUES)
-def test_values(
-    device: str, monkeypatch: pytest.MonkeyPatch, name: str, key: str, place: tuple[int, ...], value: int, message: str
-) -> None:
-    """Values are checked on the CPU always, and on the GPU where QUEST_OPS_CHECK=1 asks for it."""
-    if device == "cuda":
-        monkeypatch.setenv("QUEST_OPS_CHECK", "1")
-    good = arguments(name, device)
-    bad = good[key].clone()
-    bad[place] = value
-    assert_refused(name, good, {key: bad}, *message.split("|"), by_values=True)
-
-
-def test_append_past_the_capacity_without_new_lens() -> None:
-    good = arguments("append_kv", "cpu")
-    bad = {"new_lens": None, "seq_lens": torch.tensor([20, 62], dtype=torch.int32)}
-    parts = ("page_table must have room", "62 + 3 for sequence 1", "got 4 pages of 16")
-    assert_refused("append_kv", good, bad, *parts, by_values=True)
 
 
 @pytest.mark.gpu

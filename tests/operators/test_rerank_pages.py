@@ -241,7 +241,7 @@ BAD = {
         "pages must have shape [B, Hs, K] like q's [B, Hq, D] with Hs 2 (a list a KV head) or 4 (a list a query head), "
         "got [2, 1, 3] for q [2, 4, 64]",
     ),
-    "a scale of zero": ({"scale": lambda _: 0.0}, "scale must be a finite number above 0, got 0"),
+    "a scale of zero": ({"scale": lambda _: 0.0}, "scale must be above 0, got 0"),
     "a reduction of another number": ({"token_reduce": lambda _: 2}, "token_reduce must be 0 (max) or 1 (lse), got 2"),
 }
 

@@ -87,6 +87,35 @@ def test_a_tensor_that_requires_a_gradient_is_refused(device: str, name: str, ke
         assert leaf.grad_fn is None
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", WRITES)
+def test_a_lazy_clone_gets_memory_of_its_own(device: str, name: str, mode: str) -> None:
+    """The tensor that it was cloned from, and other clones, stay as they are."""
+    given = arguments(name, device, int8=True)
+    written = WRITES[name]
+    originals = {key: given[key].contiguous() for key in written}
+    before = {key: x.clone() for key, x in originals.items()}
+    call(name, {**given, **(expected := {key: x.clone() for key, x in before.items()})})
+    clones, others = ({key: torch._lazy_clone(x) for key, x in originals.items()} for _ in range(2))
+    with MODES[mode]():
+        call(name, {**given, **clones})
+    for key in written:
+        assert_same_bits(originals[key], before[key])
+        assert_same_bits(others[key], before[key])
+        assert_same_bits(clones[key], expected[key])
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_lazy_clones_are_read_as_they_are(device: str, name: str) -> None:
+    given = arguments(name, device)
+    expected = {key: x.clone() if isinstance(x, Tensor) else x for key, x in given.items()}
+    lazy = {key: torch._lazy_clone(x) for key, x in given.items() if isinstance(x, Tensor) and key not in WRITES[name]}
+    call(name, {**given, **lazy})
+    call(name, expected)
+    for key in WRITES[name][:-1]:
+        assert_same_bits(given[key], expected[key])
+
+
 @pytest.mark.parametrize("name", WRITES)
 def test_inference_tensors_may_be_written_anywhere(device: str, name: str) -> None:
     """They have no version, and autograd cannot save them."""

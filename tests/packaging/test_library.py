@@ -198,14 +198,14 @@ def errors(library):
     x, lens = torch.zeros(1, 1, 64), torch.ones(1, dtype=torch.int32)
     new, cache, bounds = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 16, 64), torch.zeros(1, 1, 2, 64)
     calls = {
-        "append_kv": (new, new, cache, cache, bounds, 0 * lens[None], 0 * lens),
+        "append_kv": (new, new, cache, cache.clone(), bounds, 0 * lens[None], 0 * lens),
         "update_bounds": (cache, bounds, 0 * lens[None], lens),
         "estimate": (x, bounds, 0 * lens[None], lens, 16),
         "topk_pages": (x[..., :1], lens, 16, 1, 1),
         "append_codes": (new, cache[..., :16].byte(), cache[..., 0], 0 * lens[None], 0 * lens),
         "rerank_pages": (x, cache[..., :16].byte(), cache[..., 0], 0 * lens[None], lens, 0 * lens[None, None]),
         "sparse_decode": (x, cache, cache, 0 * lens[None], lens),
-        "decode_step": (x, new, new, cache, cache, bounds, 0 * lens[None], 0 * lens, lens, 1),
+        "decode_step": (x, new, new, cache, cache.clone(), bounds, 0 * lens[None], 0 * lens, lens, 1),
     }
     for name, arguments in calls.items():
         try:

@@ -3,8 +3,10 @@
 `QUEST_OPS_WHEEL` names a wheel of quest_ops to test. Without it one is built, in the installed libraries' build folder.
 """
 
+import hashlib
 import importlib.resources
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import quest_ops
+import quest_ops.ops
 from quest_ops import _library
 
 ROOT = Path(__file__).parents[2]
@@ -148,21 +151,96 @@ def test_wheel_libraries(unpacked: Path) -> None:
         check_dependencies(library)
 
 
-@needs_builder
-def test_wheel_in_a_new_environment(unpacked: Path, tmp_path: Path) -> None:
+def run_in(packages: Path, *arguments: str | Path, cwd: Path) -> str:
+    """The output of the Python of the environment with these site-packages."""
+    python = packages.parents[2] / "bin" / "python"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    done = subprocess.run([python, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def check_that_it_runs(packages: Path, tmp_path: Path) -> None:
     program = """
 import torch, quest_ops
 q, bounds = torch.ones(1, 2, 64), torch.ones(1, 1, 2, 64)
 one = torch.ones(1, dtype=torch.int32)
 print(quest_ops.__file__, quest_ops.estimate(q, bounds, one[None] - 1, one, 16).tolist())
 """
-    python = unpacked.parents[2] / "bin" / "python"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    done = subprocess.run(
-        [python, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split(maxsplit=1) == [str(unpacked / "quest_ops" / "__init__.py"), "[[[64.0], [64.0]]]\n"]
+    printed = run_in(packages, "-c", program, cwd=tmp_path)
+    assert printed.split(maxsplit=1) == [str(packages / "quest_ops" / "__init__.py"), "[[[64.0], [64.0]]]\n"]
+
+
+@needs_builder
+def test_wheel_in_a_new_environment(unpacked: Path, tmp_path: Path) -> None:
+    check_that_it_runs(unpacked, tmp_path)
+
+
+@needs_builder
+@pytest.mark.slow
+def test_operators_of_the_wheel(unpacked: Path, tmp_path: Path) -> None:
+    """The wheel on the torch of this environment. Its minimum is in the symbols, see check_abi."""
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = tests\nmarkers =\n gpu: needs a GPU\n slow: is slow\n")
+    folder = Path("tests/operators")
+    files = ("test_bad_input_table.py", "test_written_tensors.py", "test_determinism.py", "test_ragged_steps.py")
+    words = ["-k", "not compiled and not cuda"]
+    run_in(unpacked, "-m", "pytest", "-q", "-x", *words, *(folder / file for file in files), cwd=tmp_path)
+    assert not (tmp_path / "python").exists()
+
+
+@needs_builder
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("readelf") is None, reason="needs readelf")
+def test_the_tag_of_the_wheel_is_true(wheel: Path, unpacked: Path) -> None:
+    """A manylinux_2_X wheel asks for symbols of glibc 2.X at most."""
+    promised = re.search(r"manylinux_(\d+)_(\d+)", wheel.name)
+    if promised is None:
+        pytest.skip(f"{wheel.name} promises no glibc")
+    for library in (unpacked / "quest_ops").glob("*.so"):
+        text = subprocess.run(["readelf", "--version-info", library], capture_output=True, text=True, check=True).stdout
+        needed = [tuple(map(int, version.split("."))) for version in re.findall(r"Name: GLIBC_([\d.]+)", text)]
+        assert max(needed) <= tuple(map(int, promised.groups())), library.name
+
+
+@needs_builder
+@pytest.mark.slow
+def test_sdist_in_a_new_environment(tmp_path: Path) -> None:
+    """The sdist is built and installed where there are torch and the build tools, and nothing of this project."""
+    make = "import sys, scikit_build_core.build as b; print(b.build_sdist(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", make, tmp_path / "dist"], cwd=ROOT, check=True, capture_output=True)
+    (sdist,) = (tmp_path / "dist").glob("quest_ops-*.tar.gz")
+    venv.create(tmp_path / "environment", symlinks=True)
+    (packages,) = (tmp_path / "environment").glob("lib/python*/site-packages")
+    (packages / "ours.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    options = ["--no-build-isolation", "--no-deps", "--force-reinstall", "-C", "cmake.define.QUEST_CUDA=OFF"]
+    # Installed by our pip into a folder: the new environment sees our quest_ops, which pip would uninstall.
+    command = [sys.executable, "-m", "pip", "install", "-q", *options, "--target", packages, sdist]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_that_it_runs(packages, tmp_path)
+    check_abi(packages / "quest_ops" / "_C.so")
+
+
+def test_libraries_have_the_schemas_of_this_source() -> None:
+    """A library that was not rebuilt after a change of the schemas fails here."""
+    schemas = hashlib.sha256((ROOT / "csrc" / "register.cpp").read_bytes()).hexdigest()[:12]
+    assert _library.build_info["schemas"] == schemas
+    if _library.cuda_build_info is not None:
+        assert _library.cuda_build_info["schemas"] == schemas
+
+
+@pytest.mark.parametrize("name", _library.OPERATORS)
+def test_python_has_the_arguments_of_the_schema(name: str) -> None:
+    """Names, order and defaults. group_reduce has words in Python and numbers in the schema."""
+    schema = getattr(_library.ops, name).default._schema
+    parameters = inspect.signature(getattr(quest_ops.ops, name)).parameters
+    assert list(parameters) == [argument.name for argument in schema.arguments]
+    for argument in schema.arguments:
+        default = parameters[argument.name].default
+        if argument.name == "group_reduce":
+            default = quest_ops.ops.GROUP_REDUCE[default]
+        wanted = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+        assert default == wanted, argument.name
 
 
 def run_cmake(tmp_path: Path, *options: str, **environment: str) -> tuple[int, str]:
