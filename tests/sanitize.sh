@@ -15,7 +15,7 @@ tests=("${@:3}")
 
 build=build/sanitize-${sanitizers/,/-}
 cmake -G Ninja -S . -B "$build" -D QUEST_CUDA=OFF -D QUEST_SANITIZE="$sanitizers" >"$build.log"
-cmake --build "$build"
+nice cmake --build "$build"
 cmake --install "$build" --prefix "$build/python" >/dev/null
 cp -r python/quest_ops "$build/python"
 
@@ -43,5 +43,5 @@ for isa in $isas; do
     continue
   fi
   echo "== $sanitizers, $isa"
-  python -S -m pytest -q -p no:cacheprovider -m "not gpu" "${tests[@]}"
+  python -S -m pytest -q --capture=sys -p no:cacheprovider -m "not gpu" "${tests[@]}"
 done
