@@ -11,7 +11,10 @@ cd "$(dirname "$0")/.."
 sanitizers=${1:-address,undefined}
 isas=${2:-generic avx2 avx512 avx512_vnni}
 tests=("${@:3}")
-[ ${#tests[@]} -gt 0 ] || tests=(tests/operators tests/cache tests/fuzz --deselect tests/operators/test_instruction_sets.py::test_the_operators)
+# Processes of tests load the library without sanitizers. Compiled code is torch's, and takes most of the time.
+[ ${#tests[@]} -gt 0 ] || tests=(tests/operators tests/cache tests/fuzz -k "not compile and not export and not inductor
+  and not test_the_operators and not large_sizes")
+export QUEST_OPS_TEST_EXAMPLES=${QUEST_OPS_TEST_EXAMPLES:-5} QUEST_OPS_FUZZ_CASES=${QUEST_OPS_FUZZ_CASES:-10}
 
 build=build/sanitize-${sanitizers/,/-}
 cmake -G Ninja -S . -B "$build" -D QUEST_CUDA=OFF -D QUEST_SANITIZE="$sanitizers" >"$build.log"
@@ -43,5 +46,5 @@ for isa in $isas; do
     continue
   fi
   echo "== $sanitizers, $isa"
-  python -S -m pytest -q --capture=sys -p no:cacheprovider -m "not gpu" "${tests[@]}"
+  python -S -m pytest -q --capture=sys -p no:cacheprovider -m "not gpu and not slow" "${tests[@]}"
 done
