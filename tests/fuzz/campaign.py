@@ -36,11 +36,13 @@ def fuzz(options: argparse.Namespace, job: int, current: Path) -> tuple[Counter[
                 current.write_text(json.dumps(plan))
                 try:
                     result = judge.run(plan, options.device)
-                except Exception:
+                except Exception as error:
                     traceback.print_exc()
                     print(json.dumps(plan), flush=True)
                     result = "failed"
                     found.append({**plan, "found": traceback.format_exc(limit=-1).strip().splitlines()[-1][:200]})
+                    if "CUDA error" in str(error):  # the process has lost the device
+                        return counts, found
                 counts[f"{operator} {mode} {result}"] += 1
         number += options.jobs
     return counts, found
