@@ -3,6 +3,10 @@
 #   make demo     a language model finds facts in a long text (ARGS="--text FILE --tokens 8192" and so on)
 #   make test     the tests (ARGS="tests/operators/test_estimate.py -k ties" and so on)
 #   make test-vllm   the tests of the vLLM backend, in .venv-vllm (3.6 GB), with vLLM's CPU build
+#   make fuzz     random calls of the operators, judged by the reference (ARGS="--minutes 60 --device cuda --jobs 2")
+#   make soak     100,000 decode steps with random appends, crops, forks and resets (ARGS="--device cuda")
+#   make sanitize   the tests of operators and cache under AddressSanitizer and UBSan, for each instruction set
+#   make sanitize-gpu   every kernel under compute-sanitizer's four tools, on a GPU
 #   make eval-model  fetches SmolLM2, a real model for the evaluation (93 MB, 538 MB on disk)
 #   make bench    on a GPU the kernels against dense attention; elsewhere the steps of a tiny model
 #   make library  after a change in csrc/: rebuilds and installs the libraries, in seconds
@@ -57,7 +61,8 @@ define build
 @cmake --install build --prefix "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
 endef
 
-.PHONY: demo test test-vllm coverage mutation eval-model bench lint format library wheel docs clean torch
+.PHONY: demo test test-vllm fuzz soak sanitize sanitize-gpu coverage mutation eval-model bench lint format library \
+  wheel docs clean torch
 
 demo: $(STAMPS)/demo
 	$(build)
@@ -66,6 +71,21 @@ demo: $(STAMPS)/demo
 test: $(STAMPS)/dev
 	$(build)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+fuzz: $(STAMPS)/dev
+	$(build)
+	PYTHONPATH=tests $(VENV)/bin/python -m fuzz $(ARGS)
+
+soak: $(STAMPS)/dev
+	$(build)
+	$(VENV)/bin/python tests/soak.py $(ARGS)
+
+sanitize: $(STAMPS)/dev
+	tests/sanitize.sh $(ARGS)
+
+sanitize-gpu: $(STAMPS)/dev
+	$(build)
+	$(VENV)/bin/python tests/sanitize_gpu.py $(ARGS)
 
 # vLLM pins versions of torch and transformers, so it has an environment of its own. The torchvision, torchaudio and
 # torchcodec of the registry are built for a torch with CUDA, and break transformers on import.

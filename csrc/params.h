@@ -48,8 +48,8 @@ struct Paging {
 
   QUEST_HOST_DEVICE int32_t page_size() const { return 1 << page_shift; }
   QUEST_HOST_DEVICE int32_t capacity() const { return P << page_shift; }
-  // No overflow: `tokens` is at most the capacity, which is a multiple of S.
-  QUEST_HOST_DEVICE int32_t pages_of(int32_t tokens) const { return (tokens + page_size() - 1) >> page_shift; }
+  // No overflow, in this order: `tokens` is at most the capacity, which is a multiple of S.
+  QUEST_HOST_DEVICE int32_t pages_of(int32_t tokens) const { return (tokens + (page_size() - 1)) >> page_shift; }
 
   QUEST_HOST_DEVICE int32_t length(int32_t b) const {
     const int32_t n = seq_lens[b];

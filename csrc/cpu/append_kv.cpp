@@ -28,8 +28,9 @@ static void append_page(const AppendParams& p, const Loops& loops, int b, int h,
   const int64_t start = int64_t{logical} << p.paging.page_shift;
   const int64_t first = std::max<int64_t>(start, length),
                 last = std::min<int64_t>(start + page_size, int64_t{length} + count);
+  if (first >= last) return;  // the checked copy of the page table may have no such entry
   const int64_t page = p.paging.physical(b, logical);
-  if (first >= last || page < 0) return;
+  if (page < 0) return;
   const int t = static_cast<int>(first - length), n = static_cast<int>(last - first);
   const int slot = static_cast<int>(first - start);
   write_rows(p.k, p.k_cache, p, b, h, t, n, page, slot);

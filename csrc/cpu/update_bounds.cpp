@@ -11,8 +11,10 @@ namespace quest::cpu {
 
 static void update_page(const UpdateBoundsParams& p, const Loops& loops, int b, int h, int logical) {
   const int64_t keys = p.paging.length(b) - (int64_t{logical} << p.paging.page_shift);
+  // The checked copy of the page table may have no entry for a page that is not updated.
+  if (keys <= 0 || (p.first_token && logical < p.first_token[b] >> p.paging.page_shift)) return;
   const int64_t page = p.paging.physical(b, logical);
-  if (keys <= 0 || page < 0 || (p.first_token && logical < p.first_token[b] >> p.paging.page_shift)) return;
+  if (page < 0) return;
   const int n = static_cast<int>(std::min<int64_t>(keys, p.paging.page_size()));
   renew_page_bounds(loops, p.k_cache, p.k_bounds, p.dtype, page, h, n, p.size.D);
 }

@@ -9,29 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.cache_model import History
+from helpers.failing import FailingAt
 from helpers.small_caches import BOUNDS, S, make
 from quest_ops import PagedKVCache
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 Call = Callable[[PagedKVCache], object]
-
-
-class FailingAt(TorchDispatchMode):
-    """Raises at operation number ``n``: in place of it, or, as an interrupt does, once it is done."""
-
-    def __init__(self, n: int, error: BaseException, done: bool) -> None:
-        super().__init__()
-        self.n, self.error, self.done, self.calls = n, error, done, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
-        if self.calls == self.n and not self.done:
-            raise self.error
-        result = func(*args, **(kwargs or {}))
-        if self.calls == self.n:
-            raise self.error
-        return result
 
 
 def bits(tensor: Tensor) -> Tensor:

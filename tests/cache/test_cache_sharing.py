@@ -1,4 +1,4 @@
-"""Page ownership in PagedKVCache: forks, copies on write, freed pages, and calls in any order."""
+"""Page ownership in PagedKVCache: forks, copies on write, and freed pages."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import pytest
 import torch
 from helpers.cache_model import History, same_snapshot, snapshot
 from helpers.small_caches import BOUNDS, S, make, poison_free_pages
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from quest_ops import CacheFullError
 from quest_ops.page_allocator import NewPage, PageAllocator
 
@@ -149,95 +146,3 @@ def test_a_copy_on_write_needs_a_page_too(device: str) -> None:
     history.free(2)
     history.step(1, [0, 1, 0])
     history.check()
-
-
-class CacheMachine(RuleBasedStateMachine):
-    """Calls in any order, with more tokens than the pool holds."""
-
-    device = "cpu"
-    sequence = st.integers(0, 2)
-
-    @initialize(
-        seed=st.integers(0, 1000), num_pages=st.integers(5, 12), bounds=st.sampled_from(("cache", "int8", "int4"))
-    )
-    def start(self, seed: int, num_pages: int, bounds: str) -> None:
-        self.history = History(make(self.device, max_tokens=40, num_pages=num_pages, bounds=bounds), seed)
-        self.cache = self.history.cache
-
-    def expect(self, lens: list[int]) -> bool:
-        """Whether the cache has room for these tokens; checks that an impossible step changes nothing."""
-        too_long = any(n and have + n > 40 for have, n in zip(self.cache.lengths, lens, strict=True))
-        reserved = (self.cache.page_table >= 0).sum(1).tolist()
-        new = [
-            max(0, -(-(have + n) // S) - pages) if n else 0
-            for have, n, pages in zip(self.cache.lengths, lens, reserved, strict=True)
-        ]
-        if not too_long and sum(new) + self.copies(lens) <= self.cache.free_pages:
-            return True
-        before = snapshot(self.cache)
-        with pytest.raises(CacheFullError):
-            self.cache.advance(40, lens)
-        assert same_snapshot(before, snapshot(self.cache))
-        return False
-
-    def copies(self, lens: list[int]) -> int:
-        """Shared partial pages that several owners are about to write: all but a last owner copy them."""
-        writers: dict[int, int] = {}
-        for b, n in enumerate(lens):
-            if n and self.cache.lengths[b] % S:
-                page = int(self.cache.page_table[b, self.cache.lengths[b] // S])
-                writers[page] = writers.get(page, 0) + 1
-        owners = self.history.owners()
-        return sum(min(count, owners[page] - 1) for page, count in writers.items())
-
-    @rule(lens=st.tuples(*[st.integers(0, 12)] * 3), spare=st.integers(0, 2))
-    def ragged_step(self, lens: tuple[int, ...], spare: int) -> None:
-        if self.expect(list(lens)) and any(lens):
-            self.history.step(max(lens) + spare, list(lens))
-
-    @rule(T=st.integers(1, 3))
-    def step(self, T: int) -> None:
-        if self.expect([T] * 3):
-            self.history.step(T)
-
-    @rule(b=sequence, tokens=st.integers(0, 16))
-    def reserve(self, b: int, tokens: int) -> None:
-        if self.expect([tokens if i == b else 0 for i in range(3)]):
-            self.cache.reserve(tokens, b)
-
-    @rule(b=sequence | st.none(), tokens=st.integers(0, 40))
-    def crop(self, b: int | None, tokens: int) -> None:
-        self.history.crop(tokens, b)
-
-    @rule(source=sequence, step=st.integers(1, 2))
-    def fork(self, source: int, step: int) -> None:
-        self.history.fork(source, (source + step) % 3)
-
-    @rule(source=sequence, step=st.integers(1, 2), forked=st.booleans(), T=st.integers(0, 9))
-    def fork_and_write_one(self, source: int, step: int, forked: bool, T: int) -> None:
-        target = (source + step) % 3
-        self.history.fork(source, target)
-        lens = [T if b == (target if forked else source) else 0 for b in range(3)]
-        if self.expect(lens):
-            self.history.step(T + 1, lens)
-
-    @rule(b=sequence)
-    def free(self, b: int) -> None:
-        self.history.free(b)
-
-    @rule()
-    def poison(self) -> None:
-        poison_free_pages(self.history)
-
-    @invariant()
-    def is_as_given(self) -> None:
-        if hasattr(self, "history"):
-            self.history.check()
-
-
-def test_any_order_of_calls(device: str) -> None:
-    class Machine(CacheMachine):
-        pass
-
-    Machine.device = device
-    run_state_machine_as_test(Machine, settings=settings(max_examples=25, stateful_step_count=40))

@@ -1,7 +1,7 @@
 """Another thread changes lengths and page numbers during a call. Each number is read once, so the call stays inside its
 tensors: its result is right for some of the values, or it is refused.
 
-AddressSanitizer finds what these tests cannot see: see CONTRIBUTING.md for such a build.
+AddressSanitizer finds what these tests cannot see: `make sanitize` runs them with it.
 """
 
 from __future__ import annotations

@@ -6,32 +6,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers.operator_cases import LAYOUTS, assert_same_bits, place, place_far_apart
+from helpers.selection_rule import EXACT_SUMS, KINDS, assert_list_is_as_good, random_scores, slack
 from hypothesis import given
 from hypothesis import strategies as st
 from quest_ops import ops, reference
 from torch import Tensor
-
-EPS = torch.finfo(torch.float32).eps
-
-
-def randoms(kind: str, size: tuple[int, ...], random: torch.Generator) -> Tensor:
-    integers = torch.randint(-4, 5, size, generator=random).float()
-    if kind == "normal":
-        return torch.randn(size, generator=random) * 10
-    if kind == "equal":
-        return torch.full(size, -1.5)
-    if kind == "integers":
-        return integers
-    if kind == "lowest bits":
-        return 3 + (integers + 4) * 2 * EPS
-    if kind == "subnormal":
-        return integers * 2.0**-149
-    special = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, -0.0, 0.0])
-    return torch.where(integers > 0, integers, special[torch.randint(0, 6, size, generator=random)])
-
-
-KINDS = ("normal", "equal", "integers", "lowest bits", "subnormal", "special")
-EXACT_SUMS = ("equal", "integers", "subnormal", "special")
 
 
 @dataclass(frozen=True)
@@ -56,7 +35,7 @@ class Selection:
         random = torch.Generator().manual_seed(self.seed)
         P = max(reference.num_pages(n, self.page_size) for n in self.lengths) + self.spare_pages
         T = max(1, self.new_tokens)
-        scores = randoms(self.kind, (len(self.lengths), T, self.kv_heads * self.group, P), random)
+        scores = random_scores(self.kind, (len(self.lengths), T, self.kv_heads * self.group, P), random)
         for b, length in enumerate(self.lengths):
             for t in range(T):
                 scores[b, t, :, reference.num_pages(max(0, length - T + 1 + t), self.page_size) :] = math.nan
@@ -94,35 +73,6 @@ def selections(draw: st.DrawFn) -> Selection:
     )
 
 
-def slack(scores: Tensor, reduced: Tensor, s: Selection) -> Tensor:
-    """The error that float32 allows in the reduced scores [Hs, n]."""
-    if s.reduce == "sum":
-        return scores.unflatten(0, (s.kv_heads, s.group)).abs().sum(1) * s.group * EPS
-    # soft: an exponent's error is its size in EPS, the exponential adds a few EPS, the sum over n pages n.
-    exponent = (scores * s.scale).abs().nan_to_num(posinf=0).amax()
-    return reduced * (4 * exponent + 8 + scores.shape[-1] + s.group) * EPS + s.group * torch.finfo(torch.float32).tiny
-
-
-def assert_as_good(chosen: list[int], h: int, scores: Tensor, s: Selection) -> None:
-    """No unselected page beats a selected one by more than rounding; equal scores give the lower page."""
-    n = scores.shape[-1]
-    free = list(range(s.sink, n - s.recent))
-    taken, left = ([page for page in free if (page in chosen) == wanted] for wanted in (True, False))
-    if not taken or not left:
-        return
-    reduced = reference.reduce_group(scores, s.kv_heads, s.reduce, s.scale)
-    error = slack(scores, reduced, s)[h]
-    row = reduced[h]
-    if row.isnan().any():  # a NaN or +inf makes the whole softmax NaN: every page ties
-        assert row.isnan().all()
-        assert taken == free[: len(taken)]
-        return
-    assert (row[taken] + error[taken]).min() >= (row[left] - error[left]).max()
-    columns = scores[h * s.group : (h + 1) * s.group].T.tolist()
-    last_taken = {tuple(columns[page]): page for page in taken}
-    assert all(page > last_taken.get(tuple(columns[page]), -1) for page in left)
-
-
 def check(s: Selection, device: str) -> None:
     scores, seq_lens = s.scores(), torch.tensor(s.lengths, dtype=torch.int32)
     actual = ops.topk_pages(
@@ -141,13 +91,7 @@ def check(s: Selection, device: str) -> None:
         for t, lists in enumerate(rows):
             n = reference.num_pages(max(0, s.lengths[b] - T + 1 + t), s.page_size)
             for h, padded in enumerate(lists):
-                chosen = padded[: min(n, s.k)]
-                assert padded[len(chosen) :] == [-1] * (s.k - len(chosen))
-                assert chosen == sorted(set(chosen))
-                assert not chosen or 0 <= chosen[0] <= chosen[-1] < n
-                forced = {*range(min(s.sink, n)), *range(max(0, n - s.recent), n)}
-                assert n <= s.k or forced <= set(chosen)
-                assert_as_good(chosen, h, scores[b, t, :, :n], s)
+                assert_list_is_as_good(padded, h, scores[b, t, :, :n], s)
 
 
 @given(selections())

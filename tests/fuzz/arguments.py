@@ -1,0 +1,210 @@
+"""The arguments of a plan: contiguous tensors on the CPU, and their copies in guarded memory on a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from helpers.operator_cases import DTYPES, KINDS, UNREAD_BYTE, Case, Shape, place
+from helpers.selection_rule import random_scores
+from helpers.steps import before_step
+from quest_ops import reference
+from torch import Tensor
+
+from .plans import LAYOUTS, Plan
+
+Arguments = dict[str, Any]
+#: Tensors that each operator writes to.
+WRITTEN = {
+    "append_kv": ("k_cache", "v_cache", "k_bounds", "k_scales"),
+    "update_bounds": ("k_bounds", "k_scales"),
+    "decode_step": ("k_cache", "v_cache", "k_bounds", "k_scales"),
+}
+
+
+def arguments(plan: Plan) -> Arguments:
+    """An operator's arguments by name, valid as they are."""
+    made = _MAKERS[plan["operator"]](plan, _case(plan))
+    if plan["no_sequences"]:
+        by_sequence = ("q", "k", "v", "page_table", "seq_lens", "start_lens", "new_lens", "first_token", "scores")
+        for name in (*by_sequence, "pages", "budgets"):
+            if isinstance(made.get(name), Tensor):
+                made[name] = made[name][:0]
+    if plan["mode"] == "invalid":  # a change may be accepted, and lead to memory that was not to be read
+        for name in ("k_cache", "v_cache", "k_bounds", "k_scales"):
+            if isinstance(made.get(name), Tensor):
+                made[name] = made[name].nan_to_num()
+    return made
+
+
+def _case(plan: Plan) -> Case:
+    shape = Shape(
+        dtype=DTYPES[("float32", "float16", "bfloat16").index(plan["dtype"])],
+        **{name: plan[name] for name in ("head_dim", "page_size", "kv_heads", "group", "new_tokens")},
+        lengths=tuple(plan["lengths"]),
+        spare_pages=plan["spare_pages"],
+        shared_pages=plan["shared_pages"],
+        kind=KINDS[plan["kind"]],
+        seed=plan["seed"],
+    )
+    steps = plan["operator"] in ("append_kv", "decode_step")
+    news = None if plan["new_lens"] is None else tuple(plan["new_lens"])
+    case = before_step(shape, news) if steps else Case(shape)
+    case.q = (case.q * plan["magnitude"]).to(shape.dtype)
+    if not steps and news is not None:
+        case.new_lens = torch.tensor(news, dtype=torch.int32)
+    return case
+
+
+def _append_kv(plan: Plan, x: Case) -> Arguments:
+    return {
+        "k": x.k,
+        "v": x.v,
+        "k_cache": x.k_cache,
+        "v_cache": x.v_cache,
+        "k_bounds": x.k_bounds,
+        "page_table": x.page_table,
+        "seq_lens": x.start_lens,
+        "new_lens": x.new_lens,
+        "k_scales": x.k_scales,
+        "std_factor": x.shape.kind.std_factor,
+    }
+
+
+def _update_bounds(plan: Plan, x: Case) -> Arguments:
+    first = plan["first_tokens"]
+    x.k_bounds.fill_(UNREAD_BYTE if x.shape.kind.scaled else math.nan)
+    if x.k_scales is not None:
+        x.k_scales.fill_(math.nan)
+    return {
+        "k_cache": x.k_cache,
+        "k_bounds": x.k_bounds,
+        "page_table": x.page_table,
+        "seq_lens": x.seq_lens,
+        "first_token": None if first is None else torch.tensor(first, dtype=torch.int32),
+        "k_scales": x.k_scales,
+        "std_factor": x.shape.kind.std_factor,
+    }
+
+
+def _estimate(plan: Plan, x: Case) -> Arguments:
+    return {
+        "q": x.q,
+        "k_bounds": x.k_bounds,
+        "page_table": x.page_table,
+        "seq_lens": x.seq_lens,
+        "page_size": plan["page_size"],
+        "k_scales": x.k_scales,
+        "new_lens": x.new_lens,
+    }
+
+
+def _topk_pages(plan: Plan, x: Case) -> Arguments:
+    T, P = x.shape.new_tokens, x.shape.capacity
+    scores = random_scores(plan["scores"], (*x.q.shape[:-1], P), x.random)
+    visible = reference.visible_by_token(x.seq_lens, max(1, T), x.new_lens)
+    for rows, by_token in zip(scores.view(len(scores), max(1, T), -1, P), visible, strict=True):
+        for row, tokens in zip(rows, by_token, strict=True):
+            row[:, reference.num_pages(tokens, plan["page_size"]) :] = math.nan
+    return {
+        "scores": scores,
+        "seq_lens": x.seq_lens,
+        "page_size": plan["page_size"],
+        "k": plan["k"],
+        "num_kv_heads": plan["kv_heads"],
+        **_selection(plan),
+        "scale": plan["scale"],
+        "new_lens": x.new_lens,
+    }
+
+
+def _selection(plan: Plan) -> Arguments:
+    budgets = plan["budgets"]
+    return {
+        **{name: plan[name] for name in ("group_reduce", "sink_pages", "recent_pages")},
+        "budgets": None if budgets is None else torch.tensor(budgets, dtype=torch.int32),
+    }
+
+
+def _sparse_decode(plan: Plan, x: Case) -> Arguments:
+    pages = None
+    if plan["lists"] != "none":
+        pages = x.random_pages(max(1, plan["k"]), "per_head" in plan["lists"], "shuffled" in plan["lists"])
+        if plan["k"] == 0:
+            pages.fill_(-1)
+        x = x.poisoned(pages)
+        pages = pages[..., : plan["k"]]
+    return {
+        "q": x.q,
+        "k_cache": x.k_cache,
+        "v_cache": x.v_cache,
+        "page_table": x.page_table,
+        "seq_lens": x.seq_lens,
+        "pages": pages,
+        "scale": plan["scale"],
+        "new_lens": x.new_lens,
+    }
+
+
+def _decode_step(plan: Plan, x: Case) -> Arguments:
+    for b, idle in enumerate(plan["idle"]):
+        if idle:
+            x.start_lens[b] = x.seq_lens[b] = 0
+    append = _append_kv(plan, x)
+    append.pop("seq_lens")
+    return {
+        "q": x.q,
+        **append,
+        "start_lens": x.start_lens,
+        "seq_lens": x.seq_lens,
+        "num_pages": plan["k"],
+        **_selection(plan),
+        "scale": plan["scale"],
+    }
+
+
+_MAKERS: dict[str, Callable[[Plan, Case], Arguments]] = {
+    "append_kv": _append_kv,
+    "update_bounds": _update_bounds,
+    "estimate": _estimate,
+    "topk_pages": _topk_pages,
+    "sparse_decode": _sparse_decode,
+    "decode_step": _decode_step,
+}
+
+
+def placed(given: Arguments, layouts: list[int], device: str, fill: float | None = None) -> Arguments:
+    """Copies on the device, each in the middle of memory of its own: its ``_base``.
+
+    Args:
+        given: the arguments.
+        layouts: indices of :data:`LAYOUTS`, taken by turns.
+        device: of the copies.
+        fill: of the memory around; None: NaN, or the largest number of an integer dtype.
+    """
+    copies = dict(given)
+    for i, (name, x) in enumerate(given.items()):
+        if not isinstance(x, Tensor):
+            continue
+        layout = LAYOUTS[layouts[i % len(layouts)]]
+        if name == "k_scales" and x.dim() == 2:  # any strides, that of the last dimension too
+            copies[name] = place(x.T, layout, device).T
+        else:
+            copies[name] = place(x, layout, device)
+        if fill is not None:
+            refill(copies[name], fill)
+    return copies
+
+
+def refill(x: Tensor, fill: float) -> None:
+    """Put another number in the memory around a placed tensor."""
+    values = x.clone()
+    x._base.fill_(fill)
+    x.copy_(values)
+
+
+def memory(x: Tensor) -> Tensor:
+    """All memory of a placed tensor."""
+    return x if x._base is None else x._base

@@ -1,0 +1,314 @@
+"""Runs a plan and judges it: by the float64 reference, by the memory around each tensor, and by the refusal.
+
+Each call is made twice, with different numbers in the memory around the tensors. Results that differ have read it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from helpers import torch_baseline
+from helpers.operator_cases import assert_accurate, assert_exact, assert_same_bits
+from helpers.selection_rule import EXACT_SUMS, assert_list_is_as_good
+from quest_ops import ops, reference
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .arguments import WRITTEN, Arguments, arguments, memory, placed
+from .changes import changed, corrupted, wrong_values
+from .plans import Plan
+
+REFUSALS = (RuntimeError, ValueError, TypeError)
+
+
+def run(plan: Plan, device: str = "cpu") -> str:
+    """Judge one case.
+
+    Returns:
+        "accepted" or "refused".
+
+    Raises:
+        AssertionError: the operator is wrong. An exception of another type is a fault too.
+    """
+    given = arguments(plan)
+    if plan["mode"] == "valid":
+        judge_accepted(plan, given, device)
+        return "accepted"
+    if plan["mode"] == "corrupt":
+        return judge_corrupt(plan, corrupted(plan, given), device)
+    return judge_invalid(plan, given, device)
+
+
+def call(operator: str, x: Arguments) -> tuple[Tensor, ...]:
+    results = getattr(ops, operator)(**x)
+    if device_of(x) == "cuda":
+        torch.cuda.synchronize()  # a fault of the kernel shows here
+    return () if results is None else results if isinstance(results, tuple) else (results,)
+
+
+def device_of(x: Arguments) -> str:
+    return next((y.device.type for y in x.values() if isinstance(y, Tensor) and y.device.type != "meta"), "cpu")
+
+
+# Accepted calls
+
+
+def judge_accepted(plan: Plan, given: Arguments, device: str) -> None:
+    operator, layouts = plan["operator"], plan["layouts"]
+    x = placed(given, layouts, device)
+    before = {name: memory(y).clone() for name, y in x.items() if isinstance(y, Tensor)}
+    results = call(operator, x)
+    _check_metadata(operator, given, x, results)
+    expected = _written(operator, given)
+    for name, old in before.items():
+        if name in expected:
+            y = x[name]
+            old.as_strided(y.shape, y.stride(), y.storage_offset()).copy_(expected[name])
+        assert_same_bits(memory(x[name]), old)
+    results = tuple(y.cpu() for y in results)
+    if operator == "decode_step":
+        names = ("q", "k_bounds", "page_table", "seq_lens")
+        scores = ops.estimate(*(x[name] for name in names), x["k_cache"].shape[2], x["k_scales"], x["new_lens"])
+        given = {**given, "scores": scores.cpu()}
+    _JUDGES.get(operator, _no_result)({**given, **expected}, results, plan)
+
+    other = placed({name: given[name] for name in x}, layouts, device, fill=0)
+    for actual, first in zip(call(operator, other), results, strict=True):
+        assert_same_bits(actual.cpu(), first)
+    for name in expected:
+        assert_same_bits(other[name], x[name])
+
+
+def _written(operator: str, a: Arguments) -> dict[str, Tensor]:
+    """The reference's values of the tensors that the operator writes to."""
+    if operator == "update_bounds":
+        where = (a["page_table"], a["seq_lens"], a["first_token"], a["std_factor"])
+        if a["k_scales"] is None:
+            return {"k_bounds": reference.update_bounds(a["k_cache"], a["k_bounds"], *where)}
+        bounds = reference.update_scaled_bounds(a["k_cache"], a["k_bounds"], a["k_scales"], *where)
+        return dict(zip(("k_bounds", "k_scales"), bounds, strict=True))
+    if operator not in WRITTEN:
+        return {}
+    lens, news = a["seq_lens"], a["new_lens"]
+    if operator == "decode_step":
+        lens, news = a["start_lens"], a["seq_lens"] - a["start_lens"]
+    cache = (a["k"], a["v"], a["k_cache"], a["v_cache"], a["k_bounds"], a["page_table"])
+    written = reference.append_kv(*cache, lens, news, a["k_scales"], a["std_factor"])
+    return dict(zip(WRITTEN[operator], written, strict=False))
+
+
+def _check_metadata(operator: str, given: Arguments, x: Arguments, results: tuple[Tensor, ...]) -> None:
+    """Results are contiguous, and those of fake tensors have their sizes and dtypes."""
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(y) if isinstance(y, Tensor) else y for name, y in x.items()}
+        expected = getattr(ops, operator)(**fake)
+    expected = () if expected is None else expected if isinstance(expected, tuple) else (expected,)
+    for actual, y in zip(results, expected, strict=True):
+        assert actual.is_contiguous()
+        assert (actual.shape, actual.dtype, actual.device) == (y.shape, y.dtype, y.device)
+
+
+def _no_result(a: Arguments, results: tuple[Tensor, ...], plan: Plan) -> None:
+    assert results == ()
+
+
+def _judge_estimate(a: Arguments, results: tuple[Tensor, ...], plan: Plan) -> None:
+    where = (a["k_bounds"], a["page_table"], a["seq_lens"], a["page_size"], a["k_scales"])
+    exact = reference.estimate(a["q"], *where, a["new_lens"])
+    q, news = a["q"], a["new_lens"]
+    (like,) = torch_baseline.in_several_orders(torch_baseline.estimate, _at_the_end(q, news), *where)
+    assert_accurate(results[0], exact, torch.stack([_at_the_start(y, q, news) for y in like]), q.dtype)
+
+
+def _judge_sparse_decode(a: Arguments, results: tuple[Tensor, ...], plan: Plan) -> None:
+    q, pages, news = a["q"], a["pages"], a["new_lens"]
+    where = (a["k_cache"], a["v_cache"], a["page_table"], a["seq_lens"])
+    exact = reference.sparse_decode(q, *where, pages, a["scale"], news)
+    if a["scale"] is not None and math.isnan(a["scale"]):  # the baseline has no empty rows then
+        for actual, y in zip(results, exact, strict=True):
+            assert_exact(actual.double(), y)
+        return
+    shifted = None if pages is None else _at_the_end(pages, news)
+    likes = torch_baseline.in_several_orders(
+        torch_baseline.sparse_decode, _at_the_end(q, news), *where, shifted, a["scale"]
+    )
+    for actual, y, like in zip(results, exact, likes, strict=True):
+        assert_accurate(actual, y, torch.stack([_at_the_start(z, q, news) for z in like]), q.dtype)
+    assert_exact(results[1] == -math.inf, exact[1] == -math.inf)
+
+
+def _rolled(x: Tensor, new_lens: Tensor | None, T: int, sign: int) -> Tensor:
+    if new_lens is None or T == 1:
+        return x
+    return torch.stack([row.roll(sign * (T - n), 0) for row, n in zip(x, new_lens.tolist(), strict=True)])
+
+
+def _at_the_end(x: Tensor, new_lens: Tensor | None) -> Tensor:
+    """Real tokens last, as they are where there is no padding: the baseline knows none."""
+    return _rolled(x, new_lens, x.shape[1] if x.dim() == 4 else 1, 1) if len(x) else x
+
+
+def _at_the_start(x: Tensor, q: Tensor, new_lens: Tensor | None) -> Tensor:
+    return _rolled(x, new_lens, q.shape[1] if q.dim() == 4 else 1, -1) if len(x) else x
+
+
+class _Selection(NamedTuple):
+    """Arguments of one list, as the rule takes them."""
+
+    reduce: str
+    kv_heads: int
+    group: int
+    k: int
+    sink: int
+    recent: int
+    scale: float
+
+
+def _judge_topk_pages(a: Arguments, results: tuple[Tensor, ...], plan: Plan) -> None:
+    exact = a["group_reduce"] in ("none", "max") or (a["group_reduce"] == "sum" and plan["scores"] in EXACT_SUMS)
+    _judge_selection(a, results[0], exact)
+
+
+def _judge_selection(a: Arguments, pages: Tensor, exact: bool) -> None:
+    names = ("scores", "seq_lens", "page_size", "k", "num_kv_heads", "group_reduce", "sink_pages", "recent_pages")
+    expected = reference.topk_pages(*(a[name] for name in names), a["scale"], a["new_lens"], a["budgets"])
+    if exact:
+        assert_exact(pages, expected)
+        return
+    assert pages.shape == expected.shape
+    scores = a["scores"] if a["scores"].dim() == 4 else a["scores"][:, None]
+    B, T, Hq, _ = scores.shape
+    visible = reference.visible_by_token(a["seq_lens"], T, a["new_lens"])
+    sink, recent, heads = a["sink_pages"], a["recent_pages"], a["num_kv_heads"]
+    for b, rows in enumerate(pages.view(B, T, *pages.shape[-2:]).tolist()):
+        k = a["k"] if a["budgets"] is None else min(a["k"], max(sink + recent, int(a["budgets"][b])))
+        rule = _Selection(a["group_reduce"], heads, Hq // heads, k, sink, recent, a["scale"])
+        for t, lists in enumerate(rows):
+            n = reference.num_pages(visible[b][t], a["page_size"])
+            for h, padded in enumerate(lists):
+                assert_list_is_as_good(padded, h, scores[b, t, :, :n].double(), rule)
+
+
+def _judge_decode_step(a: Arguments, results: tuple[Tensor, ...], plan: Plan) -> None:
+    """By the caches after the step. The scores are the operator's own, whose bits the step promises to use."""
+    out, lse, pages = results
+    where = {"page_size": a["k_cache"].shape[2], "k": a["num_pages"], "num_kv_heads": a["k_cache"].shape[1]}
+    scale = a["q"].shape[-1] ** -0.5 if a["scale"] is None else a["scale"]
+    _judge_selection({**a, **where, "scale": scale}, pages, a["group_reduce"] in ("none", "max"))
+    _judge_sparse_decode({**a, "pages": pages}, (out, lse), plan)
+
+
+_JUDGES: dict[str, Any] = {
+    "estimate": _judge_estimate,
+    "topk_pages": _judge_topk_pages,
+    "sparse_decode": _judge_sparse_decode,
+    "decode_step": _judge_decode_step,
+}
+
+
+# Refused calls
+
+
+def refusal(operator: str, x: Arguments) -> str | None:
+    """The sentence of the refusal, without its place in the source; None where the call is accepted."""
+    try:
+        call(operator, x)
+    except REFUSALS as error:
+        return re.sub(r"^\w+, csrc/\S+:\d+, ", "", str(error))
+    return None
+
+
+def judge_invalid(plan: Plan, given: Arguments, device: str) -> str:
+    operator = plan["operator"]
+    x, name, refused = changed(plan, placed(given, plan["layouts"], device))
+    given = changed(plan, given)[0]
+    before = {key: memory(y).clone() for key, y in x.items() if _has_memory(y)}
+    sentence = refusal(operator, x)
+    if sentence is None:
+        assert not refused, f"accepted with another {name}"
+        judge_accepted(plan, given, device)
+        return "accepted"
+    assert any(re.search(rf"\b{re.escape(key)}\b", sentence) for key in given), f"names no argument: {sentence}"
+    for key, old in before.items():
+        assert_same_bits(memory(x[key]), old)
+    if all(y is None or not isinstance(y, Tensor) or _has_memory(y) for y in x.values()) and not _by_values(sentence):
+        with FakeTensorMode() as mode:
+            fake = {key: mode.from_tensor(y) if isinstance(y, Tensor) else y for key, y in x.items()}
+            try:
+                getattr(ops, operator)(**fake)
+            except REFUSALS as error:
+                fake_sentence = re.sub(r"^\w+, csrc/\S+:\d+, ", "", str(error))
+            else:
+                fake_sentence = "accepted"
+        assert fake_sentence == sentence, f"fake tensors: {fake_sentence!r}, not {sentence!r}"
+    return "refused"
+
+
+def _by_values(sentence: str) -> bool:
+    return "for sequence" in sentence
+
+
+def _has_memory(x: Any) -> bool:
+    plain = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
+    return plain and not x.is_neg() and not x.is_conj() and not x._is_zerotensor()
+
+
+def judge_corrupt(plan: Plan, given: Arguments, device: str) -> str:
+    """The CPU refuses wrong values; CUDA does where QUEST_OPS_CHECK=1 asks for it, and stays in its tensors without."""
+    operator, layouts = plan["operator"], plan["layouts"]
+    wrong = wrong_values(operator, given)
+    x = placed(given, layouts, device)
+    before = {key: memory(y).clone() for key, y in x.items() if isinstance(y, Tensor)}
+    with value_checks(True):
+        sentence = refusal(operator, x)
+    assert (sentence is not None) == wrong, sentence or "accepted"
+    if sentence is not None:
+        integers = [key for key, y in given.items() if isinstance(y, Tensor) and y.dtype == torch.int32]
+        assert any(sentence.startswith(f"{key} must") for key in integers), f"names no tensor: {sentence}"
+        for key, old in before.items():
+            assert_same_bits(memory(x[key]), old)
+    else:
+        _assert_guards(operator, x, before)
+    if sentence is None or device != "cpu":
+        first, second = (placed(given, layouts, device, fill) for fill in (None, 0))
+        with value_checks(False):
+            guards = [
+                {key: memory(y).clone() for key, y in z.items() if isinstance(y, Tensor)} for z in (first, second)
+            ]
+            results = [call(operator, z) for z in (first, second)]
+        for z, old in zip((first, second), guards, strict=True):
+            _assert_guards(operator, z, old)
+        # Two sequences that write to one page race on a GPU, so their results may differ.
+        if device == "cpu" or operator not in WRITTEN:
+            for actual, expected in zip(*results, strict=True):
+                assert_same_bits(actual, expected)
+    return "accepted" if sentence is None else "refused"
+
+
+def _assert_guards(operator: str, x: Arguments, before: dict[str, Tensor]) -> None:
+    """Nothing but the written tensors has changed."""
+    for key, old in before.items():
+        now, old = memory(x[key]).clone(), old.clone()
+        if key in WRITTEN.get(operator, ()):
+            for base in (now, old):
+                base.as_strided(x[key].shape, x[key].stride(), x[key].storage_offset()).zero_()
+        assert_same_bits(now, old)
+
+
+@contextmanager
+def value_checks(on: bool) -> Iterator[None]:
+    before = os.environ.get("QUEST_OPS_CHECK")
+    os.environ["QUEST_OPS_CHECK"] = "1" if on else "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["QUEST_OPS_CHECK"]
+        else:
+            os.environ["QUEST_OPS_CHECK"] = before

@@ -1,0 +1,102 @@
+"""Plans of the fuzzer: a case as plain numbers, drawn from a seed and kept as JSON.
+
+A plan says everything, so a kept one gives the same case after the drawing has changed.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from quest_ops.ops import GROUP_REDUCE, HEAD_DIMS, PAGE_SIZES
+
+Plan = dict[str, Any]
+
+OPERATORS = ("append_kv", "update_bounds", "estimate", "topk_pages", "sparse_decode", "decode_step")
+#: valid: supported arguments. invalid: one argument of any kind is changed. corrupt: numbers in device tensors are.
+MODES = ("valid", "invalid", "corrupt")
+DTYPES = ("float32", "float16", "bfloat16")
+KINDS = ("minmax", "minmax-8-bit", "minmax-4-bit", "mean-std", "mean-std-8-bit", "mean-std-4-bit")
+LAYOUTS = ("contiguous", "transposed", "sliced", "unaligned")
+SCORES = ("normal", "equal", "integers", "lowest bits", "subnormal", "special")
+#: Keys of a pool, in elements. The reference loops, so a case of the largest takes about a second.
+MOST_ELEMENTS = (2**11, 2**13, 2**13, 2**14, 2**15, 2**17)
+
+
+def draw(seed: str, operator: str, mode: str) -> Plan:
+    """A case over the whole domain of an operator, in sizes that the reference can judge."""
+    r = random.Random(f"{seed}/{operator}/{mode}")
+    head_dim, page_size = r.choice(HEAD_DIMS), r.choice(PAGE_SIZES)
+    group = r.choice((1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 20, 32))
+    kv_heads = r.randint(1, max(1, min(4, 32 // group)))
+    batch = r.choice((1, 1, 2, 2, 3, 4, 6, 9)) if kv_heads * group <= 8 else r.randint(1, 3)
+    most_tokens = max(8, r.choice(MOST_ELEMENTS) // (batch * kv_heads * head_dim))
+    new_tokens = r.choice((0, 0, 1, 2, 3, 4, 5, 6, 7, 8)) if batch * kv_heads * group < 50 else r.randint(0, 2)
+    if operator == "append_kv":
+        new_tokens = r.choice((1, 1, 2, 8, 9, 40))
+    lengths = [_length(r, page_size, most_tokens) for _ in range(batch)]
+    news = None if r.random() < 0.5 else [r.randint(0, max(1, new_tokens)) for _ in lengths]
+    if operator in ("append_kv", "decode_step"):
+        lengths = [max(n, max(1, new_tokens) if news is None else news[b]) for b, n in enumerate(lengths)]
+    elif news is not None:
+        news = [min(n, length) for n, length in zip(news, lengths, strict=True)]
+    plan: Plan = {
+        "operator": operator,
+        "mode": mode,
+        "dtype": r.choice(DTYPES),
+        "head_dim": head_dim,
+        "page_size": page_size,
+        "kv_heads": kv_heads,
+        "group": group,
+        "new_tokens": new_tokens,
+        "lengths": lengths,
+        "new_lens": news,
+        "spare_pages": r.randint(1, 3),
+        "shared_pages": r.randint(0, 2) if operator in ("estimate", "sparse_decode") else 0,
+        "kind": r.choice(KINDS),
+        "magnitude": r.choice((1.0, 1.0, 0.01, 4.0)),
+        "layouts": [r.randrange(len(LAYOUTS)) for _ in range(6)],
+        "no_sequences": r.random() < 0.03,
+        "seed": r.randrange(2**31),
+        **_options(operator, r, batch),
+    }
+    if mode != "valid":
+        plan["change_seed"] = r.randrange(2**31)
+    return plan
+
+
+def _length(r: random.Random, page_size: int, most_tokens: int) -> int:
+    if r.random() < 0.1:
+        return r.randint(0, 2)
+    pages = r.randint(0, max(1, most_tokens // page_size))
+    return max(0, pages * page_size + r.choice((0, 0, -1, 1, r.randrange(page_size))))
+
+
+def _selection(r: random.Random, batch: int) -> Plan:
+    k = r.choice((1, 2, 3, 5, 8, 13, 40))
+    sinks = r.randint(0, min(3, k))
+    return {
+        "k": k,
+        "sink_pages": sinks,
+        "recent_pages": r.randint(0, min(3, k - sinks)),
+        "group_reduce": r.choice(tuple(GROUP_REDUCE)),
+        "budgets": None if r.random() < 0.5 else [r.choice((-1, 0, 1, 2, 3, k // 2, k, k + 1)) for _ in range(batch)],
+    }
+
+
+def _options(operator: str, r: random.Random, batch: int) -> Plan:
+    """The numbers that one operator has and others have not."""
+    if operator == "update_bounds":
+        return {"first_tokens": None if r.random() < 0.5 else [r.randrange(300) for _ in range(batch)]}
+    if operator == "topk_pages":
+        return {**_selection(r, batch), "scores": r.choice(SCORES), "scale": r.choice((1.0, 0.125, 0.01))}
+    if operator == "sparse_decode":
+        return {
+            "lists": r.choice(("none", "sorted", "shuffled", "per_head", "per_head_shuffled")),
+            "k": r.choice((0, 1, 3, 5, 12, 40)),
+            "scale": r.choice((None, None, 0.3, 0.01, 0.0)),
+        }
+    if operator == "decode_step":
+        idle = [r.random() < 0.1 for _ in range(batch)]
+        return {**_selection(r, batch), "idle": idle, "scale": r.choice((None, None, 0.3))}
+    return {}

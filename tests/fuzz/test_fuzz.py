@@ -1,0 +1,129 @@
+"""The fuzzer for a bounded time, on fixed seeds, and every case that it has found. `make fuzz` runs it for longer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from quest_ops import ops
+
+from .__main__ import REGRESSIONS
+from .judge import run
+from .plans import MODES, OPERATORS, Plan, draw
+
+CASES = int(os.environ.get("QUEST_OPS_FUZZ_CASES", "60"))
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_drawn_cases(device: str, operator: str, mode: str) -> None:
+    accepted = 0
+    for number in range(CASES):
+        plan = draw(f"suite-{number}", operator, mode)
+        try:
+            accepted += run(plan, device) == "accepted"
+        except Exception as error:
+            raise AssertionError(f"add to {REGRESSIONS.name}: {json.dumps(plan)}") from error
+    assert mode == "valid" or accepted < CASES, "no case was refused"
+
+
+@pytest.mark.parametrize("plan", json.loads(REGRESSIONS.read_text()), ids=lambda plan: str(plan["seed"]))
+def test_found_cases(device: str, plan: Plan) -> None:
+    run(plan, device)
+
+
+Operator = Callable[..., Any]
+
+
+def _results_off(operator: Operator) -> Operator:
+    """A first element that is wrong by a few percent."""
+
+    def faulty(*arguments: Any, **named: Any) -> Any:
+        results = operator(*arguments, **named)
+        first = results[0] if isinstance(results, tuple) else results
+        if first is not None and first.numel():
+            one = first.view(-1)[:1]
+            one.copy_(one * 1.1 + 1)
+        return results
+
+    return faulty
+
+
+def _writes_behind(operator: Operator) -> Operator:
+    """Into the memory behind a tensor."""
+
+    def faulty(**named: Any) -> Any:
+        results = operator(**named)
+        x = named["page_table"]
+        if x._base is not None and not isinstance(x, torch._subclasses.FakeTensor):
+            x._base[-1] = 5
+        return results
+
+    return faulty
+
+
+def _reads_behind(operator: Operator) -> Operator:
+    """A result that depends on the memory behind a tensor."""
+
+    def faulty(*arguments: Any, **named: Any) -> Any:
+        results = operator(*arguments, **named)
+        x = named.get("page_table")
+        if x is not None and x._base is not None and not isinstance(x, torch._subclasses.FakeTensor):
+            results.add_(x._base[-1] == 0)
+        return results
+
+    return faulty
+
+
+def _takes_anything(operator: Operator) -> Operator:
+    def faulty(**named: Any) -> Any:
+        try:
+            return operator(**named)
+        except RuntimeError:
+            return None
+
+    return faulty
+
+
+def _refuses_without_a_name(operator: Operator) -> Operator:
+    def faulty(**named: Any) -> Any:
+        try:
+            return operator(**named)
+        except RuntimeError:
+            raise RuntimeError("wrong") from None
+
+    return faulty
+
+
+@pytest.mark.parametrize(
+    ("fault", "operator", "mode"),
+    [
+        (_results_off, "estimate", "valid"),
+        (_results_off, "sparse_decode", "valid"),
+        (_results_off, "topk_pages", "valid"),
+        (_results_off, "decode_step", "valid"),
+        (_writes_behind, "append_kv", "valid"),
+        (_writes_behind, "update_bounds", "corrupt"),
+        (_reads_behind, "estimate", "valid"),
+        (_takes_anything, "append_kv", "invalid"),
+        (_takes_anything, "update_bounds", "corrupt"),
+        (_refuses_without_a_name, "estimate", "corrupt"),
+        (_refuses_without_a_name, "estimate", "invalid"),
+    ],
+)
+def test_planted_faults_are_found(
+    monkeypatch: pytest.MonkeyPatch, fault: Callable[[Operator], Operator], operator: str, mode: str
+) -> None:
+    monkeypatch.setattr(ops, operator, fault(getattr(ops, operator)))
+    found = 0
+    for number in range(15):
+        try:
+            run(draw(f"planted-{number}", operator, mode))
+        except Exception:  # noqa: PERF203
+            found += 1
+    assert found > 0
