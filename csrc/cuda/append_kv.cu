@@ -26,9 +26,9 @@ void append_until(
   dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     const bool plain = !p.paging.new_lens && !p.end_lens && !p.k_bounds.packed;
-    auto* const kernel =
-        p.k_bounds.mean_std ? (plain ? append_kv_kernel<T, true, true> : append_kv_kernel<T, true, false>)
-                            : (plain ? append_kv_kernel<T, false, true> : append_kv_kernel<T, false, false>);
+    auto* const kernel = p.k_bounds.mean_std
+                             ? (plain ? append_kv_kernel<T, true, true> : append_kv_kernel<T, true, false>)
+                             : (plain ? append_kv_kernel<T, false, true> : append_kv_kernel<T, false, false>);
     launch_in_order(kernel, grid_size(blocks, "append_kv"), kBoundsThreads, 0, stream, p);
   });
 }

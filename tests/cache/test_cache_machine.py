@@ -86,6 +86,11 @@ class CacheMachine(RuleBasedStateMachine):
         assert same_snapshot(before, snapshot(self.cache))
         return False
 
+    def counted(self, T: int, lens: list[int] | None, how: str) -> list[int]:
+        """The tokens that the host counts for each sequence. It does not read numbers on a GPU, and counts T."""
+        unread = how == "device" and self.device == "cuda"
+        return [T] * B if lens is None or unread else lens
+
     def copies(self, lens: list[int]) -> int:
         """Shared partial pages that several owners are about to write: all but a last owner copy them."""
         writers: dict[int, int] = {}
@@ -121,7 +126,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Ragged, or T tokens for each; more than a decode step takes, too."""
         given = None if even else [2 * n for n in lens]
         T = T + 1 if given is None else max(given) + T
-        if not self.has_room(given or [T] * B):
+        if not self.has_room(self.counted(T, given, how)):
             return
         k, v = self.history.new_tokens(T, given)
         self.advance(T, given, how)
@@ -132,7 +137,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(lens=LENS, T=st.integers(1, 8), even=st.booleans(), how=st.sampled_from(("host", "device", "unseen")))
     def decode(self, lens: tuple[int, ...], T: int, even: bool, how: str) -> None:
         given = None if even else [min(n, T) for n in lens]
-        if not any(given or [T]) or not self.has_room(given or [T] * B):
+        if not any(given or [T]) or not self.has_room(self.counted(T, given, how)):
             return
         k, v = self.history.new_tokens(T, given)
         L, Hkv, D = self.cache.num_layers, self.cache.num_kv_heads, self.cache.head_dim
