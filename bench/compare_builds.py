@@ -1,4 +1,4 @@
-"""Compares two builds of the libraries bit for bit: the same random calls of all six operators.
+"""Compares two builds of the libraries bit for bit: the same random calls of six operators.
 
     python bench/compare_builds.py OLD_DIR NEW_DIR [--device cpu cuda] [--cases 200] [--seed 0] [--skip TEXT ...]
 
