@@ -239,7 +239,7 @@ def test_the_cuda_backend_asks_for_graphs_of_decode_steps() -> None:
 
 def test_reasons_to_leave_a_layer_to_vllm() -> None:
     config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=4096))
-    settings = Settings.of({"budget": [64, 64, 64, 4096], "dense_layers": 1}, S, 4)
+    settings = Settings.of({"budget": [0, 64, 64, 4096]}, S, 4)
 
     def reason(name: str, impl: dict[str, Any] | None = None, shared: set[str] | None = None, **layer: Any) -> Any:
         defaults = {"attn_type": "decoder", "sliding_window": None, "head_size": 64, "head_size_v": 64}
@@ -248,7 +248,7 @@ def test_reasons_to_leave_a_layer_to_vllm() -> None:
         return backend.why_dense(name, attention, config, settings, shared or set())
 
     assert reason("model.layers.1.self_attn") is None
-    assert reason("model.layers.0.self_attn") == "one of the first 1 layers"
+    assert reason("model.layers.0.self_attn") == "a budget of 0"
     assert reason("model.layers.3.self_attn") == "the budget of 4096 tokens holds the engine's 4096"
     assert reason("model.layers.4.self_attn") == "a layer of the draft model"
     assert reason("draft_model.layers.1.self_attn") == "a layer of the draft model"
