@@ -8,21 +8,30 @@
 
 namespace quest::cuda {
 
-// One lane's share of a row of D bytes: pieces c, c + 4, ... of 16.
-template <int D>
-struct Int8Row {
+// One lane's share of a row of D codes: pieces c, c + 4, ... of 16 codes each.
+template <int D, class Piece>
+struct CodeRow {
   static constexpr int kCount = (D + 63) / 64;
-  uint4 at[kCount];
+  Piece at[kCount];
 
-  __device__ __forceinline__ void load(const int8_t* row) {
+  template <class Code>
+  __device__ __forceinline__ void load(const Code* row) {
     const int c = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int d = (4 * i + c) * 16;
-      at[i] = load_once(row + d, row && (D % 64 == 0 || d < D));
+      const int piece = 4 * i + c;
+      const bool exists = row && (D % 64 == 0 || piece * 16 < D);
+      if constexpr (sizeof(Piece) == 16)
+        at[i] = load_once(row + piece * 16, exists);
+      else
+        at[i] = load_once_8(row + piece * 8, exists);
     }
   }
 };
+template <int D>
+using Int8Row = CodeRow<D, uint4>;
+template <int D>
+using NibbleRow = CodeRow<D, uint2>;
 
 // Four int8 as two pairs of T, exactly. The bits of a byte become the low mantissa bits of a T with a known offset,
 // which is then subtracted. fp16 holds all eight bits. bf16 holds seven: it subtracts 128, or 256 where the sign bit is
@@ -49,22 +58,6 @@ __device__ __forceinline__ uint2 unpack_bytes(uint32_t bytes) {
     });
   }
 }
-
-// One lane's share of a row of D / 2 bytes: pieces c, c + 4, ... of 8.
-template <int D>
-struct NibbleRow {
-  static constexpr int kCount = (D + 63) / 64;
-  uint2 at[kCount];
-
-  __device__ __forceinline__ void load(const Nibbles* row) {
-    const int c = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int piece = 4 * i + c;
-      at[i] = load_once_8(row + piece * 8, row && (D % 64 == 0 || piece * 16 < D));
-    }
-  }
-};
 
 // Elements 0 and 4, 1 and 5, 2 and 6, 3 and 7 of eight 4-bit numbers as pairs of T, exactly. The four bits become the
 // low mantissa bits of a T with a known offset, which is then subtracted.
