@@ -33,6 +33,7 @@ __all__ = [
     "HEAD_DIMS",
     "MAX_NEW_TOKENS",
     "PAGE_SIZES",
+    "TOKEN_REDUCE",
     "GroupReduce",
     "TokenReduce",
     "append_codes",
@@ -52,7 +53,8 @@ GroupReduce = Literal["none", "max", "sum", "soft"]
 GROUP_REDUCE: dict[str, int] = {"none": 0, "max": 1, "sum": 2, "soft": 3}
 
 TokenReduce = Literal["max", "lse"]
-_TOKEN_REDUCE: dict[str, int] = {"max": 0, "lse": 1}
+#: The operator's number for each way of reducing a page's tokens.
+TOKEN_REDUCE: dict[str, int] = {"max": 0, "lse": 1}
 
 
 _NUMBERS = {bool, int, float, type(None)}
@@ -293,10 +295,10 @@ def rerank_pages(
         RuntimeError: an argument that is not supported, as the module says.
         ValueError: a ``token_reduce`` of another name.
     """
-    check_choice("token_reduce", token_reduce, tuple(_TOKEN_REDUCE))
+    check_choice("token_reduce", token_reduce, tuple(TOKEN_REDUCE))
     _check_numbers("scale", scale)
     scores: Tensor = _ops.rerank_pages(
-        q, k_codes, code_scales, page_table, seq_lens, pages, _TOKEN_REDUCE[token_reduce], scale, new_lens
+        q, k_codes, code_scales, page_table, seq_lens, pages, TOKEN_REDUCE[token_reduce], scale, new_lens
     )
     return scores
 

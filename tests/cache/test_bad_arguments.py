@@ -21,17 +21,19 @@ def ids(rows: list[Any]) -> list[str]:
 
 
 CONFIG: list[tuple[dict[str, Any], str]] = [
-    *(({"budget": x}, f"budget must be a whole number, got {x!r}") for x in (2048.0, 100.5, math.nan, "2048", None)),
-    ({"budget": torch.tensor(2048)}, "budget must be a whole number, got tensor(2048)"),
+    *(
+        ({"budget": x}, f"budget must be a whole number, or a list with one for each layer, got {x!r}")
+        for x in (2048.0, 100.5, math.nan, "2048", None, True, torch.tensor(2048))
+    ),
     ({"budget": 15}, "budget must be at least a page, 16 tokens, got 15"),
-    ({"budget": True}, "budget must be at least a page, 16 tokens, got True"),
     *(({"page_size": x}, f"page_size {PAGE_SIZES} {x}") for x in (16.0, 12, 0, "16", None, torch.tensor(16))),
     ({"page_size": torch.tensor([16, 16])}, f"page_size {PAGE_SIZES} tensor([16, 16])"),
     *(
         ({name: x}, f"{name} must be a whole number, got {x!r}")
-        for name in ("sink_pages", "recent_pages", "dense_layers")
-        for x in (1.0, 1.5, math.nan, "1", None, torch.tensor(1))
+        for name in ("sink_pages", "recent_pages", "dense_layers", "dense_below")
+        for x in (1.0, 1.5, math.nan, "1", torch.tensor(1))
     ),
+    *(({name: None}, f"{name} must be a whole number, got None") for name in ("sink_pages", "recent_pages")),
     *(({name: -1}, f"{name} must be at least 0, got -1") for name in ("sink_pages", "recent_pages", "dense_layers")),
     (
         {"budget": 32, "sink_pages": 2},

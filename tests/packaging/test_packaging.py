@@ -231,7 +231,7 @@ def test_libraries_have_the_schemas_of_this_source() -> None:
 
 @pytest.mark.parametrize("name", _library.OPERATORS)
 def test_python_has_the_arguments_of_the_schema(name: str) -> None:
-    """Names, order and defaults. group_reduce has words in Python and numbers in the schema."""
+    """Names, order and defaults. Ways to reduce have words in Python and numbers in the schema."""
     schema = getattr(_library.ops, name).default._schema
     parameters = inspect.signature(getattr(quest_ops.ops, name)).parameters
     assert list(parameters) == [argument.name for argument in schema.arguments]
@@ -239,6 +239,8 @@ def test_python_has_the_arguments_of_the_schema(name: str) -> None:
         default = parameters[argument.name].default
         if argument.name == "group_reduce":
             default = quest_ops.ops.GROUP_REDUCE[default]
+        if argument.name == "token_reduce":
+            default = quest_ops.ops.TOKEN_REDUCE[default]
         wanted = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
         assert default == wanted, argument.name
 
