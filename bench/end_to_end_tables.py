@@ -12,7 +12,7 @@ Table = list[list[str]]  # the first row is the header
 
 PAPER, DEFAULT, ALL_SPARSE = "paper, 2048", "default, 2048", "no dense layers, 1024"
 STAGES = ("matrix products", "dense layers", "sparse layers", "other kernels", "gaps")
-#: The rows of the paper and of users: the targets'.
+#: The rows of the paper and of users: those with targets, and a long one.
 SHORT = (
     "Llama-2-7B, int4, 32K, B 1",
     "Llama-2-7B, bf16, 32K, B 1",
@@ -20,6 +20,7 @@ SHORT = (
     "Llama-3.1-8B, bf16, 32K, B 8",
     "Llama-3.1-8B, bf16, 128K, B 1",
     "Llama-3.1-8B, int4, 128K, B 1",
+    "Llama-2-7B, int4, 128K, B 1",
 )
 SAME_AS_GRAPH = "Llama-3.1-8B, bf16, 32K, B 1"  # generate()'s model and prompt
 
