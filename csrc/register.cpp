@@ -30,14 +30,16 @@ QUEST_LIBRARY(m) {
       "topk_pages(Tensor scores, Tensor seq_lens, int page_size, SymInt k, SymInt num_kv_heads, int group_reduce=1, "
       "int sink_pages=0, int recent_pages=1, float scale=1.0, Tensor? new_lens=None, Tensor? budgets=None) -> Tensor");
 
-  // Writes codes of k [B, T, Hkv, D] behind the seq_lens [B] tokens of each sequence: 2 bits a dimension of the rotated
-  // key in k_codes [N, Hkv, S, D / 4] uint8, and code_scales [N, Hkv, S] float32. new_lens [B] of the T are real.
+  // Writes codes of k [B, T, Hkv, D] behind the seq_lens [B] tokens of each sequence. k_codes [N, Hkv, S, D / 4] uint8
+  // has 2 bits for each dimension of the rotated key. code_scales is [N, Hkv, S] float32. new_lens [B] of the T are
+  // real.
   m.def(
       "append_codes(Tensor k, Tensor(a!) k_codes, Tensor(b!) code_scales, Tensor page_table, Tensor seq_lens, "
       "Tensor? new_lens=None) -> ()");
 
   // Scores the listed pages again, by the codes of their tokens -> scores [B, Hq, P] float32, -inf for other pages.
-  // token_reduce is 0, the largest score of a page's tokens, or 1, the log-sum-exp of those times scale, over scale.
+  // token_reduce 0 takes the largest score of a page's tokens. 1 takes their log-sum-exp: of scores times scale, over
+  // scale.
   m.def(
       "rerank_pages(Tensor q, Tensor k_codes, Tensor code_scales, Tensor page_table, Tensor seq_lens, Tensor pages, "
       "int token_reduce=0, float scale=1.0, Tensor? new_lens=None) -> Tensor");

@@ -23,7 +23,7 @@ void append_codes(
   dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     dispatch_head_dim(p.size.D, [&]<int D>(std::integral_constant<int, D>) {
-      launch_in_order(append_codes_kernel<T, D>, blocks, kCodesThreads, 0, stream, AppendCodesKernelParams{.op = p});
+      launch_in_order(append_codes_kernel<T, D>, blocks, kCodesThreads, 0, stream, p);
     });
   });
 }

@@ -10,10 +10,6 @@ namespace quest::cuda {
 
 constexpr int kCodesThreads = 128, kCodesWarps = kCodesThreads / kWarpSize;
 
-struct AppendCodesKernelParams {
-  AppendCodesParams op;
-};
-
 template <int D>
 struct EncodedKey {
   static constexpr int kLanes = (D + kWarpSize - 1) / kWarpSize;  // elements of a lane
@@ -58,9 +54,8 @@ struct EncodedKey {
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(kCodesThreads) append_codes_kernel(const AppendCodesKernelParams params) {
+__global__ void __launch_bounds__(kCodesThreads) append_codes_kernel(const AppendCodesParams p) {
   start_next_kernel();  // its blocks take their places now and wait for the writes below
-  const AppendCodesParams& p = params.op;
   const int64_t item = int64_t{blockIdx.x} * kCodesWarps + threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize, h = static_cast<int>(item % p.size.Hkv);
   const int64_t token = item / p.size.Hkv;
