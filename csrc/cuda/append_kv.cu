@@ -21,15 +21,15 @@ void append_until(
   const cudaStream_t stream = current_stream(k);
   check_values_if_requested(p, stream);
   mark_written({{"k_cache", k_cache}, {"v_cache", v_cache}, {"k_bounds", k_bounds}}, k_scales);
-  const int64_t blocks = int64_t{p.size.B} * p.size.Hkv * p.max_touched;
-  if (blocks == 0) return;
+  if (p.size.B == 0 || p.size.Hkv == 0 || p.max_touched == 0) return;
+  const AppendKernelParams params(p);
   dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     const bool plain = !p.paging.new_lens && !p.end_lens && !p.k_bounds.packed;
     auto* const kernel = p.k_bounds.mean_std
                              ? (plain ? append_kv_kernel<T, true, true> : append_kv_kernel<T, true, false>)
                              : (plain ? append_kv_kernel<T, false, true> : append_kv_kernel<T, false, false>);
-    launch_in_order(kernel, grid_size(blocks, "append_kv"), kBoundsThreads, 0, stream, p);
+    launch_in_order(kernel, grid_size(params.blocks(), "append_kv"), kBoundsThreads, 0, stream, params);
   });
 }
 

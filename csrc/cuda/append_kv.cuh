@@ -2,11 +2,21 @@
 // recomputes the page's bounds from the older keys, read from the cache, and the new ones.
 #pragma once
 
+#include <cutlass/fast_math.h>
+
 #include "core/ptx.cuh"
 #include "tile/page_bounds.cuh"
 #include "tile/page_mean_std.cuh"
 
 namespace quest::cuda {
+
+// A block does little work, so the host prepares its divisions.
+struct AppendKernelParams {
+  AppendParams op;
+  cutlass::FastDivmod touched, heads;
+  explicit AppendKernelParams(const AppendParams& p) : op(p), touched(p.max_touched), heads(p.size.Hkv) {}
+  int64_t blocks() const { return int64_t{touched.divisor} * heads.divisor * op.size.B; }
+};
 
 template <class T, bool kMeanStd>
 using SummaryShared =
@@ -63,14 +73,14 @@ __device__ __forceinline__ void append_to_page(
 // kPlain: neither new_lens nor end_lens is given, and bounds do not have 4 bits. A kernel that never asks is 0.08 us
 // faster.
 template <class T, bool kMeanStd, bool kPlain>
-__global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendParams params) {
-  AppendParams p = params;
+__global__ void __launch_bounds__(kBoundsThreads) append_kv_kernel(const AppendKernelParams params) {
+  AppendParams p = params.op;
   if constexpr (kPlain) p.paging.new_lens = nullptr, p.end_lens = nullptr, p.k_bounds.packed = false;
   __shared__ SummaryShared<T, kMeanStd> shared;
   start_next_kernel();  // its blocks take their places now and wait for the writes below
-  const int touched = blockIdx.x % p.max_touched;
-  const int head = blockIdx.x / p.max_touched % p.size.Hkv;
-  const int b = blockIdx.x / p.max_touched / p.size.Hkv;
+  int touched, head, b, sequence_head;
+  params.touched(sequence_head, touched, static_cast<int>(blockIdx.x));
+  params.heads(b, head, sequence_head);
   wait_for_previous_kernel();
   const int start = p.paging.length(b);
   const int end = min(start + p.new_tokens(b), p.paging.capacity());
