@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from quest_ops import append_kv, decode_step, estimate, reference, sparse_decode, topk_pages, update_bounds
+from quest_ops import append_kv, decode_step, estimate, ops, reference, sparse_decode, topk_pages, update_bounds
 from quest_ops.bounds import new_bounds
 from torch import Tensor
 from workloads import Workload, layers_that_fit
@@ -29,6 +29,7 @@ class Layer:
     before: Tensor  # [B] tokens before the step
     after: Tensor  # [B] tokens with the new one
     std_factor: float | None
+    counters: Tensor | None  # None with builds that lack them
 
 
 def new_layer(w: Workload) -> Layer:
@@ -50,7 +51,9 @@ def new_layer(w: Workload) -> Layer:
     kind = {} if w.std_factor is None else {"std_factor": w.std_factor}
     update_bounds(k_cache, k_bounds, page_table, after, k_scales=k_scales, **kind)
     new = (randn(w.batch, 1, w.kv_heads, w.head_dim) for _ in range(2))
-    return Layer(q, *new, k_cache, v_cache, k_bounds, k_scales, page_table, after - 1, after, w.std_factor)
+    tensors = (q, *new, k_cache, v_cache, k_bounds, k_scales, page_table, after - 1, after)
+    counters = ops.new_counters(w.batch, w.kv_heads, DEVICE) if hasattr(ops, "new_counters") else None
+    return Layer(*tensors, w.std_factor, counters)
 
 
 def cold_layers(w: Workload) -> list[Layer]:
@@ -68,6 +71,10 @@ def append(x: Layer) -> None:
 def std_factor(x: Layer) -> dict[str, float]:
     """The argument where it is not the default, since older builds lack it."""
     return {} if x.std_factor is None else {"std_factor": x.std_factor}
+
+
+def counters(x: Layer) -> dict[str, Tensor]:
+    return {} if x.counters is None else {"counters": x.counters}
 
 
 def score(w: Workload, x: Layer) -> Tensor:
@@ -91,7 +98,8 @@ def one_call(w: Workload, x: Layer) -> Tensor:
     """The step by decode_step."""
     caches = (x.k_cache, x.v_cache, x.k_bounds)
     lengths = (x.page_table, x.before, x.after)
-    return decode_step(x.q, x.k_new, x.v_new, *caches, *lengths, w.selected, k_scales=x.k_scales, **std_factor(x))[0]
+    options = {"k_scales": x.k_scales, **std_factor(x), **counters(x)}
+    return decode_step(x.q, x.k_new, x.v_new, *caches, *lengths, w.selected, **options)[0]
 
 
 def check(w: Workload, x: Layer) -> None:

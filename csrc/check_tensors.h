@@ -341,4 +341,14 @@ inline const int32_t* check_optional_lens(
   return static_cast<const int32_t*>(t->const_data_ptr());
 }
 
+inline int32_t* check_counters(const std::optional<Tensor>& t, int64_t B, int64_t Hkv, const Tensor& q) {
+  if (!t) return nullptr;
+  check_int32(*t, "counters", q, "q");
+  check_dim(*t, "counters", 1, "[count]");
+  STD_TORCH_CHECK(
+      t->size(0) >= counters_of(B, Hkv), "counters must have at least ", kSharedCounters, " + ", kHeadCounters,
+      " * B * Hkv = ", counters_of(B, Hkv), " numbers, got ", t->size(0));
+  return static_cast<int32_t*>(address(*t, true));
+}
+
 }  // namespace quest

@@ -271,7 +271,7 @@ inline DecodeStepParams check_decode_step(
     const Tensor& k_bounds, const Tensor& page_table, const Tensor& start_lens, const Tensor& seq_lens,
     int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, std::optional<double> scale,
     const std::optional<Tensor>& k_scales, const std::optional<Tensor>& new_lens, const std::optional<Tensor>& budgets,
-    std::optional<double> std_factor) {
+    std::optional<double> std_factor, const std::optional<Tensor>& counters) {
   const DecodeParams d = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, std::nullopt, scale, new_lens);
   check_like(k, "k", q, "q");
   check_dim(k, "k", 4, "[B, T, Hkv, D]");
@@ -291,7 +291,9 @@ inline DecodeStepParams check_decode_step(
       .recent_pages = static_cast<int32_t>(recent_pages),
       .reduce = reduce,
       .scale = d.scale,
-      .budgets = check_optional_lens(budgets, "budgets", d.size.B, q, "q")};
+      .budgets = check_optional_lens(budgets, "budgets", d.size.B, q, "q"),
+      .counters = check_counters(counters, d.size.B, d.size.Hkv, q),
+      .num_counters = counters ? counters->size(0) : 0};
 }
 
 }  // namespace quest

@@ -219,6 +219,10 @@ struct TopkParams {
 };
 
 // append_kv, estimate, topk_pages and sparse_decode in one call.
+// The counters of a decode step: some of all blocks on a cache line of their own, and four for each row.
+constexpr int64_t kSharedCounters = 32, kHeadCounters = 4;
+constexpr int64_t counters_of(int64_t B, int64_t Hkv) { return kSharedCounters + kHeadCounters * B * Hkv; }
+
 struct DecodeStepParams {
   AppendParams append;  // paging.seq_lens: tokens before the step
   Sizes size;
@@ -228,6 +232,8 @@ struct DecodeStepParams {
   GroupReduce reduce;
   float scale;
   const int32_t* budgets;    // [B] or null, as in pages_to_select
+  int32_t* counters;         // [num_counters] or null, for blocks that share work
+  int64_t num_counters;
   int32_t* pages = nullptr;  // [B, T, Hs, K] contiguous
   void* out = nullptr;       // [B, T, Hq, D] contiguous, dtype
   float* lse = nullptr;      // [B, T, Hq] contiguous

@@ -15,7 +15,7 @@ import torch
 from torch import SymBool, SymInt, Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ._limits import DTYPES, HEAD_DIMS, MAX_COUNT, MAX_NEW_TOKENS, PAGE_SIZES
+from ._limits import DTYPES, HEAD_COUNTERS, HEAD_DIMS, MAX_COUNT, MAX_NEW_TOKENS, PAGE_SIZES, SHARED_COUNTERS
 
 Size = Any  # int or torch.SymInt; mypy knows no arithmetic of both
 
@@ -293,6 +293,19 @@ def check_optional_lens(t: Tensor | None, name: str, B: Size, like: Tensor, like
     check_size(t, name, 0, B, "[B]", "one number a sequence")
 
 
+def check_counters(t: Tensor | None, B: Size, Hkv: Size, q: Tensor) -> None:
+    if t is None:
+        return
+    check_int32(t, "counters", q, "q")
+    check_dim(t, "counters", 1, "[count]")
+    least = SHARED_COUNTERS + HEAD_COUNTERS * B * Hkv
+    if _known_false(t.shape[0] >= least):
+        raise RuntimeError(
+            f"counters must have at least {SHARED_COUNTERS} + {HEAD_COUNTERS} * B * Hkv = {least} numbers, "
+            f"got {t.shape[0]}"
+        )
+
+
 # One operator: csrc/checks.h
 
 
@@ -541,6 +554,7 @@ def check_decode_step(
     new_lens: Tensor | None,
     budgets: Tensor | None,
     std_factor: float | None,
+    counters: Tensor | None,
 ) -> None:
     check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, None, scale, new_lens)
     check_like(k, "k", q, "q")
@@ -553,3 +567,4 @@ def check_decode_step(
     check_selection(num_pages, "num_pages", group_reduce, sink_pages, recent_pages)
     check_pages(num_pages, k_cache.shape[2], "num_pages' tokens a list (num_pages * page_size)")
     check_optional_lens(budgets, "budgets", q.shape[0], q, "q")
+    check_counters(counters, q.shape[0], k_cache.shape[1], q)

@@ -121,6 +121,7 @@ def _decode_step(  # type: ignore[no-untyped-def]
     new_lens=None,
     budgets=None,
     std_factor=None,
+    counters=None,
 ):
     check.check_decode_step(
         q,
@@ -141,8 +142,9 @@ def _decode_step(  # type: ignore[no-untyped-def]
         new_lens,
         budgets,
         std_factor,
+        counters,
     )
-    _written(k_cache=k_cache, v_cache=v_cache, k_bounds=k_bounds, k_scales=k_scales)
+    _written(k_cache=k_cache, v_cache=v_cache, k_bounds=k_bounds, k_scales=k_scales, counters=counters)
     heads = q.shape[-2] if group_reduce == 0 else k_cache.shape[1]
     pages = q.new_empty((*q.shape[:-2], heads, num_pages), dtype=torch.int32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32), pages

@@ -12,3 +12,5 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_NEW_TOKENS = 8
 #: Counts are int32: physical pages, the tokens of a sequence, and those of a page list.
 MAX_COUNT = 2**31 - 1
+#: The counters of a decode step: some, and more for each sequence and KV head.
+SHARED_COUNTERS, HEAD_COUNTERS = 32, 4

@@ -125,7 +125,8 @@ class PagedKVCache(StepCache):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         if self.device.type == "cuda":
             # Compiled CUDA graphs then need no copy of the cache.
-            for tensor in (*self.pools, self.page_table, self.seq_lens, self.start_lens, self.new_lens):
+            written = (self.page_table, self.seq_lens, self.start_lens, self.new_lens, self.state.counters)
+            for tensor in (*self.pools, *written):
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
     # Lengths

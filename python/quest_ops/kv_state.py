@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .bounds import BoundsKind, kind_of, new_bounds
 from .config import QuestConfig, page_budgets
-from .ops import GroupReduce, append_kv, check_whole, decode_step, update_bounds
+from .ops import GroupReduce, append_kv, check_whole, decode_step, new_counters, update_bounds
 from .report import AttentionCounts
 
 
@@ -37,6 +37,7 @@ class KVState:
         seq_lens: [B] int32, tokens of each sequence.
         k_scales: [L, N, Hkv] float32, for k_bounds of 8 or 4 bits.
         std_factor: of the bounds, as in :func:`quest_ops.append_kv`.
+        counters: of :func:`quest_ops.ops.new_counters`, if all steps of this state run on one stream.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class KVState:
         seq_lens: Tensor,
         k_scales: Tensor | None = None,
         std_factor: float | None = None,
+        counters: Tensor | None = None,
     ) -> None:
-        self.std_factor = std_factor
+        self.std_factor, self.counters = std_factor, counters
         self.k_cache, self.v_cache, self.k_bounds, self.k_scales = k_cache, v_cache, k_bounds, k_scales
         self.page_table, self.seq_lens = page_table, seq_lens
 
@@ -79,7 +81,8 @@ class KVState:
         k_cache = (torch.zeros if zeroed else torch.empty)(pool, dtype=dtype, device=device)
         v_cache = (torch.zeros_like if zeroed else torch.empty_like)(k_cache)
         k_bounds, k_scales = new_bounds(tuple(leading), head_dim, bounds, dtype, device)
-        return cls(k_cache, v_cache, k_bounds, page_table, seq_lens, k_scales, std_factor)
+        counters = new_counters(page_table.shape[0], pool[2], device)
+        return cls(k_cache, v_cache, k_bounds, page_table, seq_lens, k_scales, std_factor, counters)
 
     @property
     def pools(self) -> list[Tensor]:
@@ -137,6 +140,7 @@ class KVState:
             k_scales,
             budgets=budgets,
             std_factor=self.std_factor,
+            counters=self.counters,
         )
 
     def update_bounds(self, layer: int, first_token: Tensor) -> None:

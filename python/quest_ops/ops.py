@@ -20,12 +20,13 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Literal
 
+import torch
 from torch import SymInt, Tensor
 from torch.compiler import is_compiling
 
 from . import _autograd, _fake, _layouts  # noqa: F401 - they register their kernels
 from ._library import ops as _ops
-from ._limits import DTYPES, HEAD_DIMS, MAX_NEW_TOKENS, PAGE_SIZES
+from ._limits import DTYPES, HEAD_COUNTERS, HEAD_DIMS, MAX_NEW_TOKENS, PAGE_SIZES, SHARED_COUNTERS
 
 __all__ = [
     "DTYPES",
@@ -42,6 +43,7 @@ __all__ = [
     "check_whole",
     "decode_step",
     "estimate",
+    "new_counters",
     "rerank_pages",
     "sparse_decode",
     "topk_pages",
@@ -359,13 +361,14 @@ def decode_step(
     new_lens: Tensor | None = None,
     budgets: Tensor | None = None,
     std_factor: float | None = None,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's whole step: append_kv, estimate, topk_pages and sparse_decode, with their results bit for bit.
 
-    On a GPU the step is a single kernel where all of these hold; otherwise it is the four operators in a row.
+    On a GPU the step is a single kernel, given ``counters``, where all of these hold; otherwise it is the four operators in a row.
 
     - One new token in float16 or bfloat16, and at most 256 sequences.
-    - At most 8 query heads a KV head. ``group_reduce`` "max" or "sum", or "none" with one query head a KV head.
+    - At most 16 query heads a KV head. ``group_reduce`` "max" or "sum", or "none" with one query head a KV head.
     - ``recent_pages`` of at least 1.
     - All tensors aligned to 16 bytes, rows of k_bounds too, and 768 bytes of shared memory a head dimension.
 
@@ -384,6 +387,9 @@ def decode_step(
             different lengths. They are the first ones; the others are padding, which is not written and gives 0.
         budgets: [B] int32, as in :func:`topk_pages`: a number of pages for each request, ``num_pages`` at most.
         std_factor: as in :func:`append_kv`.
+        counters: of :func:`new_counters`, written. Blocks of the kernel share their work by them. A call leaves them
+            as the next one needs them, so one tensor serves all steps on a stream. Steps that may overlap, on several
+            streams, need one each. Without it a small kernel clears counters first.
 
     Returns:
         out and lse of :func:`sparse_decode`, and the pages that :func:`topk_pages` selected.
@@ -413,8 +419,15 @@ def decode_step(
         new_lens,
         budgets,
         std_factor,
+        counters,
     )
     return out, lse, pages
+
+
+def new_counters(batch_size: int, num_kv_heads: int, device: torch.device | str) -> Tensor:
+    """Counters for :func:`decode_step`, for at most ``batch_size`` sequences: int32 zeros."""
+    count = SHARED_COUNTERS + HEAD_COUNTERS * batch_size * num_kv_heads
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def _group_reduce(name: str) -> int:

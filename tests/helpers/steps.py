@@ -91,11 +91,15 @@ def four_steps(
 
 def assert_same_step(case: Case, device: str, num_pages: int, **options: Any) -> Case:
     """Returns the case after the step."""
-    one, four = on(case, device), on(case, device)
+    four = on(case, device)
     expected = four_steps(four, num_pages, **options)
-    for actual, value in zip(one_step(one, num_pages, **options), expected, strict=True):
-        assert actual.is_contiguous()
-        assert_same_bits(actual, value)
-    for actual, value in zip(caches(one), caches(four), strict=True):
-        assert_same_bits(actual._base, value._base)
+    counters = ops.new_counters(len(case.shape.lengths), case.shape.kv_heads, device)
+    # An even step, an odd one, and one that clears counters of its own.
+    for given in [counters, counters, None] if device == "cuda" else [counters]:
+        one = on(case, device)
+        for actual, value in zip(one_step(one, num_pages, counters=given, **options), expected, strict=True):
+            assert actual.is_contiguous()
+            assert_same_bits(actual, value)
+        for actual, value in zip(caches(one), caches(four), strict=True):
+            assert_same_bits(actual._base, value._base)
     return one

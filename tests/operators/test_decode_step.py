@@ -253,6 +253,22 @@ class TestOnTheGPU:
         for num_pages, sink_pages, recent_pages in ((5, 0, 1), (256, 17, 18), (700, 0, 33), (1000, 16, 1)):
             assert_same_step(case, "cuda", num_pages, sink_pages=sink_pages, recent_pages=recent_pages)
 
+    def test_counters_serve_one_step_after_the_other(self) -> None:
+        """Of any number of sequences and heads, with idle sequences, and of steps that follow without a pause."""
+        kind, counters = KINDS["mean-std-4-bit"], ops.new_counters(40, 16, "cuda")
+        cases = [
+            before_step(Shape(torch.bfloat16, 128, 16, heads, 16 // heads, lengths=lengths, kind=kind, seed=heads))
+            for heads, lengths in ((1, (6000,)), (16, (40,) * 40), (2, (3000, 1, 500)), (8, (9000,)), (4, (70, 2000)))
+        ]
+        cases[3].start_lens[:] = cases[3].seq_lens[:] = 0
+        expected = [one_step(on(case, "cuda"), 20) for case in cases]
+        inputs = [on(case, "cuda") for case in cases * 20]
+        torch.cuda.synchronize()
+        results = [one_step(x, 20, counters=counters) for x in inputs]
+        for i, result in enumerate(results):
+            for actual, value in zip(result, expected[i % len(cases)], strict=True):
+                assert_same_bits(actual, value)
+
     def test_steps_on_two_streams_do_not_wait_for_each_other(self) -> None:
         """Each launch has more blocks than fit beside those of the other."""
         kind = KINDS["minmax-8-bit"]
@@ -273,20 +289,21 @@ class TestOnTheGPU:
     @ALL_BOUNDS
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     @pytest.mark.parametrize("kv_heads", [8, 2])
-    def test_one_launch(self, dtype: torch.dtype, kv_heads: int, kind: Kind) -> None:
+    @pytest.mark.parametrize("counted", [True, False])
+    def test_one_launch(self, dtype: torch.dtype, kv_heads: int, counted: bool, kind: Kind) -> None:
         """The documented conditions; without a single launch the tests above would compare nothing."""
+        counters = ops.new_counters(2, kv_heads, "cuda") if counted else None
         x = on(before_step(Shape(dtype, 128, 16, kv_heads, 32 // kv_heads, lengths=(3000, 700), kind=kind)), "cuda")
-        one_step(x, 64)
+        one_step(x, 64, counters=counters)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            one_step(x, 64)
+            one_step(x, 64, counters=counters)
             torch.cuda.synchronize()
         on_the_gpu = torch.autograd.DeviceType.CUDA
         kernels = [event.name for event in profile.events() if event.device_type == on_the_gpu]
         if not kernels:
             pytest.skip("the profiler sees no kernels here")
-        assert len(kernels) == 2
-        assert "clear_counters" in kernels[0]
-        assert "decode_step" in kernels[1]
+        assert ["decode_step" in kernel for kernel in kernels] == ([True] if counted else [False, True])
+        assert counted or "clear_counters" in kernels[0]
 
     @ALL_BOUNDS
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -104,9 +104,10 @@ __device__ __forceinline__ void forget_origin(uint2& x) { asm volatile("" : "+r"
 __device__ __forceinline__::cuda::atomic_ref<int, ::cuda::thread_scope_device> device_atomic(int* counter) {
   return ::cuda::atomic_ref<int, ::cuda::thread_scope_device>(*counter);
 }
-// Writes that other threads made before they released the counter are visible to this thread afterwards.
-__device__ __forceinline__ void wait_until_at_least(int* counter, int least) {
-  while (device_atomic(counter).load(::cuda::memory_order_acquire) < least) {
+// Waits until a counter is `least` past `base`, or more, modulo 2^32. Writes that other threads made before they released
+// it are visible to this thread afterwards.
+__device__ __forceinline__ void wait_until_at_least(int* counter, unsigned least, unsigned base) {
+  while (static_cast<unsigned>(device_atomic(counter).load(::cuda::memory_order_acquire)) - base < least) {
   }
 }
 // Publishes what this thread wrote, and what it saw of other threads' writes, with the addition.

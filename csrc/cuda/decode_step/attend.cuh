@@ -65,7 +65,8 @@ struct RowAttender {
     // A row that is not scored waits for its new token alone, which is in the last page.
     if (scored || last) {
       const int first_scored = scored_row(split) - (kv_head(split) & (scheduler.tile_heads() - 1));
-      if (scheduler.is_first()) wait_until_at_least(&params.rows[first_scored].scored, scheduler.score_splits(n, K));
+      if (scheduler.is_first())
+        wait_until_at_least(&params.rows[first_scored].scored, scheduler.score_splits(n, K), scheduler.shared.odd);
       __syncthreads();
     }
     if (scored) {
@@ -153,7 +154,11 @@ struct RowAttender {
       const Split& split = scheduler.shared.attend[stage];
       // Past the last split, blocks take the renewal of bounds, a row a warp.
       const int renewed_row = split.index * kStepWarps;
-      if (split.row < 0 && renewed_row >= p.size.B * p.size.Hkv) return;
+      if (split.row < 0 && renewed_row >= p.size.B * p.size.Hkv) {
+        if (scheduler.is_last_attend_split(split.index) && scheduler.is_first())
+          scheduler.leave_counters(params.rows, p.size.B * p.size.Hkv, params.row_counters, params.taken);
+        return;
+      }
       int next = 0;
       if (scheduler.is_second()) next = atomicAdd(&params.taken->attend, 1);
       if (split.row < 0) {
@@ -169,7 +174,13 @@ struct RowAttender {
         shared.is_last = add_acquire_release(&params.rows[split.row].attended, 1) == split.count - 1;
       if (scheduler.is_second()) scheduler.describe_attend(next, stage ^ 1);
       __syncthreads();
-      if (shared.is_last) combine(split);
+      if (shared.is_last) {
+        if (scheduler.is_first()) {
+          params.rows[split.row].attended = 0;
+          if (first_head(split) == 0) params.rows[scored_row(split)].scored = scheduler.shared.odd ^ kOddStep;
+        }
+        combine(split);
+      }
     }
   }
 };

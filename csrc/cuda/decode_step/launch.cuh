@@ -18,7 +18,7 @@ static __global__ void __launch_bounds__(kStepThreads) clear_counters_kernel(con
   for (int64_t i = threadIdx.x; i < p.count; i += kStepThreads) p.counters[i] = 0;
 }
 
-// Allocates the step's scratch memory in one piece, sets the pointers into it, and clears the counters.
+// Allocates the step's scratch memory in one piece and sets the pointers into it. Counters in it are cleared.
 template <int kHeadTiles>
 Tensor allocate_scratch(DecodeStepKernelParams& params, const Tensor& like, cudaStream_t stream) {
   const DecodeStepParams& p = params.op;
@@ -30,22 +30,26 @@ Tensor allocate_scratch(DecodeStepKernelParams& params, const Tensor& like, cuda
     bytes += (count * size + 127) / 128 * 128;
     return at;
   };
-  const int64_t taken = reserve(1, sizeof(TakenSplits)), counters = reserve(rows * kHeadTiles, sizeof(RowCounters));
-  const int64_t counter_bytes = bytes - taken;
+  constexpr int kInts = sizeof(RowCounters) / sizeof(int32_t);
+  static_assert(kSharedCounters * sizeof(int32_t) >= sizeof(TakenSplits) && kHeadCounters == kMaxHeadTiles * kInts);
+  // The kernel takes splits by a 64-bit addition.
+  const bool given = p.counters && reinterpret_cast<uintptr_t>(p.counters) % alignof(TakenSplits) == 0;
+  const int64_t cleared = given ? 0 : kSharedCounters + rows * kHeadTiles * kInts;
+  const int64_t counters = reserve(cleared, sizeof(int32_t));
   const int64_t out = reserve(partials * p.size.D, sizeof(float)), max_sum = reserve(partials, sizeof(float2));
   const int64_t keys = reserve(rows * params.keys_stride, sizeof(uint32_t));
   Tensor scratch = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, like.device());
   std::byte* const start = static_cast<std::byte*>(scratch.mutable_data_ptr());
-  params.taken = reinterpret_cast<TakenSplits*>(start + taken);
-  params.rows = reinterpret_cast<RowCounters*>(start + counters);
+  int32_t* const used = given ? p.counters : reinterpret_cast<int32_t*>(start + counters);
+  params.taken = reinterpret_cast<TakenSplits*>(used);
+  params.rows = reinterpret_cast<RowCounters*>(used + kSharedCounters);
+  params.row_counters = static_cast<int32_t>(((given ? p.num_counters : cleared) - kSharedCounters) / kInts);
   params.partials.out = reinterpret_cast<float*>(start + out);
   params.partials.max_sum = reinterpret_cast<float2*>(start + max_sum);
   params.keys = reinterpret_cast<uint32_t*>(start + keys);
-  launch_in_order(
-      clear_counters_kernel, 1u, kStepThreads, 0, stream,
-      ClearParams{
-          .counters = reinterpret_cast<int*>(start + taken),
-          .count = counter_bytes / static_cast<int64_t>(sizeof(int))});
+  if (!given)
+    launch_in_order(
+        clear_counters_kernel, 1u, kStepThreads, 0, stream, ClearParams{.counters = used, .count = cleared});
   return scratch;
 }
 

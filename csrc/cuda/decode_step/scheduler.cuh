@@ -24,6 +24,7 @@ struct Scheduler {
     TakenSplits first;
     int attend_split_tiles;     // at most; in shared memory, as the kernel has no register to spare
     Split score[2], attend[2];  // the current split, and the next
+    uint32_t odd;               // kOddStep or 0
   };
 
   const DecodeStepKernelParams& params;
@@ -34,6 +35,17 @@ struct Scheduler {
 
   __device__ Scheduler(const DecodeStepKernelParams& params, Shared& shared)
       : params(params), p(params.op), shared(shared) {}
+
+  // The last attend splits are renewals of bounds, a row a warp. Behind them every block takes one more.
+  __device__ bool is_last_attend_split(int index) const {
+    return index == (p.size.B * p.size.Hkv + kStepWarps - 1) / kStepWarps + gridDim.x - 1;
+  }
+  // By one thread, when all blocks have taken their last attend split. Rows that this step lacks pass a step too.
+  static __device__ __noinline__ void leave_counters(RowCounters* rows, int used, int count, TakenSplits* taken) {
+    taken->attend = 0;
+#pragma unroll 1
+    for (int i = used; i < count; ++i) rows[i].scored ^= kOddStep;
+  }
 
   __device__ int pages_of(const Split& split) const { return p.paging.pages_of(split.length); }
 
@@ -82,7 +94,10 @@ struct Scheduler {
         sum(head_tiles() * ((tiles_to_score + score_split_tiles - 1) / score_split_tiles),
             attend_heads() * ((tiles_to_attend + attend_split_tiles - 1) / attend_split_tiles), false);
     if (b < p.size.B) shared.score_ends[b] = ends.x, shared.attend_ends[b] = ends.y;
-    if (is_first()) shared.first = taken, shared.attend_split_tiles = attend_split_tiles;
+    if (is_first()) {
+      shared.odd = taken.score & kOddStep, taken.score &= ~kOddStep;
+      shared.first = taken, shared.attend_split_tiles = attend_split_tiles;
+    }
     __syncthreads();
     if (is_first()) describe_score(shared.first.score, 0);
     if (is_second()) describe_attend(shared.first.attend, 0);

@@ -187,9 +187,14 @@ struct PageScorer {
   __device__ void run() const {
     for (int stage = 0;; stage ^= 1) {
       const Split split = scheduler.shared.score[stage];
-      if (split.row < 0) return;
-      int next = 0;
-      if (scheduler.is_second()) next = atomicAdd(&params.taken->score, 1);
+      if (split.row < 0) {
+        // The last that any block takes. The compiler spills registers where the new value is computed.
+        if (split.index == gridDim.x - 1 && scheduler.is_first())
+          atomicAnd(&params.taken->score, kOddStep), atomicXor(&params.taken->score, kOddStep);
+        return;
+      }
+      uint32_t next = 0;
+      if (scheduler.is_second()) next = atomicAdd(&params.taken->score, 1) & ~kOddStep;
       score_split(split);
       if (scheduler.is_second()) scheduler.describe_score(next, stage ^ 1);
       __syncthreads();

@@ -52,7 +52,8 @@ class PagedLayer(QuestCacheLayer):
             zeroed=True,
         )
         self.keys, self.values = self.state.layer(0)[:2]  # the storage, where transformers expects it
-        return [*self.state.pools, page_table]
+        assert self.state.counters is not None
+        return [*self.state.pools, page_table, self.state.counters]
 
     def decide(self, num_new: int = 1) -> Decision:
         return decide(self.settings.config, self.index, self.pages_per_row, num_new, self._lacking is not None)
