@@ -10,7 +10,7 @@ import json
 import os
 import platform
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import torch
 
@@ -19,7 +19,7 @@ def counts(report: Path) -> dict[str, int]:
     """Of a report; none where the process died."""
     if not report.exists():
         return {"passed": 0, "failed": 1}
-    (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
+    (suite,) = ET.parse(report).getroot().iter("testsuite")
     tests, failures, errors, skipped = (int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped"))
     failed = failures + errors
     seconds = round(float(suite.attrib["time"]))
