@@ -3,8 +3,8 @@
     make sanitize-gpu ARGS="--out tests/reliability/sanitize-gpu.json"
     make sanitize-gpu ARGS="--checks racecheck --minutes 8"
 
-Each check is a process of its own that makes as many of the cases as its time allows, in an order that spreads over
-the kernels. The last line is a JSON summary with the cases made. The exit status is 1 where a check reports an error,
+Each check is a process of its own. It makes as many of the cases as its time allows, in an order that spreads over the
+kernels. The last line is a JSON summary with the cases made. The exit status is 1 where a check reports an error,
 a process fails, or a case is left out. No cached memory is used, so that each tensor has bounds that memcheck knows.
 """
 

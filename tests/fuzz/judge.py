@@ -118,8 +118,8 @@ def _encoded_one_by_one(a: Arguments) -> dict[str, Tensor]:
 def _codes_within_rounding(a: Arguments, actual: dict[str, Tensor]) -> dict[str, Tensor]:
     """The reference's codes and scales, but the actual ones that float32 may round differently.
 
-    These are codes of elements near a border, where either neighbour is right, and scales. A rotation in float32 is off
-    by at most log2(D) roundings of the sum of |k|, which is 8e-6 of the distance of two levels at head_dim 256.
+    Near a border of two levels either is right. A rotation in float32 is off by at most log2(D) roundings of the sum of
+    |k|. At head_dim 256 that is 8e-6 of the distance of two levels.
     """
     k, lens = a["k"], a["seq_lens"]
     too_large = k.float().square().sum(-1, keepdim=True).isinf()
