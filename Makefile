@@ -11,7 +11,8 @@
 #   make bench    on a GPU the kernels against dense attention; elsewhere the steps of a tiny model
 #   make library  after a change in csrc/: rebuilds and installs the libraries, in seconds
 #   make docs     the API reference, rendered from the docstrings into build/docs
-#   make coverage    lines and branches of quest_ops that the tests run, into tests/reliability/coverage.json
+#   make coverage    lines and branches of quest_ops and its C++ for the CPU that the tests run, into
+#                    tests/reliability/coverage.json
 #   make mutation    flips comparisons of the C++ checks and changes the cache's Python, which tests must notice
 #                    (ARGS="--sample 40 --seed 1" for a part of the mutants)
 #   make lint, make format, make wheel, make clean
@@ -108,14 +109,16 @@ $(VLLM_VENV)/stamp: pyproject.toml eval/pyproject.toml
 
 # Few examples of each property reach the same lines. Tests of the vLLM backend have an environment of their own.
 COVERED := tests/operators tests/cache tests/transformers tests/packaging/test_info.py tests/packaging/test_library.py
+COVERAGE = --out tests/reliability/coverage.json --command "make coverage$(if $(ARGS), ARGS=$(ARGS))"
 
 coverage: $(STAMPS)/dev
 	$(build)
 	QUEST_OPS_TEST_EXAMPLES=5 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup --cov=quest_ops --cov-report= \
 	  $(or $(ARGS),$(COVERED))
 	$(VENV)/bin/python -m coverage json -q -o build/coverage.json
-	$(VENV)/bin/python tests/reliability/coverage_summary.py build/coverage.json --out tests/reliability/coverage.json \
-	  --command "make coverage$(if $(ARGS), ARGS=$(ARGS))"
+	$(VENV)/bin/python tests/reliability/coverage_summary.py python build/coverage.json $(COVERAGE)
+	tests/reliability/cpp_coverage.sh build/coverage-cpp.json
+	$(VENV)/bin/python tests/reliability/coverage_summary.py cpp build/coverage-cpp.json $(COVERAGE)
 
 mutation: $(STAMPS)/dev
 	$(build)

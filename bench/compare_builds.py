@@ -1,4 +1,4 @@
-"""Compares two builds of the libraries bit for bit: the same random calls of six operators.
+"""Compares two builds of the libraries bit for bit: the same random calls of every operator.
 
     python bench/compare_builds.py OLD_DIR NEW_DIR [--device cpu cuda] [--cases 200] [--seed 0] [--skip TEXT ...]
 
@@ -7,7 +7,8 @@ process of its own, with torch and nothing of quest_ops. Inputs come from torch'
 both processes see the same bits.
 
 A digest covers every output and all memory around every written tensor; one NaN is as good as another. Error messages
-are compared without their place in the source. The exit status is 1 where a case differs or a process fails.
+are compared without their place in the source. The exit status is 1 where a case differs or a process fails. An old
+build that has no append_codes and rerank_pages is compared without their cases.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128)
 LAYOUTS = ("contiguous", "contiguous", "transposed", "padded", "unaligned")
+CODED = ("append_codes", "rerank_pages")
 GARBAGE = (-1, 2**31 - 1)  # page numbers that lead nowhere
 GUARD = 64  # elements before and behind a placed tensor
 
@@ -207,14 +209,9 @@ def quantize(bounds: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([lower.floor(), upper.ceil()], -2).clamp(-128, 127).to(torch.int8), scales
 
 
-def run_case(shape: Shape, draw: Draw, device: str) -> Results:
-    """All six operators on the tensors of one shape. No operator's input is another's output."""
-    s, ops = shape, torch.ops.quest
-    results: Results = {}
-    batch, new = len(s.lengths), max(1, s.new_tokens)
-    appended = draw.integer(0, 40)  # append_kv takes any number of new tokens
-    start_lens = torch.tensor([max(0, n - new) for n in s.lengths], dtype=torch.int32)
-    seq_lens = torch.tensor(s.lengths, dtype=torch.int32)
+def draw_pages(draw: Draw, s: Shape, start_lens: Tensor, new: int, appended: int) -> tuple[Tensor, int]:
+    """A page table with room for new tokens, and the pages of the pool."""
+    batch = len(s.lengths)
     P = (max(s.lengths) + max(new, appended) + s.page_size - 1) // s.page_size + s.spare_pages
 
     # Pages that are written belong to one row alone; the first full ones may be shared.
@@ -233,6 +230,19 @@ def run_case(shape: Shape, draw: Draw, device: str) -> Results:
         page_table[b, :shared] = page_table[0, :shared]
         unread = (max(length + max(new, appended), 1) + s.page_size - 1) // s.page_size
         page_table[b, unread:] = draw.choice((*GARBAGE, own))
+    return page_table, own
+
+
+def run_case(shape: Shape, draw: Draw, device: str) -> Results:
+    """All operators but those of codes on the tensors of one shape. No operator's input is another's output."""
+    s, ops = shape, torch.ops.quest
+    results: Results = {}
+    batch, new = len(s.lengths), max(1, s.new_tokens)
+    appended = draw.integer(0, 40)  # append_kv takes any number of new tokens
+    start_lens = torch.tensor([max(0, n - new) for n in s.lengths], dtype=torch.int32)
+    seq_lens = torch.tensor(s.lengths, dtype=torch.int32)
+    page_table, own = draw_pages(draw, s, start_lens, new, appended)
+    P = page_table.shape[1]
 
     q_size = (batch, *[s.new_tokens] * bool(s.new_tokens), s.heads, s.head_dim)
     q = draw.normal(*q_size, dtype=s.dtype)
@@ -335,6 +345,57 @@ def run_case(shape: Shape, draw: Draw, device: str) -> Results:
     return results
 
 
+def run_codes(shape: Shape, draw: Draw, device: str) -> Results:
+    """append_codes of random keys, and rerank_pages with random codes."""
+    s, ops = shape, torch.ops.quest
+    results: Results = {}
+    batch, new, appended = len(s.lengths), max(1, s.new_tokens), draw.integer(0, 40)
+    start_lens = torch.tensor([max(0, n - new) for n in s.lengths], dtype=torch.int32)
+    page_table, own = draw_pages(draw, s, start_lens, new, appended)
+    P = page_table.shape[1]
+    seq_lens = torch.tensor(s.lengths, dtype=torch.int32)
+    page_table, seq_lens, start_lens = (place(x, "unaligned", device) for x in (page_table, seq_lens, start_lens))
+
+    size = (own, s.kv_heads, s.page_size)
+    codes = place(draw.integers(0, 255, (*size, s.head_dim // 4)).to(torch.uint8), s.layouts[1], device)
+    scales = draw.normal(*size).abs()
+    if draw.chance(0.1):
+        draw.sprinkle(scales, math.nan)
+    scales = place(scales, s.layouts[3], device)
+    count = min(P, draw.choice((1, 3, 40, P)) if s.budget is None else s.budget)
+    lists = (batch, *[s.new_tokens] * bool(s.new_tokens), draw.choice((s.kv_heads, s.heads)), P)
+    pages = torch.rand(lists, generator=draw.generator).argsort(-1)[..., :count].int()
+    gaps = torch.rand(pages.shape, generator=draw.generator) < draw.choice((0.0, 0.3, 0.9))
+    pages = place(pages.masked_fill(gaps, -1), "unaligned", device)
+    q = place(draw.normal(*lists[:-2], s.heads, s.head_dim, dtype=s.dtype), s.layouts[0], device)
+    scale = draw.choice((s.head_dim**-0.5, 1.0))
+    new_lens = draw.integers(0, new, (batch,)).to(device) if draw.chance(0.3) else None
+    for reduce in (0, 1):
+        attempt(
+            results,
+            f"rerank_pages, {reduce}",
+            lambda reduce=reduce: ops.rerank_pages(
+                q, codes, scales, page_table, seq_lens, pages, reduce, scale, new_lens
+            ),
+            "scores",
+        )
+
+    k = draw.normal(batch, appended, s.kv_heads, s.head_dim) * draw.choice((1.0, 100.0, 1e-3))
+    if draw.chance(0.2):
+        draw.sprinkle(k, math.nan, math.inf, 0.0)
+    k = place(k.to(s.dtype), s.layouts[0], device)
+    new_lens = draw.integers(0, appended, (batch,)).to(device) if draw.chance(0.5) else None
+    attempt(
+        results,
+        "append_codes",
+        lambda: ops.append_codes(k, codes, scales, page_table, start_lens, new_lens),
+        "",
+        k_codes=codes,
+        code_scales=scales,
+    )
+    return results
+
+
 def run_infinite_scores(dtype: torch.dtype, device: str) -> Results:
     """Keys with a component of -inf, so that whole rows, or whole splits of a row, score -inf or +inf."""
     ops, draw = torch.ops.quest, Draw(1)
@@ -382,6 +443,10 @@ def right_arguments(device: str, int8: bool) -> dict[str, dict[str, Any]]:
     scales = {"k_scales": zeros(9, 2, dtype=torch.float32)} if int8 else {}
     table = {"page_table": torch.arange(8, dtype=torch.int32, device=device).view(2, 4)}
     seq_lens = {"seq_lens": lens(37, 20)}
+    codes = {
+        "k_codes": zeros(9, 2, 16, 16, dtype=torch.uint8),
+        "code_scales": zeros(9, 2, 16, dtype=torch.float32),
+    }
     paging = table | seq_lens
     return {
         "append_kv": {"k": k, "v": v, **caches, **bounds, **paging, "new_lens": lens(1, 0), **scales},
@@ -389,6 +454,10 @@ def right_arguments(device: str, int8: bool) -> dict[str, dict[str, Any]]:
         "estimate": {"q": q, **bounds, **paging, "page_size": 16, **scales},
         "topk_pages": {
             "scores": zeros(2, 4, 4, dtype=torch.float32), **seq_lens, "page_size": 16, "k": 3, "num_kv_heads": 2,
+        },
+        "append_codes": {"k": k, **codes, **paging, "new_lens": lens(1, 0)},
+        "rerank_pages": {
+            "q": q, **codes, **paging, "pages": zeros(2, 2, 3, dtype=torch.int32), "token_reduce": 0, "scale": 1.0,
         },
         "sparse_decode": {"q": q, **caches, **paging, "pages": zeros(2, 2, 3, dtype=torch.int32)},
         "decode_step": {
@@ -428,7 +497,7 @@ def invalid_calls(device: str) -> Iterator[tuple[str, Results]]:
     extra = {"group_reduce": 1, "sink_pages": 0, "recent_pages": 1}
     for int8 in (False, True):
         for name, right in right_arguments(device, int8).items():
-            if int8 and "k_scales" not in right:
+            if (int8 and "k_scales" not in right) or not hasattr(torch.ops.quest, name):
                 continue
             right = {**right, **extra} if name in ("topk_pages", "decode_step") else right
             for key, value in right.items():
@@ -443,12 +512,17 @@ def invalid_calls(device: str) -> Iterator[tuple[str, Results]]:
 
 def all_cases(device: str, cases: int, seed: int) -> Iterator[tuple[str, Results]]:
     """Every case by its name."""
+    has_codes = all(hasattr(torch.ops.quest, name) for name in CODED)
     for index in range(cases):
         draw = Draw(seed * 1_000_003 + index)
         shape = draw_shape(draw, 2**20 if device == "cpu" else 2**22)
         yield f"case {index}: {shape}", run_case(shape, draw, device)
+        if has_codes:
+            yield f"append_codes and rerank_pages {index}: {shape}", run_codes(shape, draw, device)
     for name, shape in long_shapes(device).items():
         yield f"{name}: {shape}", run_case(shape, Draw(seed), device)
+        if has_codes and not shape.int8:
+            yield f"append_codes and rerank_pages, {name}: {shape}", run_codes(shape, Draw(seed), device)
     for dtype in DTYPES:
         yield f"infinite scores: {dtype}", run_infinite_scores(dtype, device)
     yield from invalid_calls(device)
@@ -489,6 +563,9 @@ def differences(old: dict[str, Results], new: dict[str, Results]) -> dict[str, l
 def compare(arguments: argparse.Namespace, device: str) -> bool:
     """Prints how many cases are equal, and each that is not; True where all are."""
     old, new = (run_build(x, device, arguments.cases, arguments.seed) for x in (arguments.old, arguments.new))
+    if not any(case.startswith(CODED) for case in old):
+        print(f"{device}: the old build has no {' and '.join(CODED)}")
+        new = {case: x for case, x in new.items() if not case.startswith(CODED)}
     skipped = {case for case in old | new if any(text in case for text in arguments.skip)}
     old, new = ({case: x for case, x in build.items() if case not in skipped} for build in (old, new))
     different = differences(old, new)

@@ -65,7 +65,7 @@ inline void check_values(const DecodeStepParams& p) {
     const int32_t start = p.append.paging.seq_lens[b], end = p.paging.seq_lens[b];
     const int32_t n = p.paging.new_tokens(b, p.size.T);
     STD_TORCH_CHECK(
-        end == start + n || (start == 0 && end == 0), "seq_lens must be start_lens + ",
+        end - start == n || (start == 0 && end == 0), "seq_lens must be start_lens + ",
         p.paging.new_lens ? "new_lens" : "T", ", ", start, " + ", n, " for sequence ", b, ", got ", end);
   }
 }

@@ -143,8 +143,8 @@ struct AppendParams {
   QUEST_HOST_DEVICE int32_t new_tokens(int32_t b) const {
     const int32_t n = paging.new_tokens(b, size.T);
     if (end_lens) [[unlikely]] {
-      const int32_t room = end_lens[b] - paging.length(b);
-      return room < 0 ? 0 : room < n ? room : n;
+      const int32_t end = end_lens[b], length = paging.length(b);
+      return end < length ? 0 : end - length < n ? end - length : n;  // end may be any number
     }
     return n;
   }

@@ -3,8 +3,8 @@
     make sanitize-gpu ARGS="--out tests/reliability/sanitize-gpu.json"
     make sanitize-gpu ARGS="--checks racecheck --minutes 8"
 
-Each check is a process of its own that makes as many of the cases as its time allows, in an order that spreads over
-the kernels. The last line is a JSON summary with the cases made. The exit status is 1 where a check reports an error,
+Each check is a process of its own. It makes as many of the cases as its time allows, in an order that spreads over the
+kernels. The last line is a JSON summary with the cases made. The exit status is 1 where a check reports an error,
 a process fails, or a case is left out. No cached memory is used, so that each tensor has bounds that memcheck knows.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from fuzz import judge, plans
-from helpers.operator_cases import HEAD_DIMS, KINDS, PAGE_SIZES, Case, Kind, Shape
+from helpers.operator_cases import HEAD_DIMS, KINDS, LAYOUTS, PAGE_SIZES, Case, Kind, Shape, place
 from helpers.steps import before_step, four_steps, on, one_step
 from quest_ops import ops
 
@@ -60,6 +61,13 @@ def kernels() -> dict[str, Call]:
         shape = Shape(torch.bfloat16, 128, 16, 2, group, T, (300, 37, 8), seed=T)
         news = (T, 0, min(T, 3))
         add(f"ragged {T} {group} {reduce}", shape, 5, news=news, group_reduce=reduce, sink_pages=1)
+    for i, (dtype, D, layout) in enumerate(itertools.product((*HALF, torch.float32), HEAD_DIMS, (0, 3))):
+        shape = Shape(dtype, D, PAGE_SIZES[i % len(PAGE_SIZES)], 2, 4, 1, LENGTHS, layouts=(layout,) * 4, seed=i)
+        add(f"codes {str(dtype)[6:]} {D} {LAYOUTS[layout]}", shape, "max", call=codes)
+    for T, group, reduce in itertools.product((1, 8), (1, 7, 16), ops.TOKEN_REDUCE):
+        for dtype in (torch.bfloat16, torch.float32):  # with and without tensor cores
+            shape = Shape(dtype, 128, 16, 2, group, T, (300, 37, 8), seed=T)
+            add(f"codes {str(dtype)[6:]} {T} {group} {reduce}", shape, reduce, (T, 0, min(T, 3)), call=codes)
     for name, rows, pages, k in (
         ("few", 1, 90, 5),
         ("many", 300, 90, 5),
@@ -88,6 +96,23 @@ def bounds(dtype: torch.dtype, kind: Kind) -> None:
     where = (x.k_cache, x.k_bounds, x.page_table, x.seq_lens)
     for first in (None, torch.tensor([20, 0, 5], dtype=torch.int32, device="cuda")):
         ops.update_bounds(*where, first, x.k_scales, kind.std_factor)
+
+
+def codes(shape: Shape, token_reduce: Any, news: tuple[int, ...] | None = None) -> None:
+    """append_codes of a prompt and of a step, and rerank_pages by lists of the KV heads and of the query heads."""
+    case = before_step(shape, news)
+    x, layout = on(case, "cuda"), LAYOUTS[shape.layouts[1]]
+    N, Hkv, S, D = case.k_cache.shape
+    k_codes = place(torch.zeros(N, Hkv, S, D // 4, dtype=torch.uint8), layout, "cuda")
+    code_scales = place(torch.full((N, Hkv, S), math.nan), layout, "cuda")
+    prompt = torch.nn.utils.rnn.pad_sequence(case.keys, batch_first=True).to("cuda")
+    to = (k_codes, code_scales, x.page_table)
+    ops.append_codes(prompt, *to, torch.zeros_like(x.start_lens), x.start_lens)
+    ops.append_codes(x.k, *to, x.start_lens, x.new_lens)
+    for per_head in (False, True):  # lists of more tokens than a block takes
+        pages = place(case.random_pages(640 // S, per_head, shuffled=True), layout, "cuda")
+        scores = ops.rerank_pages(x.q, *to, x.seq_lens, pages, token_reduce, 0.125, x.new_lens)
+        assert not scores.isnan().any()  # the scale of a token that is not in the cache
 
 
 def topk(rows: int, pages: int, k: int, reduce: Any) -> None:

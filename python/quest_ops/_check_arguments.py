@@ -502,7 +502,8 @@ def check_rerank_pages(
     check_lists(pages, q, (B, T, Hq), Hkv, S)
     _require(0 <= token_reduce <= 1, f"token_reduce must be 0 (max) or 1 (lse), got {token_reduce}")
     check_scale(scale)
-    _require(scale > 0, f"scale must be above 0, got {scale:g}")
+    smallest = 2.0**-150  # rounds to 0 in float32
+    _require(scale > smallest, f"scale must be above 0, got {scale:g}")
 
 
 def check_sparse_decode(

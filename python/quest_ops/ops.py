@@ -252,7 +252,7 @@ def append_codes(
     Args:
         k: [B, T, Hkv, D], any T, as the cache stores it.
         k_codes: [N, Hkv, S, D / 4] uint8, written. A byte holds four dimensions, the first in its lowest bits.
-        code_scales: [N, Hkv, S] float32, written; NaN for a key that is not finite.
+        code_scales: [N, Hkv, S] float32, written; NaN for a key that is not finite, or whose squares overflow float32.
         page_table: [B, P] int32, logical to physical page; only the pages written to are looked up.
         seq_lens: [B] int32, tokens in the cache before the call.
         new_lens: [B] int32, the number of real tokens among the T of each sequence, its first ones; T by default.

@@ -13,15 +13,19 @@ from helpers.steps import before_step
 from quest_ops import reference
 from torch import Tensor
 
-from .plans import LAYOUTS, Plan
+from .plans import APPENDING, LAYOUTS, Plan
 
 Arguments = dict[str, Any]
 #: Tensors that each operator writes to.
 WRITTEN = {
     "append_kv": ("k_cache", "v_cache", "k_bounds", "k_scales"),
     "update_bounds": ("k_bounds", "k_scales"),
+    "append_codes": ("k_codes", "code_scales"),
     "decode_step": ("k_cache", "v_cache", "k_bounds", "k_scales"),
 }
+
+#: Tensors whose last dimension may have any stride too.
+ANY_STRIDES = ("k_scales", "code_scales")
 
 
 def arguments(plan: Plan) -> Arguments:
@@ -33,7 +37,7 @@ def arguments(plan: Plan) -> Arguments:
             if isinstance(made.get(name), Tensor):
                 made[name] = made[name][:0]
     if plan["mode"] == "invalid":  # a change may be accepted, and lead to memory that was not to be read
-        for name in ("k_cache", "v_cache", "k_bounds", "k_scales"):
+        for name in ("k_cache", "v_cache", "k_bounds", "k_scales", "code_scales"):
             if isinstance(made.get(name), Tensor):
                 made[name] = made[name].nan_to_num()
     return made
@@ -49,7 +53,7 @@ def _case(plan: Plan) -> Case:
         kind=KINDS[plan["kind"]],
         seed=plan["seed"],
     )
-    steps = plan["operator"] in ("append_kv", "decode_step")
+    steps = plan["operator"] in APPENDING
     news = None if plan["new_lens"] is None else tuple(plan["new_lens"])
     case = before_step(shape, news) if steps else Case(shape)
     case.q = (case.q * plan["magnitude"]).to(shape.dtype)
@@ -128,14 +132,64 @@ def _selection(plan: Plan) -> Arguments:
     }
 
 
+#: Factors of normal keys.
+_MAGNITUDES = {"normal": 1.0, "large": 1e15, "small": 1e-15, "overflowing": 1e25, "special": 1.0}
+
+
+def _append_codes(plan: Plan, x: Case) -> Arguments:
+    k = (x.k.double() * _MAGNITUDES[plan["keys"]]).to(x.k.dtype)
+    if plan["keys"] == "special":
+        keys = k.view(-1, k.shape[-1])
+        kinds = torch.randint(8, (len(keys),), generator=x.random)
+        keys[kinds == 0] = 0
+        keys[kinds == 1, 1:] = 0  # all elements are equally large after the rotation
+        keys[kinds == 2] = 1  # one element is not 0 after the rotation
+        keys[kinds == 3, 5] = math.inf
+        keys[kinds == 4, -1] = math.nan
+    N, Hkv, S, D = x.k_cache.shape
+    return {
+        "k": k,
+        "k_codes": torch.full((N, Hkv, S, D // 4), UNREAD_BYTE, dtype=torch.uint8),
+        "code_scales": torch.full((N, Hkv, S), math.nan),
+        "page_table": x.page_table,
+        "seq_lens": x.start_lens,
+        "new_lens": x.new_lens,
+    }
+
+
+def _lists(plan: Plan, x: Case) -> tuple[Case, Tensor]:
+    """The case with pages that no list has full of NaN, and the lists."""
+    pages = x.random_pages(max(1, plan["k"]), "per_head" in plan["lists"], "shuffled" in plan["lists"])
+    if plan["k"] == 0:
+        pages.fill_(-1)
+    return x.poisoned(pages), pages[..., : plan["k"]]
+
+
+def _rerank_pages(plan: Plan, x: Case) -> Arguments:
+    x, pages = _lists(plan, x)
+    levels, scales = reference.encode_keys(x.k_cache)
+    k_codes, code_scales = reference.pack_codes(levels), scales.float()
+    if plan["codes"] == "any":
+        k_codes = torch.randint(256, k_codes.shape, dtype=torch.uint8, generator=x.random)
+        factors = torch.tensor([1.0, 1.0, 1.0, 1e-9, 0.0, -2.0])
+        code_scales *= factors[torch.randint(len(factors), scales.shape, generator=x.random)]
+    return {
+        "q": x.q,
+        "k_codes": k_codes,
+        "code_scales": code_scales,
+        "page_table": x.page_table,
+        "seq_lens": x.seq_lens,
+        "pages": pages,
+        "token_reduce": plan["token_reduce"],
+        "scale": plan["scale"],
+        "new_lens": x.new_lens,
+    }
+
+
 def _sparse_decode(plan: Plan, x: Case) -> Arguments:
     pages = None
     if plan["lists"] != "none":
-        pages = x.random_pages(max(1, plan["k"]), "per_head" in plan["lists"], "shuffled" in plan["lists"])
-        if plan["k"] == 0:
-            pages.fill_(-1)
-        x = x.poisoned(pages)
-        pages = pages[..., : plan["k"]]
+        x, pages = _lists(plan, x)
     return {
         "q": x.q,
         "k_cache": x.k_cache,
@@ -170,6 +224,8 @@ _MAKERS: dict[str, Callable[[Plan, Case], Arguments]] = {
     "update_bounds": _update_bounds,
     "estimate": _estimate,
     "topk_pages": _topk_pages,
+    "append_codes": _append_codes,
+    "rerank_pages": _rerank_pages,
     "sparse_decode": _sparse_decode,
     "decode_step": _decode_step,
 }
@@ -189,8 +245,8 @@ def placed(given: Arguments, layouts: list[int], device: str, fill: float | None
         if not isinstance(x, Tensor):
             continue
         layout = LAYOUTS[layouts[i % len(layouts)]]
-        if name == "k_scales" and x.dim() == 2:  # any strides, that of the last dimension too
-            copies[name] = place(x.T, layout, device).T
+        if name in ANY_STRIDES and x.dim() > 1:
+            copies[name] = place(x.mT, layout, device).mT
         else:
             copies[name] = place(x, layout, device)
         if fill is not None:

@@ -13,10 +13,10 @@ import torch
 from helpers.operator_cases import GARBAGE
 from torch import Tensor
 
-from .arguments import Arguments
-from .plans import Plan
+from .arguments import ANY_STRIDES, Arguments
+from .plans import ANY_NEW_TOKENS, APPENDING, Plan
 
-#: Arguments that may be None.
+#: Arguments that may be None, where an operator does not require them.
 OPTIONAL = ("new_lens", "first_token", "budgets", "pages", "k_scales", "std_factor", "scale")
 NUMBERS = {
     "page_size": (0, -16, 12, 256, 2**31, 2**62, 16.5, None, "16"),
@@ -29,6 +29,14 @@ NUMBERS = {
     "scale": ("1", math.nan),
     "std_factor": (-1.0, math.inf, math.nan, 1e39, "1"),
 }
+#: Numbers of one operator, which must refuse them all.
+NUMBERS_OF = {
+    "rerank_pages": {
+        "token_reduce": ("mean", 2, -1, 0, 1.0, None),
+        "scale": ("1", math.nan, math.inf, 0.0, -0.0, -1.0, 1e39, 1e-60, None),
+    }
+}
+REQUIRED = {"rerank_pages": ("pages",)}
 EXTREMES = (-(2**31), -(2**31) + 1, -17, -2, -1, 0, 1, 3, 9, 17, 64, 65, 2**20, 2**31 - 16, GARBAGE)
 
 
@@ -42,6 +50,9 @@ def changed(plan: Plan, given: Arguments) -> tuple[Arguments, str, bool | None]:
     r = random.Random(plan["change_seed"])
     name = r.choice([name for name, x in given.items() if x is not None or name in OPTIONAL])
     x = given[name]
+    own = NUMBERS_OF.get(plan["operator"], {})
+    if name in own:
+        return {**given, name: r.choice(own[name])}, name, True
     if name in NUMBERS:
         value: Any = r.choice(NUMBERS[name])
         refused = None if isinstance(value, float) and name == "scale" else True
@@ -52,7 +63,8 @@ def changed(plan: Plan, given: Arguments) -> tuple[Arguments, str, bool | None]:
         size = r.choice(((), (2,), (3, 4), (2, 3, 4), tuple(given[_first(given)].shape[:1])))
         dtype = r.choice((torch.int32, torch.int64, torch.float32))
         return {**given, name: torch.zeros(size, dtype=dtype, device=given[_first(given)].device)}, name, None
-    value, refused = _changed_tensor(r, name, x)
+    optional = name in OPTIONAL and name not in REQUIRED.get(plan["operator"], ())
+    value, refused = _changed_tensor(r, name, x, optional)
     return {**given, name: value}, name, refused
 
 
@@ -60,7 +72,7 @@ def _first(given: Arguments) -> str:
     return next(name for name, x in given.items() if isinstance(x, Tensor))
 
 
-def _changed_tensor(r: random.Random, name: str, x: Tensor) -> tuple[Any, bool | None]:
+def _changed_tensor(r: random.Random, name: str, x: Tensor, optional: bool) -> tuple[Any, bool | None]:
     kinds = ["dtype", "more", "fewer", "size", "stride", "none", "meta", "sparse", "negative", "zero", "complex", "int"]
     kind = r.choice(kinds)
     if kind == "dtype":
@@ -77,10 +89,10 @@ def _changed_tensor(r: random.Random, name: str, x: Tensor) -> tuple[Any, bool |
             return x.narrow(dim, 0, x.shape[dim] - 1).clone(), None
         return torch.cat([x, x.new_zeros((*x.shape[:dim], 1, *x.shape[dim + 1 :]))], dim), None
     if kind == "stride":
-        must = x.shape[-1] > 1 and name != "k_scales"
+        must = x.shape[-1] > 1 and name not in ANY_STRIDES
         return torch.stack([x] * 2, -1)[..., 0], True if must else None
     if kind == "none":
-        return None, None if name in OPTIONAL else True
+        return None, None if optional else True
     if kind == "meta":
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), True
     if kind == "sparse":
@@ -117,9 +129,10 @@ def wrong_values(operator: str, a: Arguments) -> bool:
     if operator == "topk_pages":
         P, S, T = a["scores"].shape[-1], a["page_size"], _new_tokens(a["scores"])
     else:
-        S = a["page_size"] if operator == "estimate" else a["k_cache"].shape[2]
-        P, N = a["page_table"].shape[1], len(a["k_bounds"] if operator == "estimate" else a["k_cache"])
-        T = a["k"].shape[1] if operator in ("append_kv", "decode_step") else _new_tokens(a.get("q"))
+        pool = next(a[name] for name in ("k_cache", "k_codes", "k_bounds") if name in a)
+        S = a["page_size"] if operator == "estimate" else pool.shape[2]
+        P, N = a["page_table"].shape[1], len(pool)
+        T = a["k"].shape[1] if operator in APPENDING else _new_tokens(a.get("q"))
 
     def nowhere(b: int, first_token: int, tokens: int) -> bool:
         """Whether a page from that of first_token to that of the last token does not exist."""
@@ -130,13 +143,13 @@ def wrong_values(operator: str, a: Arguments) -> bool:
         n = T if a.get("new_lens") is None else int(a["new_lens"][b])
         if not 0 <= length <= P * S or not 0 <= n <= T:
             return True
-        if operator == "append_kv" and (length + n > P * S or (n and nowhere(b, length, length + n))):
+        if operator in ANY_NEW_TOKENS and (length + n > P * S or (n and nowhere(b, length, length + n))):
             return True
         if operator == "update_bounds":
             first = 0 if a["first_token"] is None else int(a["first_token"][b])
             if first < 0 or nowhere(b, first, length):
                 return True
-        if operator in ("estimate", "sparse_decode", "decode_step") and nowhere(b, 0, length):
+        if operator in ("estimate", "rerank_pages", "sparse_decode", "decode_step") and nowhere(b, 0, length):
             return True
         if operator == "decode_step":
             start = int(a["start_lens"][b])

@@ -93,6 +93,8 @@ def _written(operator: str, a: Arguments) -> dict[str, Tensor]:
             return {"k_bounds": reference.update_bounds(a["k_cache"], a["k_bounds"], *where)}
         bounds = reference.update_scaled_bounds(a["k_cache"], a["k_bounds"], a["k_scales"], *where)
         return dict(zip(("k_bounds", "k_scales"), bounds, strict=True))
+    if operator == "append_codes":
+        return _codes_within_rounding(a, _encoded_one_by_one(a))
     if operator not in WRITTEN:
         return {}
     lens, news = a["seq_lens"], a["new_lens"]
@@ -101,6 +103,40 @@ def _written(operator: str, a: Arguments) -> dict[str, Tensor]:
     cache = (a["k"], a["v"], a["k_cache"], a["v_cache"], a["k_bounds"], a["page_table"])
     written = reference.append_kv(*cache, lens, news, a["k_scales"], a["std_factor"])
     return dict(zip(WRITTEN[operator], written, strict=False))
+
+
+def _encoded_one_by_one(a: Arguments) -> dict[str, Tensor]:
+    """By the CPU, a call for each new token. A code depends on its key alone, and both devices give the same bits."""
+    codes = {name: a[name].clone() for name in WRITTEN["append_codes"]}
+    for t in range(a["k"].shape[1]):
+        new = torch.ones_like(a["seq_lens"]) if a["new_lens"] is None else (a["new_lens"] > t).int()
+        lens = torch.where(new > 0, a["seq_lens"] + t, 0)
+        call("append_codes", {**a, **codes, "k": a["k"][:, t : t + 1], "seq_lens": lens, "new_lens": new})
+    return codes
+
+
+def _codes_within_rounding(a: Arguments, actual: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reference's codes and scales, but the actual ones that float32 may round differently.
+
+    Near a border of two levels either is right. A rotation in float32 is off by at most log2(D) roundings of the sum of
+    |k|. At head_dim 256 that is 8e-6 of the distance of two levels.
+    """
+    k, lens = a["k"], a["seq_lens"]
+    too_large = k.float().square().sum(-1, keepdim=True).isinf()
+    where = (a["page_table"], lens, a["new_lens"])
+    k_codes, code_scales = reference.append_codes(k.masked_fill(too_large, math.inf), *(a[n] for n in actual), *where)
+    keys = torch.full((*code_scales.shape, k.shape[-1]), math.nan, dtype=torch.float64)
+    for b, length in enumerate(lens.tolist()):
+        for t in range(k.shape[1] if a["new_lens"] is None else int(a["new_lens"][b])):
+            page, slot = divmod(length + t, k_codes.shape[2])
+            keys[a["page_table"][b, page], :, slot] = k[b, t].double()
+    step = 2 * code_scales.double()[..., None]
+    rotated, rounding = reference.hadamard(keys), 1e-5 * step
+    levels, ours = reference.unpack_codes(k_codes), reference.unpack_codes(actual["k_codes"])
+    near = torch.stack([(rotated - border * step).abs() for border in (-1, 0, 1)]).amin(0) <= rounding
+    levels = ours.where(near & ((ours - levels).abs() == 2), levels)
+    near = (actual["code_scales"] - code_scales).abs() <= rounding[..., 0]
+    return {"k_codes": reference.pack_codes(levels), "code_scales": actual["code_scales"].where(near, code_scales)}
 
 
 def _check_metadata(operator: str, given: Arguments, x: Arguments, results: tuple[Tensor, ...]) -> None:
@@ -123,6 +159,16 @@ def _judge_estimate(a: Arguments, results: tuple[Tensor, ...], plan: Plan) -> No
     exact = reference.estimate(a["q"], *where, a["new_lens"])
     q, news = a["q"], a["new_lens"]
     (like,) = torch_baseline.in_several_orders(torch_baseline.estimate, _at_the_end(q, news), *where)
+    assert_accurate(results[0], exact, torch.stack([_at_the_start(y, q, news) for y in like]), q.dtype)
+
+
+def _judge_rerank_pages(a: Arguments, results: tuple[Tensor, ...], plan: Plan) -> None:
+    q, news = a["q"], a["new_lens"]
+    where, reduce = (a["code_scales"], a["page_table"], a["seq_lens"]), (a["token_reduce"], a["scale"])
+    exact = reference.rerank_pages(q, a["k_codes"], *where, a["pages"], *reduce, news)
+    rotated = _at_the_end(reference.hadamard(q.float()).to(q.dtype), news)
+    levels, shifted = reference.unpack_codes(a["k_codes"]), _at_the_end(a["pages"], news)
+    (like,) = torch_baseline.in_several_orders(torch_baseline.rerank_pages, rotated, levels, *where, shifted, *reduce)
     assert_accurate(results[0], exact, torch.stack([_at_the_start(y, q, news) for y in like]), q.dtype)
 
 
@@ -207,6 +253,7 @@ def _judge_decode_step(a: Arguments, results: tuple[Tensor, ...], plan: Plan) ->
 _JUDGES: dict[str, Any] = {
     "estimate": _judge_estimate,
     "topk_pages": _judge_topk_pages,
+    "rerank_pages": _judge_rerank_pages,
     "sparse_decode": _judge_sparse_decode,
     "decode_step": _judge_decode_step,
 }

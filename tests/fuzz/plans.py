@@ -8,17 +8,34 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from quest_ops.ops import GROUP_REDUCE, HEAD_DIMS, PAGE_SIZES
+from quest_ops.ops import GROUP_REDUCE, HEAD_DIMS, PAGE_SIZES, TOKEN_REDUCE
 
 Plan = dict[str, Any]
 
-OPERATORS = ("append_kv", "update_bounds", "estimate", "topk_pages", "sparse_decode", "decode_step")
+OPERATORS = (
+    "append_kv",
+    "update_bounds",
+    "estimate",
+    "topk_pages",
+    "append_codes",
+    "rerank_pages",
+    "sparse_decode",
+    "decode_step",
+)
+#: Operators that write new tokens, and those that take any number of them.
+APPENDING = ("append_kv", "append_codes", "decode_step")
+ANY_NEW_TOKENS = ("append_kv", "append_codes")
 #: valid: supported arguments. invalid: one argument of any kind is changed. corrupt: numbers in device tensors are.
 MODES = ("valid", "invalid", "corrupt")
 DTYPES = ("float32", "float16", "bfloat16")
 KINDS = ("minmax", "minmax-8-bit", "minmax-4-bit", "mean-std", "mean-std-8-bit", "mean-std-4-bit")
 LAYOUTS = ("contiguous", "transposed", "sliced", "unaligned")
 SCORES = ("normal", "equal", "integers", "lowest bits", "subnormal", "special")
+#: Keys that append_codes encodes. The squares of overflowing ones do not fit in float32.
+KEYS = ("normal", "large", "small", "overflowing", "special")
+#: Bytes and scales that rerank_pages reads: those of keys, or any.
+CODES = ("encoded", "encoded", "any")
+LISTS = ("sorted", "shuffled", "per_head", "per_head_shuffled")
 #: Keys of a pool, in elements. The reference loops, so a case of the largest takes about a second.
 MOST_ELEMENTS = (2**11, 2**13, 2**13, 2**14, 2**15, 2**17)
 
@@ -32,11 +49,11 @@ def draw(seed: str, operator: str, mode: str) -> Plan:
     batch = r.choice((1, 1, 2, 2, 3, 4, 6, 9)) if kv_heads * group <= 8 else r.randint(1, 3)
     most_tokens = max(8, r.choice(MOST_ELEMENTS) // (batch * kv_heads * head_dim))
     new_tokens = r.choice((0, 0, 1, 2, 3, 4, 5, 6, 7, 8)) if batch * kv_heads * group < 50 else r.randint(0, 2)
-    if operator == "append_kv":
+    if operator in ANY_NEW_TOKENS:
         new_tokens = r.choice((1, 1, 2, 8, 9, 40))
     lengths = [_length(r, page_size, most_tokens) for _ in range(batch)]
     news = None if r.random() < 0.5 else [r.randint(0, max(1, new_tokens)) for _ in lengths]
-    if operator in ("append_kv", "decode_step"):
+    if operator in APPENDING:
         lengths = [max(n, max(1, new_tokens) if news is None else news[b]) for b, n in enumerate(lengths)]
     elif news is not None:
         news = [min(n, length) for n, length in zip(news, lengths, strict=True)]
@@ -52,7 +69,7 @@ def draw(seed: str, operator: str, mode: str) -> Plan:
         "lengths": lengths,
         "new_lens": news,
         "spare_pages": r.randint(1, 3),
-        "shared_pages": r.randint(0, 2) if operator in ("estimate", "sparse_decode") else 0,
+        "shared_pages": r.randint(0, 2) if operator in ("estimate", "rerank_pages", "sparse_decode") else 0,
         "kind": r.choice(KINDS),
         "magnitude": r.choice((1.0, 1.0, 0.01, 4.0)),
         "layouts": [r.randrange(len(LAYOUTS)) for _ in range(6)],
@@ -90,9 +107,19 @@ def _options(operator: str, r: random.Random, batch: int) -> Plan:
         return {"first_tokens": None if r.random() < 0.5 else [r.randrange(300) for _ in range(batch)]}
     if operator == "topk_pages":
         return {**_selection(r, batch), "scores": r.choice(SCORES), "scale": r.choice((1.0, 0.125, 0.01))}
+    if operator == "append_codes":
+        return {"keys": r.choice(KEYS)}
+    if operator == "rerank_pages":
+        return {
+            "lists": r.choice(LISTS),
+            "k": r.choice((0, 1, 3, 5, 12, 40)),
+            "codes": r.choice(CODES),
+            "token_reduce": r.choice(tuple(TOKEN_REDUCE)),
+            "scale": r.choice((1.0, 0.125, 0.01, 10.0)),
+        }
     if operator == "sparse_decode":
         return {
-            "lists": r.choice(("none", "sorted", "shuffled", "per_head", "per_head_shuffled")),
+            "lists": r.choice(("none", *LISTS)),
             "k": r.choice((0, 1, 3, 5, 12, 40)),
             "scale": r.choice((None, None, 0.3, 0.01, 0.0)),
         }

@@ -100,6 +100,45 @@ def _refuses_without_a_name(operator: Operator) -> Operator:
     return faulty
 
 
+def _code_off(operator: Operator) -> Operator:
+    """Another code of one element of a key."""
+
+    def faulty(**named: Any) -> Any:
+        codes, before = named["k_codes"], named["k_codes"].clone()
+        operator(**named)
+        if not isinstance(codes, torch._subclasses.FakeTensor):
+            for where in (codes != before).nonzero()[-1:].tolist():
+                codes[tuple(where)] ^= 2
+
+    return faulty
+
+
+def _scale_off(operator: Operator) -> Operator:
+    """Scales that are wrong by a few roundings of float16."""
+
+    def faulty(**named: Any) -> Any:
+        operator(**named)
+        named["code_scales"] *= 1.002
+
+    return faulty
+
+
+def _scores_every_page(operator: Operator) -> Operator:
+    def faulty(**named: Any) -> Any:
+        pages, count = named["pages"], named["page_table"].shape[1]
+        everything = torch.arange(count, dtype=torch.int32, device=pages.device).expand(*pages.shape[:-1], count)
+        return operator(**{**named, "pages": everything})
+
+    return faulty
+
+
+def _ignores(argument: str, default: Any) -> Callable[[Operator], Operator]:
+    def fault(operator: Operator) -> Operator:
+        return lambda **named: operator(**{**named, argument: default})
+
+    return fault
+
+
 @pytest.mark.parametrize(
     ("fault", "operator", "mode"),
     [
@@ -114,6 +153,20 @@ def _refuses_without_a_name(operator: Operator) -> Operator:
         (_takes_anything, "update_bounds", "corrupt"),
         (_refuses_without_a_name, "estimate", "corrupt"),
         (_refuses_without_a_name, "estimate", "invalid"),
+        (_code_off, "append_codes", "valid"),
+        (_scale_off, "append_codes", "valid"),
+        (_ignores("new_lens", None), "append_codes", "valid"),
+        (_writes_behind, "append_codes", "valid"),
+        (_takes_anything, "append_codes", "invalid"),
+        (_takes_anything, "append_codes", "corrupt"),
+        (_results_off, "rerank_pages", "valid"),
+        (_scores_every_page, "rerank_pages", "valid"),
+        (_ignores("new_lens", None), "rerank_pages", "valid"),
+        (_ignores("token_reduce", "max"), "rerank_pages", "valid"),
+        (_ignores("scale", 1.0), "rerank_pages", "valid"),
+        (_reads_behind, "rerank_pages", "valid"),
+        (_takes_anything, "rerank_pages", "corrupt"),
+        (_refuses_without_a_name, "rerank_pages", "invalid"),
     ],
 )
 def test_planted_faults_are_found(

@@ -20,10 +20,20 @@ from helpers.operator_cases import KINDS, Case, Shape, place
 Arguments = dict[str, Any]
 OPERATORS: dict[str, Callable[..., Any]] = {
     name: getattr(ops, name)
-    for name in ("append_kv", "update_bounds", "estimate", "topk_pages", "sparse_decode", "decode_step")
+    for name in (
+        "append_kv",
+        "update_bounds",
+        "estimate",
+        "topk_pages",
+        "append_codes",
+        "rerank_pages",
+        "sparse_decode",
+        "decode_step",
+    )
 }
 SCALED = ("append_kv", "update_bounds", "estimate", "decode_step")
-WRITTEN = ("k_cache", "v_cache", "k_bounds", "k_scales")
+CODED = ("append_codes", "rerank_pages")
+WRITTEN = ("k_cache", "v_cache", "k_bounds", "k_scales", "k_codes", "code_scales")
 
 
 def arguments(name: str, device: str, int8: bool = False) -> Arguments:
@@ -57,6 +67,10 @@ def arguments(name: str, device: str, int8: bool = False) -> Arguments:
         scores = place(torch.randn(2, 4, 4), "contiguous", device)
         return {"scores": scores, "seq_lens": x.seq_lens, "page_size": 16, "k": 3, "num_kv_heads": 2}
     pages = place(case.random_pages(3), "contiguous", device)
+    if name in CODED:
+        k_codes = place(torch.zeros(9, 2, 16, 16, dtype=torch.uint8), "contiguous", device)
+        coded = {"k_codes": k_codes, "code_scales": place(torch.zeros(9, 2, 16), "contiguous", device), **paging}
+        return dict(k=k, **coded, new_lens=few) if name == "append_codes" else dict(q=x.q, **coded, pages=pages)
     return dict(q=x.q, k_cache=x.k_cache, v_cache=x.v_cache, **paging, pages=pages)
 
 
@@ -124,6 +138,10 @@ def half(*size: int) -> Change:
     return zeros(*size, dtype=torch.float16)
 
 
+def byte(*size: int) -> Change:
+    return zeros(*size, dtype=torch.uint8)
+
+
 def lens(*size: int) -> Change:
     return zeros(*size, dtype=torch.int32)
 
@@ -159,6 +177,8 @@ def of_three(key: str) -> Change:
     return of(key, lambda x: torch.stack([x] * 3, -1)[..., 0])
 
 
+#: The largest float32.
+MOST = torch.finfo(torch.float32).max
 PAGES_OF_Q = (
     "pages must have shape [B, Hs, K] like q's [B, Hq, D] with Hs 2 (a list a KV head) or 4 (a list a query head), got"
 )
@@ -453,6 +473,126 @@ TABLE: list[BadInput] = [
         "topk_pages",
         "k must hold the forced pages: sink_pages + recent_pages is 0 + 4611686018427387904, got k = 3",
         recent_pages=2**62,
+    ),
+    bad(
+        "append_codes",
+        "k must have head_dim 64, 80, 96, 128, 192 or 256 in its last dimension, got 72",
+        k=zeros(2, 3, 2, 72),
+    ),
+    bad("append_codes", "k must be float32, float16 or bfloat16, got Byte", k=byte(2, 3, 2, 64)),
+    bad(
+        "append_codes",
+        "k_codes must have shape [N, Hkv, S, D / 4] with 1 in dimension 1 (the number of KV heads), got [9, 2, 16, 16]",
+        k=zeros(2, 3, 1, 64),
+    ),
+    bad(
+        "append_codes",
+        "page_table must have shape [B, P] with 3 in dimension 0 (one row a sequence), got [2, 4]",
+        k=zeros(3, 3, 2, 64),
+    ),
+    bad_values(
+        "append_codes", "new_lens must be 0 to 3 (T), got -1 for sequence 1", new_lens=with_value("new_lens", 1, -1)
+    ),
+    bad_values(
+        "append_codes", "new_lens must be 0 to 3 (T), got 4 for sequence 0", new_lens=with_value("new_lens", 0, 4)
+    ),
+    bad_values(
+        "append_codes",
+        "page_table must have room for seq_lens + new tokens, 64 + 1 for sequence 1, got 4 pages of 16",
+        seq_lens=with_value("seq_lens", 1, 64),
+    ),
+    bad_values(
+        "append_codes",
+        "page_table must have room for seq_lens + new tokens, 62 + 3 for sequence 1, got 4 pages of 16",
+        seq_lens=with_value("seq_lens", 1, 62),
+        new_lens=None,
+    ),
+    bad_values(
+        "append_codes",
+        "page_table must hold physical pages 0 to 8, got 2147483647 for sequence 1, page 2",
+        seq_lens=with_value("seq_lens", 1, 47),
+        page_table=with_value("page_table", 1, 3, 9),
+        new_lens=None,
+    ),
+    bad(
+        "rerank_pages",
+        "q must have head_dim 64, 80, 96, 128, 192 or 256 in its last dimension, got 72",
+        q=zeros(2, 4, 72),
+    ),
+    bad("rerank_pages", "q must be float32, float16 or bfloat16, got Char", q=zeros(2, 4, 64, dtype=torch.int8)),
+    *(
+        bad(
+            "rerank_pages",
+            f"q's heads must be a positive multiple of k_codes' heads, got {heads} and 2",
+            q=zeros(2, heads, 64),
+        )
+        for heads in (0, 1, 5)
+    ),
+    *(
+        bad("rerank_pages", f"q must have 1 to 8 new tokens in dimension 1, got {T}", q=zeros(2, T, 4, 64))
+        for T in (0, 9)
+    ),
+    bad(
+        "rerank_pages",
+        "page_table must have shape [B, P] with 3 in dimension 0 (one row a sequence), got [2, 4]",
+        q=zeros(3, 4, 64),
+    ),
+    bad(
+        "rerank_pages",
+        "q's heads must be a positive multiple of k_codes' heads, got 4 and 0",
+        k_codes=byte(9, 0, 16, 16),
+    ),
+    bad(
+        "rerank_pages",
+        "pages must have shape [B, T, Hs, K] like q's [B, T, Hq, D], got [2, 2, 3]",
+        q=zeros(2, 1, 4, 64),
+    ),
+    *(
+        bad("rerank_pages", f"{PAGES_OF_Q} {list(size)} for q [2, 4, 64]", pages=lens(*size))
+        for size in ((2, 3, 3), (1, 2, 3), (2, 0, 3))
+    ),
+    bad("rerank_pages", "pages must be int32, got Float", pages=zeros(2, 2, 3)),
+    bad(
+        "rerank_pages",
+        "pages' tokens a list (K * page_size) must fit in 32 bits, got 2147483648",
+        pages=long(2, 2, 2**27),
+    ),
+    bad(
+        "rerank_pages",
+        "pages must have shape [B, Hs, K] like q's [B, Hq, D], got [2, 1, 2, 3]",
+        pages=lens(2, 1, 2, 3),
+    ),
+    bad("rerank_pages", "token_reduce must be one of max, lse, got mean", token_reduce="mean"),
+    bad("rerank_pages", "token_reduce must be one of max, lse, got 0", token_reduce=0),
+    bad("rerank_pages", "token_reduce must be one of max, lse, got None", token_reduce=None),
+    *(
+        bad("rerank_pages", f"scale must be above 0, got {scale:g}", scale=scale)
+        for scale in (0.0, -1.0, -MOST, 1e-60)  # the last one rounds to 0
+    ),
+    bad_values(
+        "rerank_pages",
+        "new_lens must be 0 to 1 (T), got 2 for sequence 0",
+        new_lens=of("seq_lens", lambda x: 2 * torch.ones_like(x)),
+    ),
+    bad_values(
+        "rerank_pages",
+        "new_lens must be 0 to 1 (T), got -1 for sequence 0",
+        new_lens=of("seq_lens", lambda x: -torch.ones_like(x)),
+    ),
+    bad_values(
+        "rerank_pages",
+        "pages must hold logical pages 0 to 3, or -1 as padding, got 4 for sequence 1, head 1",
+        pages=with_value("pages", 1, 1, 2, 4),
+    ),
+    bad_values(
+        "rerank_pages",
+        "pages must hold logical pages 0 to 3, or -1 as padding, got -2 for sequence 0, head 1",
+        pages=with_value("pages", 0, 1, 0, -2),
+    ),
+    bad_values(
+        "rerank_pages",
+        "pages must hold logical pages 0 to 3, or -1 as padding, got 2147483647 for sequence 0, head 0",
+        pages=with_value("pages", 0, 0, 0, 2**31 - 1),
     ),
     bad_values(
         "topk_pages",
@@ -768,6 +908,8 @@ TABLE: list[BadInput] = [
     wrong_type("topk_pages", "budgets", "Optional[Tensor]", 2),
     wrong_type("topk_pages", "budgets", "Optional[Tensor]", 2.0),
     wrong_type("decode_step", "budgets", "Optional[Tensor]", 1.5),
+    wrong_type("append_codes", "new_lens", "Optional[Tensor]", 1),
+    wrong_type("rerank_pages", "pages", "Tensor", 3),
     wrong_type("sparse_decode", "pages", "Optional[Tensor]", 3),
     wrong_type("update_bounds", "first_token", "Optional[Tensor]", 0),
     wrong_type("append_kv", "new_lens", "Optional[Tensor]", 1),
@@ -782,6 +924,8 @@ SHAPES = {
     "k_cache": "[N, Hkv, S, D]",
     "v_cache": "[N, Hkv, S, D]",
     "k_bounds": "[N, Hkv, 2, D]",
+    "k_codes": "[N, Hkv, S, D / 4]",
+    "code_scales": "[N, Hkv, S]",
     "page_table": "[B, P]",
     "seq_lens": "[B]",
     "start_lens": "[B]",
@@ -792,12 +936,15 @@ SHAPES = {
     "pages": "[B, Hs, K] like q's [B, Hq, D]",
 }
 OPTIONAL = ("pages", "new_lens", "first_token")
+ANY_STRIDES = ("code_scales",)
 #: The tensor that others must be like.
 FIRST = {
     "append_kv": "k",
     "update_bounds": "k_cache",
     "estimate": "q",
     "topk_pages": "scores",
+    "append_codes": "k",
+    "rerank_pages": "q",
     "sparse_decode": "q",
     "decode_step": "q",
 }
@@ -808,6 +955,7 @@ NUMBERS = [
     ("estimate", "page_size", "int"),
     *(("topk_pages", key, "int") for key in ("page_size", "k", "num_kv_heads", "sink_pages", "recent_pages")),
     ("topk_pages", "scale", "float"),
+    ("rerank_pages", "scale", "float"),
     ("sparse_decode", "scale", "Optional[float]"),
     *(("decode_step", key, "int") for key in ("num_pages", "sink_pages", "recent_pages")),
     ("decode_step", "scale", "Optional[float]"),
@@ -816,6 +964,7 @@ NUMBERS = [
 WRITES = [
     *(("append_kv", key) for key in ("k_cache", "v_cache", "k_bounds")),
     ("update_bounds", "k_bounds"),
+    *(("append_codes", key) for key in ("k_codes", "code_scales")),
     *(("decode_step", key) for key in ("k_cache", "v_cache", "k_bounds")),
 ]
 #: One tensor of each operator.
@@ -824,6 +973,8 @@ LAYOUTS = [
     ("update_bounds", "k_bounds"),
     ("estimate", "seq_lens"),
     ("topk_pages", "seq_lens"),
+    ("append_codes", "k_codes"),
+    ("rerank_pages", "code_scales"),
     ("sparse_decode", "pages"),
     ("decode_step", "page_table"),
 ]
@@ -848,6 +999,7 @@ def _properties(name: str, key: str) -> list[BadInput]:
         dtype = f"{like} like {'k' if name == 'decode_step' and key in ('v', 'k_bounds') else first}, got Double"
         if key == first:
             dtype = ("float32" if name == "topk_pages" else "float32, float16 or bfloat16") + ", got Double"
+    dtype = {"k_codes": "uint8, got Long", "code_scales": "float32, got Double"}.get(key, dtype)
     rows = [
         bad(
             name, f"{key} must be {dtype}", **{key: of(key, Tensor.double if good.is_floating_point() else Tensor.long)}
@@ -858,9 +1010,10 @@ def _properties(name: str, key: str) -> list[BadInput]:
             f"{key} must have shape {SHAPES[key]}, got {[1, 1, 1, *good.shape]}",
             **{key: of(key, lambda x: x[None, None, None])},
         ),
-        bad(name, f"{key} must have stride 1 in its last dimension, got 3", **{key: of_three(key)}),
     ]
-    if key not in OPTIONAL:
+    if key not in ANY_STRIDES:
+        rows.append(bad(name, f"{key} must have stride 1 in its last dimension, got 3", **{key: of_three(key)}))
+    if key not in OPTIONAL or (name, key) == ("rerank_pages", "pages"):
         rows.append(bad(name, f"{key} must be a tensor, got None", **{key: None}))
     return rows
 
@@ -910,7 +1063,8 @@ def _written(name: str, key: str, int8: bool) -> list[BadInput]:
     """Written tensors that share memory, or require a gradient."""
     leading = 2 if key == "k_scales" else 3
     rows = [(f"{key} {OWN_MEMORY} {dim}", expanded(key, dim)) for dim in range(leading)]
-    rows.append((f"{key} {NO_GRADIENT} {key}", requiring_grad(key)))
+    if key != "k_codes":  # whole numbers have no gradient
+        rows.append((f"{key} {NO_GRADIENT} {key}", requiring_grad(key)))
     return [BadInput(name, message, {key: change}, int8) for message, change in rows]
 
 
@@ -970,6 +1124,51 @@ def _scaled(name: str) -> list[BadInput]:
     ]
 
 
+def _coded(name: str) -> list[BadInput]:
+    """Codes and their scales."""
+    codes, scales = "k_codes must have shape [N, Hkv, S, D / 4]", "code_scales must have shape [N, Hkv, S]"
+    like, of_codes = FIRST[name], "(the tokens of k_codes), got"
+    size = "k_codes' page size (dimension 2) must be 4, 8, 16, 32, 64 or 128, got"
+    bytes_ = f"{codes} with 16 in dimension 3 (head_dim, four dimensions a byte), got"
+    return [
+        bad(name, "k_codes must be uint8, got Char", k_codes=of("k_codes", lambda x: x.to(torch.int8))),
+        bad(name, f"{bytes_} [9, 2, 16, 64]", k_codes=byte(9, 2, 16, 64)),
+        bad(name, f"{bytes_} [9, 2, 16, 15]", k_codes=byte(9, 2, 16, 15)),
+        *(bad(name, f"{size} {S}", k_codes=byte(9, 2, S, 16), code_scales=zeros(9, 2, S)) for S in (0, 1, 12, 256)),
+        bad(name, "code_scales must be float32, got Half", code_scales=half(9, 2, 16)),
+        bad(name, f"{scales} with 9 in dimension 0 {of_codes} [8, 2, 16]", code_scales=zeros(8, 2, 16)),
+        bad(name, f"{scales} with 2 in dimension 1 {of_codes} [9, 1, 16]", code_scales=zeros(9, 1, 16)),
+        bad(name, f"{scales} with 16 in dimension 2 {of_codes} [9, 2, 32]", code_scales=zeros(9, 2, 32)),
+        bad(name, f"{scales} with 10 in dimension 0 {of_codes} [9, 2, 16]", k_codes=byte(10, 2, 16, 16)),
+        *(
+            bad(name, f"{key} must be on {{device}} like {like}, got meta", **{key: of(key, lambda x: x.to("meta"))})
+            for key in ("k_codes", "code_scales")
+        ),
+        bad(
+            name,
+            "page_table must have shape [B, P] with 2 in dimension 0 (one row a sequence), got [3, 4]",
+            page_table=lens(3, 4),
+        ),
+        bad(
+            name,
+            "page_table's tokens a sequence (P * page_size) must fit in 32 bits, got 2147483648",
+            page_table=long(2, 2**27),
+        ),
+        bad(
+            name,
+            "seq_lens must have shape [B] with 2 in dimension 0 (one length a sequence), got [3]",
+            seq_lens=lens(3),
+        ),
+        bad(
+            name,
+            "new_lens must have shape [B] with 2 in dimension 0 (one number a sequence), got [1]",
+            new_lens=lens(1),
+        ),
+        bad(name, "new_lens must be int32, got Float", new_lens=zeros(2)),
+        wrong_type(name, "code_scales", "Tensor", 1.0),
+    ]
+
+
 def _lengths_and_pages(name: str) -> list[BadInput]:
     rows = [
         bad_values(
@@ -998,6 +1197,7 @@ FAMILIES: list[BadInput] = [
     *(row for name, key in WRITES for row in _written(name, key, int8=False)),
     *(row for name in ("append_kv", "update_bounds", "decode_step") for row in _written(name, "k_scales", int8=True)),
     *(row for name in SCALED for row in _scaled(name)),
+    *(row for name in CODED for row in _coded(name)),
     *(row for name in OPERATORS for row in _lengths_and_pages(name)),
 ]
 
@@ -1019,9 +1219,6 @@ def of_three_of(*size: int) -> Change:
     return lambda good: zeros(*size, 3)(good)[..., 0]
 
 
-#: The largest float32.
-MOST = torch.finfo(torch.float32).max
-
 #: Calls at the limits, which are accepted.
 ACCEPTED: list[BadInput] = [
     *(bad(name, "") for name in OPERATORS),
@@ -1029,9 +1226,13 @@ ACCEPTED: list[BadInput] = [
     *(bad(name, "", seq_lens=full("seq_lens", 0)) for name in OPERATORS if name != "decode_step"),
     *(
         bad(name, "", seq_lens=full("seq_lens", 64), page_table=whole_table)
-        for name in ("update_bounds", "estimate", "sparse_decode")
+        for name in ("update_bounds", "estimate", "rerank_pages", "sparse_decode")
     ),
-    *(bad(name, "", page_table=full("page_table", page)) for name in ("estimate", "sparse_decode") for page in (0, 8)),
+    *(
+        bad(name, "", page_table=full("page_table", page))
+        for name in ("estimate", "rerank_pages", "sparse_decode")
+        for page in (0, 8)
+    ),
     *(bad("append_kv", "", std_factor=factor) for factor in (0.0, MOST)),
     bad("append_kv", "", seq_lens=full("seq_lens", 64), new_lens=full("new_lens", 0)),
     bad("append_kv", "", seq_lens=full("seq_lens", 61), new_lens=full("new_lens", 3), page_table=whole_table),
@@ -1065,6 +1266,22 @@ ACCEPTED: list[BadInput] = [
         v_cache=zeros(9, 1, 16, 64),
         k_bounds=zeros(9, 1, 2, 64),
     ),
+    bad("append_codes", "", seq_lens=full("seq_lens", 64), new_lens=full("new_lens", 0)),
+    bad("append_codes", "", seq_lens=full("seq_lens", 61), new_lens=full("new_lens", 3), page_table=whole_table),
+    bad(
+        "append_codes",
+        "",
+        k_codes=of("k_codes", lambda x: x[:0]),
+        code_scales=of("code_scales", lambda x: x[:0]),
+        new_lens=full("new_lens", 0),
+    ),
+    bad("append_codes", "", k=zeros(2, 0, 2, 64), new_lens=full("new_lens", 0)),
+    bad("append_codes", "", code_scales=of_three("code_scales")),
+    *(bad("rerank_pages", "", token_reduce=name) for name in ops.TOKEN_REDUCE),
+    *(bad("rerank_pages", "", token_reduce="lse", scale=scale) for scale in (MOST, 2.0**-126)),
+    *(bad("rerank_pages", "", pages=full("pages", page)) for page in (-1, 0, 3)),
+    *(bad("rerank_pages", "", pages=lens(2, *size)) for size in ((4, 3), (2, 0))),
+    bad("rerank_pages", "", q=zeros(2, 8, 4, 64), pages=lens(2, 8, 2, 3), new_lens=full("seq_lens", 8)),
     *(bad("topk_pages", "", group_reduce=name) for name in ops.GROUP_REDUCE),
     bad("update_bounds", "", first_token=full("first_token", 0)),
     bad("update_bounds", "", first_token=full("first_token", 2**31 - 1)),

@@ -52,6 +52,40 @@ def estimate(
     return (scores,)
 
 
+def rerank_pages(
+    rotated: Tensor,
+    levels: Tensor,
+    code_scales: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    pages: Tensor,
+    token_reduce: str,
+    scale: float,
+) -> tuple[Tensor]:
+    """With queries that are rotated already, in the case's dtype. Sums are float32, and so are the scores."""
+    where = (levels, code_scales, page_table, seq_lens)
+    if rotated.dim() == 3:
+        (scores,) = rerank_pages(rotated[:, None], *where, pages[:, None], token_reduce, scale)
+        return (scores[:, 0],)
+    B, T, Hq, _ = rotated.shape
+    page_size, kv_group, list_group = levels.shape[2], Hq // levels.shape[1], Hq // pages.shape[2]
+    scores = torch.full((B, T, Hq, page_table.shape[1]), -math.inf)
+    for b, length in enumerate(seq_lens.tolist()):
+        used = page_table[b, : num_pages(length, page_size)].long()
+        position = torch.arange(len(used) * page_size).view(-1, page_size)
+        for t in range(T):
+            visible = visible_tokens(length, t, T)
+            n = num_pages(visible, page_size)
+            for h in range(Hq):
+                keys = levels[used[:n], h // kv_group].float()
+                tokens = keys @ rotated[b, t, h].float() * code_scales[used[:n], h // kv_group]
+                tokens = tokens.masked_fill(position[:n] >= visible, -math.inf)
+                best = tokens.amax(-1) if token_reduce == "max" else (tokens * scale).logsumexp(-1) / scale
+                chosen = [page for page in pages[b, t, h // list_group].tolist() if 0 <= page < n]
+                scores[b, t, h, chosen] = best[chosen]
+    return (scores,)
+
+
 def sparse_decode(
     q: Tensor,
     k_cache: Tensor,

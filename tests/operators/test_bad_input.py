@@ -138,7 +138,9 @@ def without_sequences(name: str, device: str, page_size: int, N: int = 9) -> Arg
     good = arguments(name, device)
     for key, value in good.items():
         if key in WRITTEN:
-            size = (N, 2, page_size if key.endswith("cache") else 2, 64)
+            size = [N, *value.shape[1:]]
+            if key != "k_bounds":
+                size[2] = page_size
             good[key] = torch.zeros(1, *size[1:], dtype=value.dtype, device=device).expand(size)
         elif isinstance(value, Tensor):
             good[key] = value[:0]
@@ -173,12 +175,13 @@ def test_most_pages_of_a_sequence(device: str, name: str, page_size: int) -> Non
 @pytest.mark.parametrize("page_size", [8, 16, 128])
 def test_most_pages_of_a_list(device: str, page_size: int) -> None:
     most = MOST_TOKENS // page_size
-    good = without_sequences("sparse_decode", device, page_size)
-    ops.sparse_decode(**{**good, "pages": columns(good["pages"], most)})
-    with pytest.raises(
-        RuntimeError, match=r"pages' tokens a list \(K \* page_size\) must fit in 32 bits, got 2147483648"
-    ):
-        ops.sparse_decode(**{**good, "pages": columns(good["pages"], most + 1)})
+    for name in ("rerank_pages", "sparse_decode"):
+        good = without_sequences(name, device, page_size)
+        OPERATORS[name](**{**good, "pages": columns(good["pages"], most)})
+        with pytest.raises(
+            RuntimeError, match=r"pages' tokens a list \(K \* page_size\) must fit in 32 bits, got 2147483648"
+        ):
+            OPERATORS[name](**{**good, "pages": columns(good["pages"], most + 1)})
     good = without_sequences("decode_step", device, page_size)
     pages = ops.decode_step(**{**good, "num_pages": most})[2]
     assert pages.shape == (0, 2, most)
@@ -231,6 +234,18 @@ def test_a_step_at_the_most_pages(device: str) -> None:
     torch.testing.assert_close(lse.cpu().double(), exact[1], rtol=0, atol=1e-3)
 
 
+def test_lengths_of_a_step_whose_sum_passes_32_bits() -> None:
+    """The refusal adds nothing up: `make sanitize` would show an overflow. No memory of the page table is touched."""
+    good, P = arguments("decode_step", "cpu"), MOST_TOKENS // 4
+    lens = torch.zeros(1, dtype=torch.int32)
+    good |= {key: good[key][:, :, :4] for key in ("k_cache", "v_cache")}
+    good |= {key: good[key][:1].expand(1, 8, 2, 64) for key in "kv"}
+    good |= {"q": good["q"][:1, None].expand(1, 8, 4, 64), "page_table": torch.empty(1, P, dtype=torch.int32)}
+    good |= {"start_lens": lens + 4 * P, "seq_lens": lens}
+    sentence = refusal("decode_step", good)
+    assert sentence == "seq_lens must be start_lens + T, 2147483644 + 8 for sequence 0, got 0"
+
+
 @pytest.mark.gpu
 def test_more_blocks_than_a_grid_holds() -> None:
     """B * P * Hkv = 2^32 blocks, over one row of the page table."""
@@ -281,7 +296,7 @@ class TestUncheckedOnTheGPU:
         OPERATORS[name](**good)
         torch.cuda.synchronize()
         for key, x in memory.items():
-            if key in WRITTEN and name in ("append_kv", "update_bounds", "decode_step"):
+            if key in WRITTEN and name in ("append_kv", "update_bounds", "append_codes", "decode_step"):
                 for base in (x, before[key]):  # any write within the tensor is allowed
                     base.as_strided(good[key].shape, good[key].stride(), good[key].storage_offset()).zero_()
             assert_same_bits(x, before[key])

@@ -1,0 +1,51 @@
+"""Writes the counts of tests that ran under sanitizers, from a JUnit report of each instruction set.
+
+`make sanitize` calls it where QUEST_OPS_SANITIZE_OUT names a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import torch
+
+
+def counts(report: Path) -> dict[str, int]:
+    """Of a report; none where the process died."""
+    if not report.exists():
+        return {"passed": 0, "failed": 1}
+    (suite,) = ET.parse(report).getroot().iter("testsuite")
+    tests, failures, errors, skipped = (int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped"))
+    failed = failures + errors
+    seconds = round(float(suite.attrib["time"]))
+    return {"passed": tests - failed - skipped, "failed": failed, "skipped": skipped, "seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="that has the reports, ISA.xml each")
+    parser.add_argument("isas", nargs="+")
+    parser.add_argument("--sanitizers", required=True)
+    parser.add_argument("--tests", required=True, help="pytest's arguments")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    bounds = {name: int(os.environ[name]) for name in ("QUEST_OPS_TEST_EXAMPLES", "QUEST_OPS_FUZZ_CASES")}
+    summary = {
+        "command": "make sanitize",
+        "sanitizers": options.sanitizers,
+        "tests": options.tests,
+        **bounds,
+        "device": platform.machine(),
+        "torch": torch.__version__,
+        "isas": {isa: counts(options.folder / f"{isa}.xml") for isa in options.isas},
+    }
+    options.out.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
