@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from quest_ops import QuestConfig, sparse_decode, topk_pages
 
 from .page_bounds import PageBounds, bytes_of_page
@@ -26,13 +27,24 @@ class QuestReader(PageReader):
     def __init__(self, kv: LayerKV, policy: Quest) -> None:
         super().__init__(kv, policy)
         self._bounds = PageBounds(self.view, kv.length.seq_lens, policy.page_size, policy.bounds, policy.std_factor)
+        self._selected_at = -policy.reselect_every  # tokens at the last selection
 
     def attend(self, q: Tensor) -> Tensor:
         self._bounds.append()
         if self.policy.reads_all(self.kv.length.tokens):
             self.pages = None
             return sparse_decode(q, *self.view, self.kv.length.seq_lens, None, self.kv.scale)[0]
+        if self.kv.length.tokens < self._selected_at + self.policy.reselect_every:
+            return sparse_decode(q, *self.view, self.kv.length.seq_lens, self._kept_pages(), self.kv.scale)[0]
+        self._selected_at = self.kv.length.tokens
         return super().attend(q)
+
+    def _kept_pages(self) -> Tensor:
+        """The pages of the last selection, and those that were begun since."""
+        S = self.policy.page_size
+        then, now = -(-self._selected_at // S), -(-self.kv.length.tokens // S)
+        begun = torch.arange(then, now, dtype=torch.int32, device=self.pages.device)
+        return torch.cat([self.pages, begun.expand(*self.pages.shape[:-1], -1)], -1)
 
     def scores(self, q: Tensor) -> Tensor:
         return self._bounds.estimate(q)
@@ -57,6 +69,8 @@ class Quest(PagePolicy):
         shared: one list for all heads: of the scores of the groups' mean queries, summed over the KV heads. SGLang's
             QuestAlgorithm does the same.
         bounds, std_factor, dense_below: as in :class:`quest_ops.QuestConfig`; by default the paper's.
+        reselect_every: steps between two selections. In between the pages of the last one are read, and those begun
+            since, as in LServe (Yang et al., MLSys 2025).
 
     Raises:
         ValueError: a budget, page size or selection that :class:`quest_ops.QuestConfig` refuses.
@@ -66,6 +80,7 @@ class Quest(PagePolicy):
     bounds: BoundsKind = "cache"
     std_factor: float | None = None
     dense_below: int = 0
+    reselect_every: int = 1
 
     def __post_init__(self) -> None:
         forced = self.sink_pages, self.recent_pages
@@ -79,7 +94,8 @@ class Quest(PagePolicy):
         bounds += "" if self.bounds == "cache" else f", {self.bounds}"
         bounds += "" if self.page_size == 16 else f", pages of {self.page_size}"
         dense = "" if self.dense_layers else ", no dense layers"
-        return f"Quest, {who}{bounds}{self.forced_label()}{dense}"
+        every = "" if self.reselect_every == 1 else f", each {self.reselect_every} steps"
+        return f"Quest, {who}{bounds}{self.forced_label()}{every}{dense}"
 
     def reads_all(self, length: int) -> bool:
         """Whether a sequence of ``length`` tokens is short enough to be read whole."""
