@@ -29,10 +29,10 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
     Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor start_lens,
     Tensor seq_lens, int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages,
     std::optional<double> scale, std::optional<Tensor> k_scales, std::optional<Tensor> new_lens,
-    std::optional<Tensor> budgets, std::optional<double> std_factor) {
+    std::optional<Tensor> budgets, std::optional<double> std_factor, std::optional<Tensor> counters) {
   DecodeStepParams p = check_decode_step(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
-      recent_pages, scale, k_scales, new_lens, budgets, std_factor);
+      recent_pages, scale, k_scales, new_lens, budgets, std_factor, counters);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
   check_values_if_requested(p, stream);
