@@ -156,7 +156,7 @@ struct RowAttender {
       const int renewed_row = split.index * kStepWarps;
       if (split.row < 0 && renewed_row >= p.size.B * p.size.Hkv) {
         if (scheduler.is_last_attend_split(split.index) && scheduler.is_first())
-          scheduler.leave_counters(params.rows, p.size.B * p.size.Hkv, params.row_counters, params.taken);
+          scheduler.leave_counters(params.rows, p.size.B * p.size.Hkv, params.max_rows, params.taken);
         return;
       }
       int next = 0;

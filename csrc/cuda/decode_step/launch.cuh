@@ -43,7 +43,7 @@ Tensor allocate_scratch(DecodeStepKernelParams& params, const Tensor& like, cuda
   int32_t* const used = given ? p.counters : reinterpret_cast<int32_t*>(start + counters);
   params.taken = reinterpret_cast<TakenSplits*>(used);
   params.rows = reinterpret_cast<RowCounters*>(used + kSharedCounters);
-  params.row_counters = static_cast<int32_t>(((given ? p.num_counters : cleared) - kSharedCounters) / kInts);
+  params.max_rows = static_cast<int32_t>(given ? (p.num_counters - kSharedCounters) / kHeadCounters : rows);
   params.partials.out = reinterpret_cast<float*>(start + out);
   params.partials.max_sum = reinterpret_cast<float2*>(start + max_sum);
   params.keys = reinterpret_cast<uint32_t*>(start + keys);

@@ -41,8 +41,8 @@ struct DecodeStepKernelParams {
   DecodeStepParams op;
   int32_t score_heads_log2 = 0;  // KV heads that one split scores: a power of two that divides Hkv, 8 at most
   TakenSplits* taken = nullptr;
-  RowCounters* rows = nullptr;  // [row_counters], of which B * Hkv * head tiles are used
-  int32_t row_counters = 0;
+  RowCounters* rows = nullptr;  // [B * Hkv * head tiles]
+  int32_t max_rows = 0;         // B * Hkv, or more that other steps use
   // Written before they are read:
   uint32_t* keys = nullptr;  // [B * Hkv, keys_stride]
   int64_t keys_stride = 0;

@@ -44,7 +44,7 @@ struct Scheduler {
   static __device__ __noinline__ void leave_counters(RowCounters* rows, int used, int count, TakenSplits* taken) {
     taken->attend = 0;
 #pragma unroll 1
-    for (int i = used; i < count; ++i) rows[i].scored ^= kOddStep;
+    for (int i = used; i < count; ++i) atomicXor(&rows[i].scored, static_cast<int>(kOddStep));
   }
 
   __device__ int pages_of(const Split& split) const { return p.paging.pages_of(split.length); }
