@@ -28,4 +28,5 @@ for isa in generic avx2 avx512 avx512_vnni; do
   [ "$(python -S -c 'import quest_ops; print(quest_ops.build_info["cpu_isa"])')" = "$isa" ] || continue
   python -S -m pytest -q -p no:cacheprovider -m "not gpu and not slow" "${tests[@]}"
 done
-gcovr --root . --filter csrc/ --exclude-throw-branches --exclude-unreachable-branches --json-summary "$report" "$build"
+gcovr --root . --filter csrc/ --merge-lines --exclude-throw-branches --exclude-unreachable-branches \
+  --json-summary "$report" "$build"
