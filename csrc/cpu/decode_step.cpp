@@ -6,6 +6,7 @@
 
 #include "../checks.h"
 #include "../four_operators.h"
+#include "../mark_written.h"
 #include "../namespace.h"
 #include "checked_copies.h"
 #include "steps.h"
@@ -20,6 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
   DecodeStepParams p = check_decode_step(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
       recent_pages, scale, k_scales, new_lens, budgets, std_factor, counters);
+  if (counters) mark_written({{"counters", *counters}});
   const CheckedCopies copies(p);
   append_until(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, std_factor, seq_lens);
 

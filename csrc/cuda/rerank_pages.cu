@@ -15,9 +15,9 @@ namespace {
 template <class T>
 void launch_rerank(const RerankParams& p, cudaStream_t stream) {
   const int share = p.size.Hq / p.pages.Hs, entries = kRerankTokens >> p.paging.page_shift;
-  const RerankKernelParams params{.op = p, .chunks = (p.pages.K + entries - 1) / entries};
+  const RerankKernelParams params{.op = p, .splits = (p.pages.K + entries - 1) / entries};
   const int64_t blocks =
-      int64_t{p.size.B} * p.size.T * p.pages.Hs * ((share + kMmaHeads - 1) / kMmaHeads) * params.chunks;
+      int64_t{p.size.B} * p.size.T * p.pages.Hs * ((share + kMmaHeads - 1) / kMmaHeads) * params.splits;
   const unsigned grid = grid_size(blocks, "rerank_pages");
   dispatch_head_dim(p.size.D, [&]<int D>(std::integral_constant<int, D>) {
     if constexpr (sizeof(T) == 2 && rotated_block(D) == D)

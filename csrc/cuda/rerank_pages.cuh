@@ -7,6 +7,7 @@
 
 #include "../key_codes.h"
 #include "core/ptx.cuh"
+#include "tile/list_tile.cuh"
 #include "tile/mma_rows.cuh"
 #include "tile/softmax_state.cuh"
 
@@ -19,7 +20,7 @@ constexpr int kRerankTokens = kPassTokens * kRerankPasses;
 
 struct RerankKernelParams {
   RerankParams op;
-  int32_t chunks;  // of a list, kRerankTokens tokens each
+  int32_t splits;  // of a list, kRerankTokens tokens each
 };
 
 struct FillParams {
@@ -33,20 +34,10 @@ static __global__ void __launch_bounds__(kRerankThreads) fill_scores_kernel(cons
     p.scores[i] = -INFINITY;
 }
 
-struct RerankTile {
-  int b, t, list, first_head, heads, kv_head, first_entry, visible;
-  __device__ explicit RerankTile(const RerankKernelParams& params) {
-    const RerankParams& p = params.op;
-    const int share = p.size.Hq / p.pages.Hs, tiles = (share + kMmaHeads - 1) / kMmaHeads;
-    int i = blockIdx.x;
-    const int tile = i % tiles;
-    i /= tiles;
-    first_entry = i % params.chunks * (kRerankTokens >> p.paging.page_shift), i /= params.chunks;
-    list = i % p.pages.Hs, i /= p.pages.Hs;
-    t = i % p.size.T, b = i / p.size.T;
-    first_head = list * share + tile * kMmaHeads, heads = min(kMmaHeads, share - tile * kMmaHeads);
-    kv_head = first_head / p.size.group();
-  }
+struct RerankTile : ListTile {
+  int first_entry;
+  __device__ explicit RerankTile(const RerankKernelParams& params)
+      : ListTile(params), first_entry(split * (kRerankTokens >> params.op.paging.page_shift)) {}
 };
 
 // A token of a list: where its code is, and whether it is one of the sequence.
@@ -173,7 +164,7 @@ __global__ void __launch_bounds__(kRerankThreads) rerank_kernel(const RerankKern
   const RerankParams& p = params.op;
   RerankTile tile(params);
   wait_for_previous_kernel();
-  tile.visible = p.paging.visible(tile.b, tile.t, p.size.T);
+  tile.read_length(p);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, page_size = p.paging.page_size();
   const int first = warp * kMmaRows + lane % kMmaRows;  // of the warp's tokens in a pass
 

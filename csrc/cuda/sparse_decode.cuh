@@ -9,6 +9,7 @@
 #include "tile/attend_mma.cuh"
 #include "tile/attend_simt.cuh"
 #include "tile/combine.cuh"
+#include "tile/list_tile.cuh"
 
 namespace quest::cuda {
 
@@ -18,29 +19,8 @@ struct DecodeKernelParams {
   Partials partials;            // used where a list has more than one
 };
 
-// A block's place: a list of pages, a tile of the query heads that share it, and a split of the list. Blocks of the
-// same split are neighbours, because the heads of a page lie together in memory.
-struct DecodeTile {
-  int split, b, t, list, first_head, heads, kv_head, visible;
-  __device__ explicit DecodeTile(const DecodeKernelParams& params) {
-    const DecodeParams& p = params.op;
-    const int share = p.size.Hq / p.pages.Hs, tiles = (share + kHeadTile - 1) / kHeadTile;
-    int i = blockIdx.x;
-    const int tile = i % tiles;
-    i /= tiles;
-    list = i % p.pages.Hs, i /= p.pages.Hs;
-    split = i % params.splits, i /= params.splits;
-    t = i % p.size.T;
-    b = i / p.size.T;
-    first_head = list * share + tile * kHeadTile;
-    heads = min(kHeadTile, share - tile * kHeadTile);
-    kv_head = first_head / p.size.group();
-  }
-  __device__ void read_length(const DecodeParams& p) { visible = p.paging.visible(b, t, p.size.T); }
-};
-
 // The physical page of token i of the list, or kNoToken, or kInvalidPage.
-__device__ __forceinline__ int find_token(const DecodeParams& p, const DecodeTile& tile, int i) {
+__device__ __forceinline__ int find_token(const DecodeParams& p, const ListTile& tile, int i) {
   const Paging& g = p.paging;
   const int entry = i >> g.page_shift, slot = i & (g.page_size() - 1);
   int page = -1;
@@ -68,7 +48,7 @@ __global__ void __launch_bounds__(Attend::kThreads, Attend::kMaxD <= 128 ? 2 : 1
   const int warp = threadIdx.x / kWarpSize, D = p.size.D, page_size = p.paging.page_size();
   const int head = Merge::head();
 
-  DecodeTile tile(params);
+  ListTile tile(params);
   wait_for_previous_kernel();
   tile.read_length(p);
   const int list_tokens = p.pages.data ? p.pages.K << p.paging.page_shift : tile.visible;

@@ -125,8 +125,9 @@ class PagedKVCache(StepCache):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         if self.device.type == "cuda":
             # Compiled CUDA graphs then need no copy of the cache.
-            written = (self.page_table, self.seq_lens, self.start_lens, self.new_lens, self.state.counters)
-            for tensor in (*self.pools, *written):
+            assert self.state.counters is not None
+            lengths = (self.seq_lens, self.start_lens, self.new_lens)
+            for tensor in (*self.pools, self.page_table, *lengths, self.state.counters):
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
     # Lengths

@@ -365,8 +365,8 @@ def decode_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's whole step: append_kv, estimate, topk_pages and sparse_decode, with their results bit for bit.
 
-    On a GPU the step is a single kernel, given ``counters``, where all of these hold. Otherwise it is the four operators
-    in a row.
+    On a GPU the step is a single kernel, given ``counters``, where all of these hold. Otherwise it is four operators in
+    a row.
 
     - One new token in float16 or bfloat16, and at most 256 sequences.
     - At most 16 query heads a KV head. ``group_reduce`` "max" or "sum", or "none" with one query head a KV head.

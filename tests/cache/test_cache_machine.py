@@ -317,6 +317,7 @@ def test_planted_faults_are_found(monkeypatch: pytest.MonkeyPatch, method: str) 
         pass
 
     monkeypatch.setattr(KVState, method, lambda *_: [])
-    quick = settings(max_examples=30, stateful_step_count=40, phases=[Phase.generate], report_multiple_bugs=False)
+    # The first example that fails ends the search, so a large number costs nothing.
+    quick = settings(max_examples=300, stateful_step_count=40, phases=[Phase.generate], report_multiple_bugs=False)
     with pytest.raises(AssertionError):
         run_state_machine_as_test(Machine, settings=quick)

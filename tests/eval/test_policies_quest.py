@@ -48,6 +48,22 @@ def test_variants_are_what_the_reference_makes_of_them(device, name):
         torch.testing.assert_close(out.cpu().double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("every", [1, 3, 20])
+def test_a_selection_is_kept_for_some_steps(device, every):
+    kv = make_layer(device)
+    reader = make(f"quest,reselect_every={every}", 4 * S).start(kv)
+    for step in range(24):  # over the edges of pages at 160 and 176
+        kv.length.set(CONTEXT + 1 + step)
+        q = query(device, step)
+        out = reader.attend(q)
+        if step % every == 0:
+            kept, then = reference_step(kv, q, "quest", 4)[0], -(-kv.length.tokens // S)
+        begun = torch.arange(then, -(-kv.length.tokens // S), dtype=torch.int32).expand(B, HKV, -1)
+        k, v, table, lens = paged(kv)
+        wanted = reference.sparse_decode(q.cpu(), k, v, table, lens, torch.cat([kept, begun], -1), SCALE)[0]
+        torch.testing.assert_close(out.cpu().double(), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_variants_choose_differently():
     chosen = set()
     for name in ("quest-head", "quest", "quest-sum", "quest-soft", "quest-shared", "quest-meanstd"):

@@ -146,6 +146,10 @@ def lens(*size: int) -> Change:
     return zeros(*size, dtype=torch.int32)
 
 
+def every_second(size: int) -> Change:
+    return lambda good: torch.zeros(2 * size, dtype=torch.int32, device=good["seq_lens"].device)[::2]
+
+
 def long(*size: int) -> Change:
     return lambda good: torch.empty(size[-1], dtype=torch.int32, device=good["seq_lens"].device).expand(size)
 
@@ -823,6 +827,10 @@ TABLE: list[BadInput] = [
         budgets=lens(3),
     ),
     bad("decode_step", "budgets must be int32, got Float", budgets=zeros(2)),
+    bad("decode_step", "counters must be int32, got Float", counters=zeros(48)),
+    bad("decode_step", "counters must have shape [count], got [2, 24]", counters=lens(2, 24)),
+    bad("decode_step", "counters must have at least 32 + 4 * B * Hkv = 48 numbers, got 47", counters=lens(47)),
+    bad("decode_step", "counters must have stride 1 in its last dimension, got 2", counters=every_second(48)),
     bad("decode_step", "num_pages must be at least 1, got 0", num_pages=0),
     bad("decode_step", "num_pages must fit in 32 bits, got -1", num_pages=-1),
     bad("decode_step", "num_pages must fit in 32 bits, got 2147483648", num_pages=2**31),
@@ -908,6 +916,7 @@ TABLE: list[BadInput] = [
     wrong_type("topk_pages", "budgets", "Optional[Tensor]", 2),
     wrong_type("topk_pages", "budgets", "Optional[Tensor]", 2.0),
     wrong_type("decode_step", "budgets", "Optional[Tensor]", 1.5),
+    wrong_type("decode_step", "counters", "Optional[Tensor]", 48),
     wrong_type("append_codes", "new_lens", "Optional[Tensor]", 1),
     wrong_type("rerank_pages", "pages", "Tensor", 3),
     wrong_type("sparse_decode", "pages", "Optional[Tensor]", 3),
@@ -1304,4 +1313,5 @@ ACCEPTED: list[BadInput] = [
     bad("decode_step", "", seq_lens=full("seq_lens", 0), start_lens=full("seq_lens", 0)),
     bad("decode_step", "", seq_lens=full("seq_lens", 64), start_lens=full("seq_lens", 63), page_table=whole_table),
     bad("decode_step", "", num_pages=2, sink_pages=2, recent_pages=0),
+    *(bad("decode_step", "", counters=lens(count)) for count in (48, 100)),
 ]

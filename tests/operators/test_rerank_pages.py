@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import torch_baseline
 from helpers.operator_cases import (
     DTYPES,
     HEAD_DIMS,
@@ -53,35 +54,14 @@ class CodedCase(Case):
         return x.q, *codes, x.page_table, x.seq_lens, place(pages, "sliced", device)
 
 
-def torch_scores(case: CodedCase, pages: Tensor, token_reduce: str, scale: float) -> Tensor:
-    """The same scores by PyTorch: queries rotated and rounded to the case's dtype, and sums in float32."""
-    rotated = reference.hadamard(case.q.float()).to(case.shape.dtype).float()
-    levels = reference.unpack_codes(case.k_codes).float()
-    exact = reference.rerank_pages(
-        case.q, case.k_codes, case.code_scales, case.page_table, case.seq_lens, pages, token_reduce, scale
-    )
-    S = case.shape.page_size
-    scores = torch.full_like(exact, -math.inf, dtype=torch.float32)
-    for *where, h, page in (exact != -math.inf).nonzero().tolist():
-        b = where[0]
-        new = case.shape.new_tokens
-        visible = case.shape.lengths[b] - (new - 1 - where[1] if new else 0)
-        n = min(S, visible - page * S)
-        physical, kv_head = int(case.page_table[b, page]), h // case.shape.group
-        tokens = (levels[physical, kv_head, :n] @ rotated[(*where, h)]) * case.code_scales[physical, kv_head, :n]
-        best = tokens.max() if token_reduce == "max" else (tokens * scale).logsumexp(0) / scale
-        scores[(*where, h, page)] = best
-    return scores
-
-
 def check(case: CodedCase, device: str, pages: Tensor, token_reduce: str = "max") -> None:
     scale = 0.2
     actual = ops.rerank_pages(*case.arguments(device, pages), token_reduce, scale)
     assert actual.dtype == torch.float32
-    expected = reference.rerank_pages(
-        case.q, case.k_codes, case.code_scales, case.page_table, case.seq_lens, pages, token_reduce, scale
-    )
-    assert_accurate(actual, expected, torch_scores(case, pages, token_reduce, scale), case.shape.dtype)
+    where = (case.code_scales, case.page_table, case.seq_lens, pages, token_reduce, scale)
+    rotated, levels = reference.hadamard(case.q.float()).to(case.q.dtype), reference.unpack_codes(case.k_codes)
+    (like,) = torch_baseline.in_several_orders(torch_baseline.rerank_pages, rotated, levels, *where)
+    assert_accurate(actual, reference.rerank_pages(case.q, case.k_codes, *where), like, case.shape.dtype)
 
 
 @given(shapes(), st.booleans(), st.booleans(), st.sampled_from(["max", "lse"]))

@@ -15,16 +15,16 @@ from torch import Tensor
 WRITES = {
     "append_kv": ("k_cache", "v_cache", "k_bounds", "k_scales"),
     "update_bounds": ("k_bounds", "k_scales"),
-    "decode_step": ("k_cache", "v_cache", "k_bounds", "k_scales"),
+    "decode_step": ("k_cache", "v_cache", "k_bounds", "k_scales", "counters"),
 }
+#: Those that every call has, and whose contents do not depend on the calls before.
+STORED = {name: tuple(key for key in keys if key not in ("k_scales", "counters")) for name, keys in WRITES.items()}
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "grad": nullcontext,
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
 }
-EACH = pytest.mark.parametrize(
-    ("name", "key"), [(name, key) for name, keys in WRITES.items() for key in keys if key != "k_scales"]
-)
+EACH = pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in STORED.items() for key in keys])
 
 
 def arguments(name: str, device: str, int8: bool = False, dtype: torch.dtype = torch.float16) -> dict[str, Any]:
@@ -38,7 +38,8 @@ def arguments(name: str, device: str, int8: bool = False, dtype: torch.dtype = t
         del caches["v_cache"]
         return dict(**caches, page_table=x.page_table, seq_lens=x.seq_lens)
     lens = {"start_lens": x.seq_lens - 1, "seq_lens": x.seq_lens}
-    return dict(q=x.q, k=k, v=v, **caches, page_table=x.page_table, **lens, num_pages=2)
+    counters = ops.new_counters(2, 2, device)
+    return dict(q=x.q, k=k, v=v, **caches, page_table=x.page_table, **lens, num_pages=2, counters=counters)
 
 
 def call(name: str, given: dict[str, Any]) -> Any:
@@ -112,7 +113,7 @@ def test_lazy_clones_are_read_as_they_are(device: str, name: str) -> None:
     lazy = {key: torch._lazy_clone(x) for key, x in given.items() if isinstance(x, Tensor) and key not in WRITES[name]}
     call(name, {**given, **lazy})
     call(name, expected)
-    for key in WRITES[name][:-1]:
+    for key in STORED[name]:
         assert_same_bits(given[key], expected[key])
 
 
@@ -126,7 +127,7 @@ def test_inference_tensors_may_be_written_anywhere(device: str, name: str) -> No
     for mode in MODES.values():
         with mode():
             call(name, given)
-    for key in WRITES[name]:
+    for key in (*STORED[name], "k_scales"):
         assert_same_bits(given[key], expected[key])
 
 
@@ -136,11 +137,11 @@ def test_inference_tensors_may_be_written_anywhere(device: str, name: str) -> No
 def test_compiled(device: str, name: str, backend: str, grad: bool) -> None:
     torch._dynamo.reset()
     given = arguments(name, device)
-    for key in WRITES[name][:-1]:
+    for key in STORED[name]:
         given[key] = given[key].contiguous()
     compiled = torch.compile(lambda given: call(name, given), fullgraph=True, backend=backend)
     before = {key: x._version for key, x in given.items() if isinstance(x, Tensor)}
-    factors = {key: torch.ones_like(given[key], requires_grad=True) for key in WRITES[name][:-1]}
+    factors = {key: torch.ones_like(given[key], requires_grad=True) for key in STORED[name]}
     losses = [(factor * given[key]).sum() for key, factor in factors.items()]
     with nullcontext() if grad else torch.no_grad():
         compiled(given)

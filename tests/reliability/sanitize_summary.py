@@ -10,20 +10,25 @@ import json
 import os
 import platform
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import torch
 
 
-def counts(report: Path) -> dict[str, int]:
-    """Of a report; none where the process died."""
+def counts(report: Path) -> dict[str, Any]:
+    """Of a report, and the names of the tests that failed. There is no report where the process died."""
     if not report.exists():
-        return {"passed": 0, "failed": 1}
+        return {"passed": 0, "failed": ["the process died"]}
     (suite,) = ET.parse(report).getroot().iter("testsuite")
     tests, failures, errors, skipped = (int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped"))
-    failed = failures + errors
-    seconds = round(float(suite.attrib["time"]))
-    return {"passed": tests - failed - skipped, "failed": failed, "skipped": skipped, "seconds": seconds}
+    failed = [test.attrib for test in suite.iter("testcase") if {"failure", "error"} & {part.tag for part in test}]
+    return {
+        "passed": tests - failures - errors - skipped,
+        "failed": [f"{test['classname']}.{test['name']}" for test in failed],
+        "skipped": skipped,
+        "seconds": round(float(suite.attrib["time"])),
+    }
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
   check_values_if_requested(p, stream);
+  if (counters) mark_written({{"counters", *counters}});
   if (fits_one_launch(p)) {
     mark_written({{"k_cache", k_cache}, {"v_cache", v_cache}, {"k_bounds", k_bounds}}, k_scales);
     const NvtxRange range("decode_step");

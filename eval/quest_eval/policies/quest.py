@@ -5,6 +5,7 @@ Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inferen
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ class QuestReader(PageReader):
 
     def _kept_pages(self) -> Tensor:
         """The pages of the last selection, and those that were begun since."""
+        assert self.pages is not None
         S = self.policy.page_size
         then, now = -(-self._selected_at // S), -(-self.kv.length.tokens // S)
         begun = torch.arange(then, now, dtype=torch.int32, device=self.pages.device)
@@ -73,7 +75,8 @@ class Quest(PagePolicy):
             since, as in LServe (Yang et al., MLSys 2025).
 
     Raises:
-        ValueError: a budget, page size or selection that :class:`quest_ops.QuestConfig` refuses.
+        ValueError: a budget, page size or selection that :class:`quest_ops.QuestConfig` refuses; a reselect_every below
+            1.
     """
 
     shared: bool = False
@@ -83,6 +86,8 @@ class Quest(PagePolicy):
     reselect_every: int = 1
 
     def __post_init__(self) -> None:
+        if self.reselect_every < 1:
+            raise ValueError(f"reselect_every must be at least 1, got {self.reselect_every}")
         forced = self.sink_pages, self.recent_pages
         selection = *forced, self.dense_layers, self.group_reduce
         QuestConfig(self.limit, self.page_size, *selection, self.bounds, self.std_factor)
@@ -105,7 +110,10 @@ class Quest(PagePolicy):
         return length if self.reads_all(length) else super().tokens_attended(context, length)
 
     def bytes_read(self, shape: KVShape, context: int, length: int) -> int:
-        return length * shape.token_bytes if self.reads_all(length) else super().bytes_read(shape, context, length)
+        if self.reads_all(length):
+            return length * shape.token_bytes
+        bounds = math.ceil(length / self.page_size) * self.page_bytes(shape)
+        return super().bytes_read(shape, context, length) - bounds + bounds // self.reselect_every
 
     def start(self, kv: LayerKV) -> QuestReader:
         return QuestReader(kv, self)
