@@ -16,7 +16,7 @@ from ._autograd import refuse_backward
 from .config import LayerPages, QuestConfig
 from .dense import Features, attend, attend_by_position, past_of_pages
 from .kv_state import StepCache
-from .ops import MAX_NEW_TOKENS, estimate, sparse_decode, topk_pages
+from .ops import MAX_NEW_TOKENS, estimate, rerank_pages, sparse_decode, topk_pages
 from .report import LayerPlan, Report
 
 #: How a layer's attention runs.
@@ -109,8 +109,12 @@ def select_pages(
     config: QuestConfig,
     scale: float | None = None,
     k_scales: Tensor | None = None,
+    codes: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The pages that Quest reads: :func:`quest_ops.estimate`, then :func:`quest_ops.topk_pages`.
+
+    With ``config.candidates`` the selected pages are candidates. :func:`quest_ops.ops.rerank_pages` scores them again,
+    and a second :func:`quest_ops.topk_pages` selects those of the budget.
 
     ``config.selector`` is not called, so that a selector may call this.
 
@@ -121,6 +125,7 @@ def select_pages(
         seq_lens: [B] int32, tokens in the cache, those of q included.
         scale: the attention's softmax scale, 1 / sqrt(D) by default; only group_reduce "soft" depends on it.
         k_scales: [N, Hkv] float32, for int8 k_bounds.
+        codes: k_codes [N, Hkv, S, D / 4] uint8 and code_scales [N, Hkv, S] float32, for ``config.candidates``.
 
     Returns:
         int32 [B, Hs, K] or [B, T, Hs, K] with K = config.most_pages: logical pages, ascending, -1 at the end where
@@ -128,16 +133,24 @@ def select_pages(
 
     Raises:
         RuntimeError: as the operators.
+        ValueError: ``config.candidates`` without codes.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if config.is_window:  # bounds need not be read
         scores = q.new_zeros((*q.shape[:-1], page_table.shape[1]), dtype=torch.float32)
     else:
         scores = estimate(q, k_bounds, page_table, seq_lens, config.page_size, k_scales)
+    if config.candidates:
+        if codes is None:
+            raise ValueError("codes must be given with config.candidates, got None")
+        candidates = _best_pages(scores, seq_lens, k_bounds.shape[1], config, scale, config.candidate_pages)
+        scores = rerank_pages(q, *codes, page_table, seq_lens, candidates)
     return _best_pages(scores, seq_lens, k_bounds.shape[1], config, scale)
 
 
-def choose_pages(layer: int, q: Tensor, pages: LayerPages, config: QuestConfig) -> Tensor:
+def choose_pages(
+    layer: int, q: Tensor, pages: LayerPages, config: QuestConfig, codes: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """The pages that a sparse layer reads: those of ``config.selector``, or Quest's.
 
     Args:
@@ -145,6 +158,7 @@ def choose_pages(layer: int, q: Tensor, pages: LayerPages, config: QuestConfig) 
         q: [B, T, Hq, D].
         pages: of the layer.
         config: of the selection in this layer.
+        codes: as in :func:`select_pages`.
 
     Returns:
         int32 [B, T, Hs, K]: all pages of a sequence of at most ``config.dense_below`` tokens.
@@ -155,7 +169,7 @@ def choose_pages(layer: int, q: Tensor, pages: LayerPages, config: QuestConfig) 
     """
     _, _, k_bounds, k_scales, page_table, seq_lens, scale = pages
     if config.selector is None:
-        return select_pages(q, k_bounds, page_table, seq_lens, config, scale, k_scales)
+        return select_pages(q, k_bounds, page_table, seq_lens, config, scale, k_scales, codes)
     chosen = config.selector(layer, q, pages, config)
     if chosen.dtype == torch.float32:
         return _best_pages(chosen, seq_lens, k_bounds.shape[1], config, scale)
@@ -164,19 +178,22 @@ def choose_pages(layer: int, q: Tensor, pages: LayerPages, config: QuestConfig) 
     return chosen if config.dense_below == 0 else _short_rows_whole(chosen, seq_lens, config)
 
 
-def _best_pages(scores: Tensor, seq_lens: Tensor, num_kv_heads: int, config: QuestConfig, scale: float) -> Tensor:
+def _best_pages(
+    scores: Tensor, seq_lens: Tensor, num_kv_heads: int, config: QuestConfig, scale: float, candidates: int = 0
+) -> Tensor:
+    """The pages of the budget, or ``candidates`` pages in every sequence."""
     num_pages, group_reduce, sink_pages, recent_pages = config.selection
     return topk_pages(
         scores,
         seq_lens,
         config.page_size,
-        num_pages,
+        candidates or num_pages,
         num_kv_heads,
         group_reduce,
         sink_pages,
         recent_pages,
         scale,
-        budgets=config.page_budgets(seq_lens),
+        budgets=None if candidates else config.page_budgets(seq_lens),
     )
 
 
@@ -235,7 +252,7 @@ def quest_attention(
     if q.dim() == 3:
         return quest_attention(q[:, None], k[:, None], v[:, None], cache, layer, config, scale)[:, 0]
     path, config = attention_path(cache, layer, config, q.shape[1]), config.at(layer)
-    if path == "sparse" and config.reads_bounds and not cache.ragged:
+    if path == "sparse" and config.in_one_call and not cache.ragged:
         out = _decode_step(q, k, v, cache, layer, config, scale)
         return refuse_backward(_NAME, out, q, k, v)
     cache.append(layer, k, v)
@@ -255,6 +272,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, config: QuestConfi
     for name in ("page_size", "bounds", "std_factor"):
         if getattr(config, name) != getattr(cache, name):
             raise ValueError(f"config.{name} must be the cache's, {getattr(cache, name)}, got {getattr(config, name)}")
+    if config.candidates and cache.k_codes is None:
+        raise ValueError(
+            f"config.candidates must be 0 with a cache that has no codes, got {config.candidates}: make the cache with "
+            f"codes=True"
+        )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {tensor!r}")
@@ -305,9 +327,10 @@ def _decode(q: Tensor, cache: StepCache, layer: int, config: QuestConfig | None,
     if config is not None:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         view = LayerPages(k_cache, v_cache, k_bounds, k_scales, page_table, seq_lens, scale)
-        pages = choose_pages(layer, rows, view, config)
+        pages = choose_pages(layer, rows, view, config, cache.state.codes(layer))
     if cache.counts is not None:
-        cache.counts.record(layer, pages, seq_lens, num_new, config is not None and config.reads_bounds)
+        how = (False, 0) if config is None else (config.reads_bounds, config.candidate_pages)
+        cache.counts.record(layer, pages, seq_lens, num_new, *how)
     out, _ = sparse_decode(rows, k_cache, v_cache, page_table, seq_lens, pages, scale)
     return out.view(q.shape)
 

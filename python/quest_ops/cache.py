@@ -42,6 +42,7 @@ class PagedKVCache(StepCache):
             ``dtype``.
         std_factor: bounds are mean - std_factor * std and mean + std_factor * std of a page's keys; None: minimum and
             maximum, as in the paper.
+        codes: keep each key in 2 bits a dimension, for ``QuestConfig.candidates``.
         device: of all tensors.
         poison_freed: fill pages with NaN when they are made and when they are freed, so that any read of them shows.
             By default where ``QUEST_OPS_POISON=1`` is in the environment.
@@ -50,6 +51,8 @@ class PagedKVCache(StepCache):
         k_cache, v_cache: [L, N, Hkv, S, D].
         k_bounds: [L, N, Hkv, 2, D], lower and upper bound of each page's keys; [L, N, Hkv, 2, D / 2] with "int4".
         k_scales: [L, N, Hkv] float32, the scales of bounds of 8 or 4 bits; None with bounds of the cache's dtype.
+        k_codes, code_scales: [L, N, Hkv, S, D / 4] uint8 and [L, N, Hkv, S] float32, the keys in 2 bits; None without
+            ``codes``.
         page_table: [B, P] int32, physical pages, -1 where there is none; P = ceil(max_tokens / S).
         seq_lens: [B] int32, tokens in the cache, those of the current step included.
         start_lens: [B] int32, tokens before the current step.
@@ -74,6 +77,7 @@ class PagedKVCache(StepCache):
         dtype: torch.dtype = torch.bfloat16,
         bounds: BoundsKind = "int4",
         std_factor: float | None = 1.0,
+        codes: bool = False,
         device: torch.device | str = "cpu",
         poison_freed: bool | None = None,
     ) -> None:
@@ -82,6 +86,7 @@ class PagedKVCache(StepCache):
             ("page_size", page_size, PAGE_SIZES),
             ("dtype", dtype, DTYPES),
             ("bounds", bounds, get_args(BoundsKind)),
+            ("codes", codes, (False, True)),
         ):
             check_choice(choice, value, allowed)
         check_std_factor(std_factor)
@@ -101,7 +106,9 @@ class PagedKVCache(StepCache):
         with torch.inference_mode(False):  # normal tensors, since later steps may run outside inference mode
             page_table = torch.full((batch_size, pages_per_sequence), -1, dtype=torch.int32, device=device)
             seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
-            state = KVState.allocate(pool, page_table, seq_lens, dtype=dtype, bounds=bounds, std_factor=std_factor)
+            state = KVState.allocate(
+                pool, page_table, seq_lens, dtype=dtype, bounds=bounds, std_factor=std_factor, codes=codes
+            )
             super().__init__(state, max_tokens)
         self._mark_for_dynamo()
 

@@ -28,6 +28,7 @@ class CacheView(StepCache):
         seq_lens: [B] int32, tokens in the cache; ``advance`` moves it.
         k_scales: [L, N, Hkv] float32, for k_bounds of 8 or 4 bits.
         std_factor: of the bounds, as in :func:`quest_ops.append_kv`.
+        k_codes, code_scales: as in :class:`quest_ops.PagedKVCache`, for ``QuestConfig.candidates``.
 
     Compiled code is made for one N where L is more than 1, since a layer's place in the pool depends on it. So another
     N compiles again, and ``torch.export`` refuses a symbolic one.
@@ -42,9 +43,12 @@ class CacheView(StepCache):
         seq_lens: Tensor,
         k_scales: Tensor | None = None,
         std_factor: float | None = 1.0,
+        k_codes: Tensor | None = None,
+        code_scales: Tensor | None = None,
     ) -> None:
         capacity = page_table.shape[1] * k_cache.shape[3]
-        state = KVState(k_cache, v_cache, k_bounds, page_table, seq_lens, k_scales, std_factor)
+        bounds = (k_scales, std_factor)
+        state = KVState(k_cache, v_cache, k_bounds, page_table, seq_lens, *bounds, None, k_codes, code_scales)
         super().__init__(state, capacity)
 
     lengths = free_pages = property(_refuse)

@@ -72,6 +72,10 @@ class QuestConfig:
             2026); None: their minimum and maximum, as in the paper.
         selector: chooses the pages in place of Quest, as :data:`Selector` says. It must not wait for the device. Dense
             layers, prefills and caches that fit the budget do not call it.
+        candidates: tokens of the pages that a first selection keeps; rounded down to whole pages. A second selection
+            reads ``budget`` of them. It scores their tokens by keys of 2 bits, which the cache must have
+            (:func:`quest_ops.ops.rerank_pages`). Small budgets keep more with it, and a step takes longer. 0: one
+            selection.
         dense_below: a sequence of at most this number of tokens reads all its pages in every layer. The device decides
             for each sequence. Selecting costs more than it saves in a short sequence. 0: the budget alone decides.
 
@@ -89,6 +93,7 @@ class QuestConfig:
     std_factor: float | None = 1.0
     selector: Selector | None = None
     dense_below: int = 0
+    candidates: int = 0
 
     # Each layer's configuration where the budget is a list. Made once, so that looking it up costs a step nothing.
     _layers: ClassVar[tuple[QuestConfig, ...]] = ()
@@ -98,7 +103,7 @@ class QuestConfig:
         listed = isinstance(self.budget, Sequence) and not isinstance(self.budget, str | bytes)
         if self.dense_layers is None:
             object.__setattr__(self, "dense_layers", 0 if listed else _DENSE_LAYERS)
-        for name in ("sink_pages", "recent_pages", "dense_layers", "dense_below"):
+        for name in ("sink_pages", "recent_pages", "dense_layers", "dense_below", "candidates"):
             check_whole(name, getattr(self, name))
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -110,6 +115,7 @@ class QuestConfig:
             if getattr(self, name) not in get_args(words):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}")
         check_std_factor(self.std_factor)
+        self._check_candidates()
         if self.selector is not None and not callable(self.selector):
             raise ValueError(f"selector must be a function or None, got {self.selector!r}")
         if isinstance(self.budget, tuple):
@@ -149,6 +155,13 @@ class QuestConfig:
                 f"sink_pages + recent_pages must be at most the {tokens // self.page_size} pages of {whose}, "
                 f"got {self.sink_pages} + {self.recent_pages}"
             )
+
+    def _check_candidates(self) -> None:
+        largest = max(self.budget) if isinstance(self.budget, tuple) else self._tokens
+        if self.candidates and self.candidates // self.page_size <= largest // self.page_size:
+            raise ValueError(f"candidates must be 0 or pages more than the budget, {largest}, got {self.candidates}")
+        if self.candidates and self.selector is not None:
+            raise ValueError(f"candidates must be 0 with a selector, got {self.candidates}")
 
     def _split(self) -> tuple[QuestConfig, ...]:
         """The configuration of each layer of a list; layers of one budget share theirs."""
@@ -258,9 +271,19 @@ class QuestConfig:
         return self.sink_pages + self.recent_pages == self.num_pages
 
     @property
+    def candidate_pages(self) -> int:
+        """Pages that the first of two selections keeps; 0 where there is one."""
+        return max(self.candidates // self.page_size, self.most_pages) if self.candidates else 0
+
+    @property
     def reads_bounds(self) -> bool:
-        """Whether Quest scores the pages, so that a step is a single :func:`quest_ops.decode_step`."""
+        """Whether Quest scores the pages."""
         return self.selector is None and not self.is_window
+
+    @property
+    def in_one_call(self) -> bool:
+        """Whether a step is a single :func:`quest_ops.decode_step`."""
+        return self.reads_bounds and not self.candidates
 
 
 def page_budgets(seq_lens: Tensor, dense_below: int, most: int, few: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .bounds import BoundsKind, kind_of, new_bounds
 from .config import QuestConfig, page_budgets
-from .ops import GroupReduce, append_kv, check_whole, decode_step, new_counters, update_bounds
+from .ops import GroupReduce, append_codes, append_kv, check_whole, decode_step, new_counters, update_bounds
 from .report import AttentionCounts
 
 
@@ -38,6 +38,8 @@ class KVState:
         k_scales: [L, N, Hkv] float32, for k_bounds of 8 or 4 bits.
         std_factor: of the bounds, as in :func:`quest_ops.append_kv`.
         counters: of :func:`quest_ops.ops.new_counters`, if all steps of this state run on one stream.
+        k_codes, code_scales: [L, N, Hkv, S, D / 4] uint8 and [L, N, Hkv, S] float32, codes of the keys, as in
+            :func:`quest_ops.ops.append_codes`; None without a second selection.
     """
 
     def __init__(
@@ -50,8 +52,11 @@ class KVState:
         k_scales: Tensor | None = None,
         std_factor: float | None = None,
         counters: Tensor | None = None,
+        k_codes: Tensor | None = None,
+        code_scales: Tensor | None = None,
     ) -> None:
         self.std_factor, self.counters = std_factor, counters
+        self.k_codes, self.code_scales = k_codes, code_scales
         self.k_cache, self.v_cache, self.k_bounds, self.k_scales = k_cache, v_cache, k_bounds, k_scales
         self.page_table, self.seq_lens = page_table, seq_lens
 
@@ -65,6 +70,7 @@ class KVState:
         dtype: torch.dtype,
         bounds: BoundsKind,
         std_factor: float | None,
+        codes: bool = False,
         zeroed: bool = False,
     ) -> KVState:
         """New pools on the device of ``page_table``.
@@ -75,6 +81,7 @@ class KVState:
             dtype: of keys and values.
             bounds: kind of the page bounds.
             std_factor: as in the constructor.
+            codes: allocate k_codes and code_scales.
             zeroed: fill keys and values with zeros, for a holder that reads tokens before they are written.
         """
         device, (*leading, _, head_dim) = page_table.device, pool
@@ -82,23 +89,39 @@ class KVState:
         v_cache = (torch.zeros_like if zeroed else torch.empty_like)(k_cache)
         k_bounds, k_scales = new_bounds(tuple(leading), head_dim, bounds, dtype, device)
         counters = new_counters(page_table.shape[0], pool[2], device)
-        return cls(k_cache, v_cache, k_bounds, page_table, seq_lens, k_scales, std_factor, counters)
+        state = cls(k_cache, v_cache, k_bounds, page_table, seq_lens, k_scales, std_factor, counters)
+        if codes:
+            state.k_codes = torch.zeros((*pool[:-1], head_dim // 4), dtype=torch.uint8, device=device)
+            state.code_scales = torch.zeros(pool[:-1], dtype=torch.float32, device=device)
+        return state
 
     @property
     def pools(self) -> list[Tensor]:
         """The tensors [L, N, ...] that hold something of each page."""
-        return [x for x in (self.k_cache, self.v_cache, self.k_bounds, self.k_scales) if x is not None]
+        pools = (self.k_cache, self.v_cache, self.k_bounds, self.k_scales, self.k_codes, self.code_scales)
+        return [pool for pool in pools if pool is not None]
 
     def layer(self, index: int) -> LayerCache:
         """The tensors of one layer: views of the pools, [N, ...]."""
         k_scales = None if self.k_scales is None else self.k_scales[index]
         return LayerCache(self.k_cache[index], self.v_cache[index], self.k_bounds[index], k_scales)
 
+    def codes(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """k_codes [N, Hkv, S, D / 4] and code_scales [N, Hkv, S] of one layer, or None."""
+        if self.k_codes is None or self.code_scales is None:
+            return None
+        return self.k_codes[layer], self.code_scales[layer]
+
+    def _append_codes(self, layer: int, k: Tensor, start_lens: Tensor, new_lens: Tensor | None = None) -> None:
+        if (codes := self.codes(layer)) is not None:
+            append_codes(k, *codes, self.page_table, start_lens, new_lens)
+
     def append(self, layer: int, k: Tensor, v: Tensor, start_lens: Tensor, new_lens: Tensor | None = None) -> None:
         """Write new tokens of one layer after ``start_lens`` tokens: :func:`quest_ops.append_kv`."""
         k_cache, v_cache, k_bounds, k_scales = self.layer(layer)
         caches = (k_cache, v_cache, k_bounds, self.page_table)
         append_kv(k, v, *caches, start_lens, new_lens, k_scales, self.std_factor)
+        self._append_codes(layer, k, start_lens, new_lens)
 
     def decode_step(
         self,
@@ -122,6 +145,7 @@ class KVState:
         """
         k_cache, v_cache, k_bounds, k_scales = self.layer(layer)
         num_pages, group_reduce, sink_pages, recent_pages = selection
+        self._append_codes(layer, k, start_lens)
         return decode_step(
             q,
             k,
@@ -262,6 +286,14 @@ class StepCache:
     @property
     def k_scales(self) -> Tensor | None:
         return self.state.k_scales
+
+    @property
+    def k_codes(self) -> Tensor | None:
+        return self.state.k_codes
+
+    @property
+    def code_scales(self) -> Tensor | None:
+        return self.state.code_scales
 
     @property
     def std_factor(self) -> float | None:

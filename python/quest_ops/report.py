@@ -27,6 +27,7 @@ class Counters(NamedTuple):
         pages_held: over the same heads.
         kv_head_pages_held: over the KV heads, the pages that dense attention reads.
         bounds_read: over the KV heads, pages whose bounds were read.
+        codes_read: over the heads with a page list of their own, pages whose key codes were read.
     """
 
     prefills: int
@@ -35,6 +36,7 @@ class Counters(NamedTuple):
     pages_held: int
     kv_head_pages_held: int
     bounds_read: int
+    codes_read: int
 
 
 # The place of each counter in a layer's row on the device.
@@ -59,6 +61,7 @@ class LayerCounts:
         steps: decoding calls.
         pages_read, pages_held: pages of the decoding calls.
         bytes_read: of the keys and values of the pages read, and of the bounds of all pages held where Quest selects.
+            Where it selects twice, the codes of the candidates count too.
             The bytes that ``QuestConfig.selector`` reads are not known.
         bytes_dense: of the keys and values of the pages held.
     """
@@ -115,6 +118,7 @@ class AttentionCounts:
         self.num_kv_heads, self.page_size = num_kv_heads, page_size
         self._page_bytes = 2 * page_size * head_dim * dtype.itemsize
         self._bounds_bytes = bytes_of_bounds(head_dim, bounds, dtype)
+        self._codes_bytes = page_size * (head_dim // 4 + torch.float32.itemsize)
         self._counts = torch.zeros((num_layers, len(Counters._fields)), dtype=torch.int64, device=device)
         if self._counts.is_cuda:  # compiled CUDA graphs then write it in place
             from torch._dynamo import mark_static_address  # slow to import
@@ -129,7 +133,13 @@ class AttentionCounts:
         self._counts[layer, _PLACE.steps].add_(1)
 
     def record(
-        self, layer: int, pages: Tensor | None, seq_lens: Tensor, num_new: int, reads_bounds: bool = True
+        self,
+        layer: int,
+        pages: Tensor | None,
+        seq_lens: Tensor,
+        num_new: int,
+        reads_bounds: bool = True,
+        candidate_pages: int = 0,
     ) -> None:
         """Count one decoding call.
 
@@ -139,10 +149,12 @@ class AttentionCounts:
             seq_lens: [B] int32, tokens in the cache.
             num_new: T.
             reads_bounds: whether ``pages`` were selected by their bounds.
+            candidate_pages: most pages of the first of two selections; 0 where there is one.
         """
         behind = torch.arange(num_new, dtype=torch.int32, device=seq_lens.device)
         visible = (seq_lens[:, None] - behind).clamp(min=0)
-        held = torch.div(visible + (self.page_size - 1), self.page_size, rounding_mode="floor").sum()
+        each = torch.div(visible + (self.page_size - 1), self.page_size, rounding_mode="floor")
+        held = each.sum()
         counts, all_heads = self._counts[layer], held * self.num_kv_heads
         counts[_PLACE.steps].add_(1)
         counts[_PLACE.pages_read].add_(all_heads if pages is None else (pages >= 0).sum())
@@ -150,6 +162,8 @@ class AttentionCounts:
         counts[_PLACE.kv_head_pages_held].add_(all_heads)
         if pages is not None and reads_bounds:
             counts[_PLACE.bounds_read].add_(all_heads)
+        if pages is not None and candidate_pages:
+            counts[_PLACE.codes_read].add_(each.clamp(max=candidate_pages).sum() * pages.shape[-2])
 
     def reset(self) -> None:
         """Set all counters to 0."""
@@ -161,6 +175,7 @@ class AttentionCounts:
         for plan in plans:
             counts = Counters(*self._counts[plan.layer].tolist())
             bytes_read = counts.pages_read * self._page_bytes + counts.bounds_read * self._bounds_bytes
+            bytes_read += counts.codes_read * self._codes_bytes
             bytes_dense = counts.kv_head_pages_held * self._page_bytes
             report.append(LayerCounts(plan, *counts[:4], bytes_read, bytes_dense))
         return report

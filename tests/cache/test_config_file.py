@@ -12,7 +12,7 @@ from quest_ops import QuestConfig
 from quest_ops.config_file import VERSION
 
 # No field has its default, so that a field left out shows.
-UNLIKE = QuestConfig(512, 32, 2, 3, 4, "sum", "cache", None, None, 999)
+UNLIKE = QuestConfig(512, 32, 2, 3, 4, "sum", "cache", None, None, 999, 2048)
 LISTED = QuestConfig([0, 512, 64], 8, std_factor=2.0)
 
 

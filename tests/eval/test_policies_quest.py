@@ -64,6 +64,28 @@ def test_a_selection_is_kept_for_some_steps(device, every):
         torch.testing.assert_close(out.cpu().double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_candidates_are_selected_among_by_the_codes_of_their_keys(device):
+    kv = make_layer(device)
+    policy = make(f"quest,candidates={8 * S}", 4 * S)
+    reader = policy.start(kv)
+    for step in range(12):
+        kv.length.set(CONTEXT + 1 + step)
+        q = query(device, step)
+        out = reader.attend(q)
+        k, v, table, lens = paged(kv)
+        candidates = reference_step(kv, q, "quest", 8)[0]
+        codes = torch.zeros(len(k), HKV, S, D // 4, dtype=torch.uint8), torch.zeros(len(k), HKV, S)
+        keys = kv.k.cpu().transpose(1, 2)[:, : kv.length.tokens]
+        codes = reference.append_codes(keys, *codes, table, torch.zeros_like(lens))
+        scores = reference.rerank_pages(q.cpu(), *codes, table, lens, candidates)
+        pages = reference.topk_pages(scores, lens, S, 4, HKV)
+        assert torch.equal(reader.pages.cpu(), pages)
+        wanted = reference.sparse_decode(q.cpu(), k, v, table, lens, pages, SCALE)[0]
+        torch.testing.assert_close(out.cpu().double(), wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="candidates must be 0 with shared, got 128"):
+        make("quest-shared,candidates=128", 4 * S)
+
+
 def test_variants_choose_differently():
     chosen = set()
     for name in ("quest-head", "quest", "quest-sum", "quest-soft", "quest-shared", "quest-meanstd"):

@@ -11,7 +11,7 @@ from quest_ops import PagedKVCache, QuestConfig, attention_path, quest_attention
 from torch import Tensor
 
 from helpers import torch_baseline
-from helpers.cache_model import History, bounds_of_keys, poison
+from helpers.cache_model import History, bounds_of_keys, codes_of_keys, poison
 from helpers.operator_cases import assert_accurate
 
 S, HKV, D = 8, 2, 64
@@ -103,6 +103,9 @@ def quest(q: Tensor, k: Tensor, v: Tensor, config: QuestConfig, scale: float) ->
     bounds = bounds_of_keys(k, table, length, config.bounds, config.std_factor)
     scores = reference.estimate(q[None], bounds, table, length, S)
     how = (config.group_reduce, config.sink_pages, config.recent_pages, scale)
+    if config.candidates:
+        candidates = reference.topk_pages(scores, length, S, config.candidate_pages, HKV, *how)
+        scores = reference.rerank_pages(q[None], *codes_of_keys(k, table, length), table, length, candidates)
     chosen = reference.topk_pages(scores, length, S, config.num_pages, HKV, *how)
     arguments = (q[None], k, v, table, length, chosen, scale)
     return reference.sparse_decode(*arguments)[0][0], torch_baseline.in_several_orders(

@@ -115,6 +115,14 @@ class History:
         return torch.stack([bounds_of_keys(keys, *where, c.bounds, c.std_factor) for keys in c.k_cache])
 
 
+def codes_of_keys(k_cache: Tensor, table: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """The reference's codes of one sequence's keys, k_cache [N, Hkv, S, D], with its pages in order."""
+    N, Hkv, S, D = k_cache.shape
+    keys = k_cache.transpose(1, 2).flatten(0, 1)[None, : int(length)]
+    empty = torch.zeros(N, Hkv, S, D // 4, dtype=torch.uint8), torch.zeros(N, Hkv, S)
+    return reference.append_codes(keys, *empty, table, torch.zeros_like(length))
+
+
 def bounds_of_keys(
     k_cache: Tensor, page_table: Tensor, seq_lens: Tensor, bounds: BoundsKind, std_factor: float | None
 ) -> Tensor:

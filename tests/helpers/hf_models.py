@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
-from helpers.cache_model import bounds_of_keys
+from helpers.cache_model import bounds_of_keys, codes_of_keys
 
 COMMON = {
     "vocab_size": 96,
@@ -141,6 +141,9 @@ def _row(module, config, query, key, value, mask, scaling, sinks):
         bounds = bounds_of_keys(k, table, lens, config.bounds, config.std_factor)
         scores = reference.estimate(q, bounds, table, lens, size)
         forced = (config.group_reduce, config.sink_pages, config.recent_pages)
+        if config.candidates:
+            candidates = reference.topk_pages(scores, lens, size, config.candidate_pages, k.shape[1], *forced, scaling)
+            scores = reference.rerank_pages(q, *codes_of_keys(k, table, lens), table, lens, candidates)
         pages = reference.topk_pages(scores, lens, size, config.num_pages, k.shape[1], *forced, scaling)
     out, lse = reference.sparse_decode(q, k, v, table, lens, pages, scaling)
     return out if sinks is None else out * torch.sigmoid(lse - sinks.cpu().double())[..., None]

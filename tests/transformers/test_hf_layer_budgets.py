@@ -25,7 +25,11 @@ def fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("name", "config"), [("qwen3", BUDGETS), ("gemma3", MIXED)])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("qwen3", BUDGETS), ("gemma3", MIXED), ("qwen3", replace(BUDGETS, candidates=64))],
+    ids=["qwen3", "gemma3", "candidates"],
+)
 def test_each_layer_reads_its_budget_as_the_reference_does(name, config, device):
     model, inputs = make_model(name, device), prompt(90, device, padding=(0, 37))
     use_reference(model, config)
@@ -42,12 +46,13 @@ def test_each_layer_reads_its_budget_as_the_reference_does(name, config, device)
 
 
 @pytest.mark.parametrize("backend", ["inductor", "eager"])
-def test_one_compiled_step_serves_all_layers(backend, device):
+@pytest.mark.parametrize("config", [BUDGETS, replace(BUDGETS, candidates=64)], ids=["once", "twice"])
+def test_one_compiled_step_serves_all_layers(backend, config, device):
     model, inputs = make_model("qwen3", device), prompt(90, device, padding=(0, 37))
-    expected, logits = generate(model, inputs, enable_quest(model, BUDGETS, max_tokens=160), new=12)
+    expected, logits = generate(model, inputs, enable_quest(model, config, max_tokens=160), new=12)
     model._compiled_call = model._last_compile_config = None
     counters.clear()
-    cache = enable_quest(model, BUDGETS, max_tokens=160)
+    cache = enable_quest(model, config, max_tokens=160)
     got, compiled_logits = generate(model, inputs, cache, new=12, **compiled(backend, device))
     assert torch.equal(got, expected)
     torch.testing.assert_close(compiled_logits, logits, rtol=1e-3, atol=1e-3)
@@ -104,4 +109,6 @@ def test_a_list_for_another_number_of_layers_is_an_error(device):
     with pytest.raises(ValueError, match=message):
         cache.quest_config = config
     cache.quest_config = BUDGETS
+    with pytest.raises(ValueError, match="candidates of a cache made without them must be 0, got 64"):
+        cache.quest_config = replace(BUDGETS, candidates=64)
     assert cache.quest_config.at(2).num_pages == 2

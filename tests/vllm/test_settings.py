@@ -82,6 +82,8 @@ def test_a_saved_configuration_that_does_not_go_with_the_engine_is_refused(tmp_p
         ({"group_reduce": "mean"}, 32, "group_reduce must be one of"),
         ({"dense_layers": "two"}, 32, "quest_ops: "),
         ({"recent_pages": 0}, 32, "recent_pages must be at least 1 in an engine, got 0"),
+        ({"candidates": 64}, 32, "candidates must be 0 or pages more than the budget, 2048, got 64"),
+        ({"candidates": 4096}, 32, "candidates must be 0 in an engine, whose blocks have no room for codes, got 4096"),
         ({"report": -1}, 32, "report must be seconds, at least 0, got -1"),
         ({"report": "often"}, 32, "report must be seconds, at least 0, got 'often'"),
     ],

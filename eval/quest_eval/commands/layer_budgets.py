@@ -129,6 +129,7 @@ def _config(policy: Quest, budgets: tuple[int, ...]) -> QuestConfig:
         bounds=policy.bounds,
         std_factor=policy.std_factor,
         dense_below=policy.dense_below,
+        candidates=policy.candidates,
     )
 
 

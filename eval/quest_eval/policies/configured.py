@@ -63,6 +63,7 @@ class Configured(Policy):
             bounds=config.bounds,
             std_factor=config.std_factor,
             dense_below=config.dense_below,
+            candidates=config.candidates,
         )
 
     def is_dense(self, layer: int) -> bool:

@@ -39,12 +39,16 @@ class PageReader(LayerReader):
 
     def select(self, q: Tensor) -> Tensor:
         """The pages to attend to: q [B, Hq, D] -> int32 [B, Hs, K] logical pages, ascending, -1 padded."""
+        return self.best(self.scores(q).float(), self.policy.num_pages)
+
+    def best(self, scores: Tensor, count: int) -> Tensor:
+        """The ``count`` best pages, the forced ones included: scores [B, Hq, P] -> int32 [B, Hs, count]."""
         policy, kv = self.policy, self.kv
         return topk_pages(
-            self.scores(q).float(),
+            scores,
             kv.length.seq_lens,
             policy.page_size,
-            policy.num_pages,
+            count,
             kv.k.shape[1],
             policy.group_reduce,
             policy.sink_pages,

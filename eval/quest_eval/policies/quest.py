@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from quest_ops import QuestConfig, sparse_decode, topk_pages
 
+from .packed_codes import PackedCodes, bytes_of_codes
 from .page_bounds import PageBounds, bytes_of_page
 from .pages import PagePolicy, PageReader
 
@@ -28,10 +29,13 @@ class QuestReader(PageReader):
     def __init__(self, kv: LayerKV, policy: Quest) -> None:
         super().__init__(kv, policy)
         self._bounds = PageBounds(self.view, kv.length.seq_lens, policy.page_size, policy.bounds, policy.std_factor)
+        self._codes = PackedCodes(kv, self.view) if policy.candidates else None
         self._selected_at = -policy.reselect_every  # tokens at the last selection
 
     def attend(self, q: Tensor) -> Tensor:
         self._bounds.append()
+        if self._codes is not None:
+            self._codes.append()
         if self.policy.reads_all(self.kv.length.tokens):
             self.pages = None
             return sparse_decode(q, *self.view, self.kv.length.seq_lens, None, self.kv.scale)[0]
@@ -49,7 +53,10 @@ class QuestReader(PageReader):
         return torch.cat([self.pages, begun.expand(*self.pages.shape[:-1], -1)], -1)
 
     def scores(self, q: Tensor) -> Tensor:
-        return self._bounds.estimate(q)
+        scores = self._bounds.estimate(q)
+        if self._codes is None:
+            return scores
+        return self._codes.scores(q, self.best(scores, self.policy.candidates // self.policy.page_size))
 
     def select(self, q: Tensor) -> Tensor:
         if not self.policy.shared:
@@ -71,12 +78,13 @@ class Quest(PagePolicy):
         shared: one list for all heads: of the scores of the groups' mean queries, summed over the KV heads. SGLang's
             QuestAlgorithm does the same.
         bounds, std_factor, dense_below: as in :class:`quest_ops.QuestConfig`; by default the paper's.
+        candidates: as in :class:`quest_ops.QuestConfig`.
         reselect_every: steps between two selections. In between the pages of the last one are read, and those begun
             since, as in LServe (Yang et al., MLSys 2025).
 
     Raises:
-        ValueError: a budget, page size or selection that :class:`quest_ops.QuestConfig` refuses; a reselect_every below
-            1.
+        ValueError: a budget, page size, selection or candidates that :class:`quest_ops.QuestConfig` refuses; candidates
+            with ``shared``; a reselect_every below 1.
     """
 
     shared: bool = False
@@ -84,13 +92,16 @@ class Quest(PagePolicy):
     std_factor: float | None = None
     dense_below: int = 0
     reselect_every: int = 1
+    candidates: int = 0
 
     def __post_init__(self) -> None:
         if self.reselect_every < 1:
             raise ValueError(f"reselect_every must be at least 1, got {self.reselect_every}")
         forced = self.sink_pages, self.recent_pages
         selection = *forced, self.dense_layers, self.group_reduce
-        QuestConfig(self.limit, self.page_size, *selection, self.bounds, self.std_factor)
+        QuestConfig(self.limit, self.page_size, *selection, self.bounds, self.std_factor, candidates=self.candidates)
+        if self.candidates and self.shared:
+            raise ValueError(f"candidates must be 0 with shared, got {self.candidates}")
 
     def label(self) -> str:
         who = "one list" if self.shared else {"none": "per head"}.get(self.group_reduce, self.group_reduce)
@@ -99,8 +110,9 @@ class Quest(PagePolicy):
         bounds += "" if self.bounds == "cache" else f", {self.bounds}"
         bounds += "" if self.page_size == 16 else f", pages of {self.page_size}"
         dense = "" if self.dense_layers else ", no dense layers"
+        twice = f", of {self.candidates:,} candidates" if self.candidates else ""
         every = "" if self.reselect_every == 1 else f", each {self.reselect_every} steps"
-        return f"Quest, {who}{bounds}{self.forced_label()}{every}{dense}"
+        return f"Quest, {who}{bounds}{self.forced_label()}{twice}{every}{dense}"
 
     def reads_all(self, length: int) -> bool:
         """Whether a sequence of ``length`` tokens is short enough to be read whole."""
@@ -113,7 +125,13 @@ class Quest(PagePolicy):
         if self.reads_all(length):
             return length * shape.token_bytes
         bounds = math.ceil(length / self.page_size) * self.page_bytes(shape)
-        return super().bytes_read(shape, context, length) - bounds + bounds // self.reselect_every
+        codes = self.lists(shape) * min(self.candidates, length) * bytes_of_codes(shape)
+        once = super().bytes_read(shape, context, length) - bounds
+        return once + (bounds + codes) // self.reselect_every
+
+    def bytes_held(self, shape: KVShape, context: int, length: int) -> int:
+        codes = length * bytes_of_codes(shape) if self.candidates else 0
+        return super().bytes_held(shape, context, length) + codes
 
     def start(self, kv: LayerKV) -> QuestReader:
         return QuestReader(kv, self)

@@ -214,6 +214,8 @@ class QuestCache(Cache):  # type: ignore[misc]
             made_with, got = getattr(self.quest_config, name), getattr(config, name)
             if got != made_with:
                 raise ValueError(f"{name} of a cache cannot change: it was made with {made_with}, got {got}")
+        if config.candidates and not self.quest_config.candidates:
+            raise ValueError(f"candidates of a cache made without them must be 0, got {config.candidates}")
         config.check_num_layers(self._settings.num_layers)
         self._settings.config = config
 

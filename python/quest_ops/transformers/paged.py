@@ -49,6 +49,7 @@ class PagedLayer(QuestCacheLayer):
             dtype=dtype,
             bounds=config.bounds,
             std_factor=config.std_factor,
+            codes=config.candidates > 0,
             zeroed=True,
         )
         self.keys, self.values = self.state.layer(0)[:2]  # the storage, where transformers expects it
@@ -86,7 +87,7 @@ class PagedLayer(QuestCacheLayer):
             if self.settings.counts is not None:
                 self.settings.counts.record_prefill(self.index)
             return self._prefill(q, k, v, real, features, visible)
-        if path == "sparse" and self.config.reads_bounds and (real is None or tokens == 1):
+        if path == "sparse" and self.config.in_one_call and (real is None or tokens == 1):
             return self._decode_step(q, k, v, real, features)
         self._append(k, v, real)
         if self._lacking is not None:
@@ -154,7 +155,7 @@ class PagedLayer(QuestCacheLayer):
         if sparse:
             scale = q.shape[-1] ** -0.5 if features.scale is None else features.scale
             view = LayerPages(k_cache, v_cache, k_bounds, k_scales, *paging, scale)
-            selected = choose_pages(self.index, queries, view, config)
+            selected = choose_pages(self.index, queries, view, config, self.state.codes(0))
         self._observe(selected)
         self._count(selected, q.shape[2])
         out, lse = sparse_decode(queries, k_cache, v_cache, *paging, selected, features.scale)
@@ -173,7 +174,8 @@ class PagedLayer(QuestCacheLayer):
 
     def _count(self, selected: Tensor | None, tokens: int) -> None:
         if self.settings.counts is not None:
-            self.settings.counts.record(self.index, selected, self.seq_lens, tokens, self.config.reads_bounds)
+            how = (self.config.reads_bounds, self.config.candidate_pages)
+            self.settings.counts.record(self.index, selected, self.seq_lens, tokens, *how)
 
     def _note_features(self, features: Features) -> None:
         """Note a feature that makes this layer dense under any configuration, and log it once."""

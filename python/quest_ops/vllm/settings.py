@@ -91,6 +91,11 @@ class Settings:
             config = QuestConfig(budget=budgets if listed else budget, **keys)
         except (TypeError, ValueError) as error:
             raise RefusedError(f"quest_ops: {error}") from None
+        if config.candidates:
+            raise RefusedError(
+                f"quest_ops: candidates must be 0 in an engine, whose blocks have no room for codes, "
+                f"got {config.candidates}"
+            )
         if config.recent_pages < 1:
             # A chunk of a resumed request is written before its tokens select. Its newest page must not compete then.
             raise RefusedError("quest_ops: recent_pages must be at least 1 in an engine, got 0")
