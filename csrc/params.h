@@ -231,8 +231,8 @@ struct DecodeStepParams {
   int32_t Hs, K, sink_pages, recent_pages;
   GroupReduce reduce;
   float scale;
-  const int32_t* budgets;    // [B] or null, as in pages_to_select
-  int32_t* counters;         // [num_counters] or null, for blocks that share work
+  const int32_t* budgets;  // [B] or null, as in pages_to_select
+  int32_t* counters;       // [num_counters] or null, for blocks that share work
   int64_t num_counters;
   int32_t* pages = nullptr;  // [B, T, Hs, K] contiguous
   void* out = nullptr;       // [B, T, Hq, D] contiguous, dtype

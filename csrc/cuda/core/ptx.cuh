@@ -104,8 +104,8 @@ __device__ __forceinline__ void forget_origin(uint2& x) { asm volatile("" : "+r"
 __device__ __forceinline__::cuda::atomic_ref<int, ::cuda::thread_scope_device> device_atomic(int* counter) {
   return ::cuda::atomic_ref<int, ::cuda::thread_scope_device>(*counter);
 }
-// Waits until a counter is `least` past `base`, or more, modulo 2^32. Writes that other threads made before they released
-// it are visible to this thread afterwards.
+// Waits until a counter is `least` past `base`, or more, modulo 2^32. Writes that other threads made before they
+// released it are visible to this thread afterwards.
 __device__ __forceinline__ void wait_until_at_least(int* counter, unsigned least, unsigned base) {
   while (static_cast<unsigned>(device_atomic(counter).load(::cuda::memory_order_acquire)) - base < least) {
   }
