@@ -65,6 +65,7 @@ class Workload:
 
 
 MHA, GQA = Workload(32, 32, 32768, 2048), Workload(32, 8, 32768, 2048)
+WIDE = Workload(64, 4, 32768, 2048)  # groups of 16 query heads
 WITH_TARGETS = [
     MHA,
     replace(MHA, context=131072),
@@ -114,6 +115,9 @@ def all_workloads() -> list[Workload]:
         for b in (512, 1024, 2048)
     ]
     more += [replace(w, std_factor=1.0) for w in (MHA, GQA)]
+    default = {"bounds": "int4", "std_factor": 1.0, "budget": 1024}
+    more += [replace(WIDE, context=c, **default) for c in (32768, 131072)]
+    more += [replace(w, page_size=4, **default) for w in (MHA, GQA)]
     more += [replace(GQA, dtype=torch.float16), replace(GQA, head_dim=64), replace(GQA, selection="clustered")]
     return [*WITH_TARGETS, *more, largest_context(GQA)]
 

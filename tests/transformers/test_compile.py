@@ -15,13 +15,6 @@ from torch._dynamo.utils import counters
 SPARSE = QuestConfig(budget=48, page_size=16, dense_layers=1)
 
 
-@pytest.fixture
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize(
     ("name", "backend", "bounds"),
     [
@@ -32,7 +25,7 @@ def fresh():
         ("gpt-oss", "eager", "cache"),
     ],
 )
-def test_compiled_decoding_is_one_graph_and_equals_eager(name, backend, bounds, device, fresh):
+def test_compiled_decoding_is_one_graph_and_equals_eager(name, backend, bounds, device):
     config = replace(SPARSE, bounds=bounds)
     layers = {"num_hidden_layers": 2} if backend == "inductor" else {}
     model, inputs = make_model(name, device, **layers), prompt(90, device, padding=(0, 37))
@@ -61,7 +54,7 @@ def cache_of_eager(model, inputs, config):
     return cache
 
 
-def test_a_cache_that_runs_full_is_an_error_in_compiled_decoding_too(device, fresh):
+def test_a_cache_that_runs_full_is_an_error_in_compiled_decoding_too(device):
     model, inputs = make_model("qwen3", device), prompt(40, device, padding=(0, 7))
     cache = enable_quest(model, SPARSE, max_tokens=48)
     with pytest.raises(ValueError, match="holds 48 tokens, 48 of them taken, and was given 1 more"):

@@ -120,14 +120,12 @@ def test_compiled_decoding_needs_no_cache_either(device):
     model, inputs = make_model("gemma3", device), prompt(90, device, padding=(0, 37))
     expected = tokens(model, inputs)
     enable_quest(model, FULL, max_tokens=200)
-    torch._dynamo.reset()
     model._compiled_call = model._last_compile_config = None
     for graphs in (1, 0):
         counters.clear()
         assert torch.equal(tokens(model, inputs, **compiled("eager", device)), expected)
         assert counters["stats"].get("unique_graphs", 0) == graphs
         assert not counters["graph_break"]
-    torch._dynamo.reset()
 
 
 def test_assisted_decoding_needs_no_cache_either(device):

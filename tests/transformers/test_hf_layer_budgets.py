@@ -18,13 +18,6 @@ BUDGETS = QuestConfig([48, None, 32], 16, sink_pages=0)
 MIXED = QuestConfig([16, 48, 0], 16, sink_pages=0)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize(
     ("name", "config"),
     [("qwen3", BUDGETS), ("gemma3", MIXED), ("qwen3", replace(BUDGETS, candidates=64))],

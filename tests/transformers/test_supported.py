@@ -54,7 +54,6 @@ def test_attention_called_twice_compiles_to_one_graph(device):
     model, inputs = differential_model(device), prompt(90, device, padding=(0, 37))
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     cache = enable_quest(model, FULL, max_tokens=200)
-    torch._dynamo.reset()
     for graphs in (1, 0):
         counters.clear()
         got = model.generate(**inputs, max_new_tokens=8, do_sample=False, **compiled("eager", device))
@@ -62,7 +61,6 @@ def test_attention_called_twice_compiles_to_one_graph(device):
         assert counters["stats"].get("unique_graphs", 0) == graphs
         assert not counters["graph_break"]
     assert [layer.columns for layer in cache.layers] == [97] * 3
-    torch._dynamo.reset()
 
 
 def test_attention_called_twice_can_be_cropped_and_reset(device):
