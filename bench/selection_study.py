@@ -89,9 +89,16 @@ def _budgets(policies: tuple[str, ...], *budgets: int) -> dict[str, tuple[int, .
 
 _ALL = (*ONE_STAGE, *TWO_STAGES, "page-oracle")
 _SMOLLM2 = ("--model", "smollm2", "--dense-layers", "0")
+_LOSS = ("loss", *_SMOLLM2, "--lengths", "7936", "--tries", "10", "--scored", "128")
 SUITES = {
+    # The second selection by the operators, and selections kept for several steps.
+    "candidates": Suite(
+        _LOSS,
+        _budgets(("quest-default", "quest-default,candidates=2048"), 256, 512, 1024)
+        | _budgets(("quest-default,reselect_every=2", "quest-default,reselect_every=4"), 512, 1024, 2048),
+    ),
     "loss": Suite(
-        ("loss", *_SMOLLM2, "--lengths", "7936", "--tries", "10", "--scored", "128"),
+        _LOSS,
         _budgets((*_ALL, "quest-default,dense_layers=2"), 256, 512, 1024, 2048),
     ),
     "facts": Suite(
