@@ -218,11 +218,11 @@ struct TopkParams {
   }
 };
 
-// append_kv, estimate, topk_pages and sparse_decode in one call.
 // The counters of a decode step: some of all blocks on a cache line of their own, and four for each row.
 constexpr int64_t kSharedCounters = 32, kHeadCounters = 4;
 constexpr int64_t counters_of(int64_t B, int64_t Hkv) { return kSharedCounters + kHeadCounters * B * Hkv; }
 
+// append_kv, estimate, topk_pages and sparse_decode in one call.
 struct DecodeStepParams {
   AppendParams append;  // paging.seq_lens: tokens before the step
   Sizes size;

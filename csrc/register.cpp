@@ -51,8 +51,8 @@ QUEST_LIBRARY(m) {
 
   // A layer's step in one call. append_kv runs with start_lens; estimate, topk_pages and sparse_decode run with
   // seq_lens, which are start_lens + T or new_lens. Returns out and lse of sparse_decode, and pages of topk_pages.
-  // A sequence whose seq_lens is 0 is idle: nothing is written, out is 0. counters are zeros before the
-  // first call.
+  // A sequence whose seq_lens is 0 is idle: nothing is written, out is 0. counters are zeros before
+  // their first call.
   m.def(
       "decode_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_bounds, "
       "Tensor page_table, Tensor start_lens, Tensor seq_lens, SymInt num_pages, int group_reduce=1, int sink_pages=0, "

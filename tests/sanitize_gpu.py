@@ -36,6 +36,7 @@ from fuzz import judge, plans
 from helpers.operator_cases import HEAD_DIMS, KINDS, LAYOUTS, PAGE_SIZES, Case, Kind, Shape, place
 from helpers.steps import before_step, four_steps, on, one_step
 from quest_ops import ops
+from quest_ops._library import OPERATORS
 
 Call = Callable[[], object]
 CHECKS = ("memcheck", "racecheck", "synccheck", "initcheck", "corrupt")
@@ -129,7 +130,7 @@ def topk(rows: int, pages: int, k: int, reduce: Any) -> None:
 def corrupt() -> dict[str, Call]:
     """Numbers of any 32 bits in page tables, lengths and lists, as the fuzzer makes and judges them."""
     drawn = [
-        plans.draw(f"sanitize-{i}", operator, "corrupt") for i in range(400) for operator in plans.OPERATORS
+        plans.draw(f"sanitize-{i}", operator, "corrupt") for i in range(400) for operator in OPERATORS
     ]  # an operator after the other
     return {f"{plan['operator']} {i}": lambda plan=plan: judge.run(plan, "cuda") for i, plan in enumerate(drawn)}
 

@@ -21,8 +21,8 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
   DecodeStepParams p = check_decode_step(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
       recent_pages, scale, k_scales, new_lens, budgets, std_factor, counters);
-  if (counters) mark_written({{"counters", *counters}});
   const CheckedCopies copies(p);
+  if (counters) mark_written({{"counters", *counters}});
   append_until(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, std_factor, seq_lens);
 
   const int64_t B = p.size.B, T = p.size.T, Hq = p.size.Hq, P = p.paging.P;

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from quest_ops._library import cuda_missing
 from quest_ops.bounds import BoundsKind, bytes_of_bounds
+from quest_ops.codes import bytes_of_codes, new_codes
 from quest_ops.ops import HEAD_DIMS, PAGE_SIZES, GroupReduce
 
 if TYPE_CHECKING:
@@ -17,8 +18,10 @@ __all__ = [
     "BoundsKind",
     "GroupReduce",
     "bytes_of_bounds",
+    "bytes_of_codes",
     "cuda_missing",
     "dense_prefill",
+    "new_codes",
 ]
 
 

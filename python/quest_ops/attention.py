@@ -140,7 +140,7 @@ def select_pages(
         scores = q.new_zeros((*q.shape[:-1], page_table.shape[1]), dtype=torch.float32)
     else:
         scores = estimate(q, k_bounds, page_table, seq_lens, config.page_size, k_scales)
-    if config.candidates:
+    if config.candidate_pages:
         if codes is None:
             raise ValueError("codes must be given with config.candidates, got None")
         candidates = _best_pages(scores, seq_lens, k_bounds.shape[1], config, scale, config.candidate_pages)

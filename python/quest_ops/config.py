@@ -272,8 +272,10 @@ class QuestConfig:
 
     @property
     def candidate_pages(self) -> int:
-        """Pages that the first of two selections keeps; 0 where there is one."""
-        return max(self.candidates // self.page_size, self.most_pages) if self.candidates else 0
+        """Pages that the first of two selections keeps; 0 where there is one, or none scores pages."""
+        if not self.candidates or self.is_window:
+            return 0
+        return max(self.candidates // self.page_size, self.most_pages)
 
     @property
     def reads_bounds(self) -> bool:

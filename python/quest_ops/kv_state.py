@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .bounds import BoundsKind, kind_of, new_bounds
+from .codes import new_codes
 from .config import QuestConfig, page_budgets
 from .ops import GroupReduce, append_codes, append_kv, check_whole, decode_step, new_counters, update_bounds
 from .report import AttentionCounts
@@ -91,8 +92,7 @@ class KVState:
         counters = new_counters(page_table.shape[0], pool[2], device)
         state = cls(k_cache, v_cache, k_bounds, page_table, seq_lens, k_scales, std_factor, counters)
         if codes:
-            state.k_codes = torch.zeros((*pool[:-1], head_dim // 4), dtype=torch.uint8, device=device)
-            state.code_scales = torch.zeros(pool[:-1], dtype=torch.float32, device=device)
+            state.k_codes, state.code_scales = new_codes(pool[:-1], head_dim, device)
         return state
 
     @property
@@ -145,8 +145,7 @@ class KVState:
         """
         k_cache, v_cache, k_bounds, k_scales = self.layer(layer)
         num_pages, group_reduce, sink_pages, recent_pages = selection
-        self._append_codes(layer, k, start_lens)
-        return decode_step(
+        results = decode_step(
             q,
             k,
             v,
@@ -166,6 +165,8 @@ class KVState:
             std_factor=self.std_factor,
             counters=self.counters,
         )
+        self._append_codes(layer, k, start_lens)
+        return results
 
     def update_bounds(self, layer: int, first_token: Tensor) -> None:
         """Recompute one layer's bounds from the page of ``first_token`` [B] on: :func:`quest_ops.update_bounds`."""

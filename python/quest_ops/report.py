@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .bounds import BoundsKind, bytes_of_bounds
+from .codes import bytes_of_codes
 
 
 class Counters(NamedTuple):
@@ -118,7 +119,7 @@ class AttentionCounts:
         self.num_kv_heads, self.page_size = num_kv_heads, page_size
         self._page_bytes = 2 * page_size * head_dim * dtype.itemsize
         self._bounds_bytes = bytes_of_bounds(head_dim, bounds, dtype)
-        self._codes_bytes = page_size * (head_dim // 4 + torch.float32.itemsize)
+        self._codes_bytes = page_size * bytes_of_codes(head_dim)
         self._counts = torch.zeros((num_layers, len(Counters._fields)), dtype=torch.int64, device=device)
         if self._counts.is_cuda:  # compiled CUDA graphs then write it in place
             from torch._dynamo import mark_static_address  # slow to import

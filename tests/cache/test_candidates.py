@@ -192,6 +192,31 @@ def test_bad_candidates(options: dict[str, Any], sentence: str) -> None:
         QuestConfig(**{"budget": 24, "page_size": S, **options})
 
 
+@pytest.mark.parametrize("T", [1, 4])
+def test_a_refused_step_writes_no_codes(T: int) -> None:
+    model = Model("cpu", codes=True)
+    one = replace(CONFIG, candidates=0)
+    model.attend(60, one)
+    q, k, v = (x[1] for x in model.inputs(T))
+    model.cache.advance(T)
+    model.cache.page_table[1, 7] = 10**6
+    before = [x.clone() for x in model.cache.state.codes(1) or ()]
+    with pytest.raises(RuntimeError):
+        quest_attention(q, k, v, model.cache, 1, one)
+    for x, y in zip(model.cache.state.codes(1) or (), before, strict=True):
+        assert_same_bits(x, y)
+
+
+def test_a_window_has_no_candidates(device: str) -> None:
+    """Every page of the budget is forced, so nothing is scored."""
+    model, other = Model(device, codes=True), Model(device)
+    window = replace(CONFIG, sink_pages=1, recent_pages=2)
+    for T in (70, 1):
+        out, expected = model.attend(T, window), other.attend(T, replace(window, candidates=0))
+        assert_same_bits(out, expected)
+    assert window.candidate_pages == 0
+
+
 def test_a_cache_without_codes_refuses_candidates() -> None:
     model = Model("cpu")
     q, k, v = (x[0] for x in model.inputs(1))

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quest_ops._library import OPERATORS
 
 from . import judge
 from .campaign import run_job
-from .plans import MODES, OPERATORS, Plan
+from .plans import MODES, Plan
 
 REGRESSIONS = Path(__file__).with_name("regressions.json")
 

@@ -12,16 +12,6 @@ from quest_ops.ops import GROUP_REDUCE, HEAD_DIMS, PAGE_SIZES, TOKEN_REDUCE
 
 Plan = dict[str, Any]
 
-OPERATORS = (
-    "append_kv",
-    "update_bounds",
-    "estimate",
-    "topk_pages",
-    "append_codes",
-    "rerank_pages",
-    "sparse_decode",
-    "decode_step",
-)
 #: Operators that write new tokens, and those that take any number of them.
 APPENDING = ("append_kv", "append_codes", "decode_step")
 ANY_NEW_TOKENS = ("append_kv", "append_codes")

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from quest_ops import ops
+from quest_ops._library import OPERATORS
 
 from .__main__ import REGRESSIONS
 from .judge import run
-from .plans import MODES, OPERATORS, Plan, draw
+from .plans import MODES, Plan, draw
 
 CASES = int(os.environ.get("QUEST_OPS_FUZZ_CASES", "60"))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -12,25 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quest_ops import ops
+from quest_ops import _library, ops
 from torch import Tensor
 
 from helpers.operator_cases import KINDS, Case, Shape, place
 
 Arguments = dict[str, Any]
-OPERATORS: dict[str, Callable[..., Any]] = {
-    name: getattr(ops, name)
-    for name in (
-        "append_kv",
-        "update_bounds",
-        "estimate",
-        "topk_pages",
-        "append_codes",
-        "rerank_pages",
-        "sparse_decode",
-        "decode_step",
-    )
-}
+OPERATORS: dict[str, Callable[..., Any]] = {name: getattr(ops, name) for name in _library.OPERATORS}
 SCALED = ("append_kv", "update_bounds", "estimate", "decode_step")
 CODED = ("append_codes", "rerank_pages")
 WRITTEN = ("k_cache", "v_cache", "k_bounds", "k_scales", "k_codes", "code_scales")

@@ -104,4 +104,7 @@ def test_a_list_for_another_number_of_layers_is_an_error(device):
     cache.quest_config = BUDGETS
     with pytest.raises(ValueError, match="candidates of a cache made without them must be 0, got 64"):
         cache.quest_config = replace(BUDGETS, candidates=64)
+    cache = QuestCache(LlamaConfig(**COMMON), replace(BUDGETS, candidates=64), max_tokens=64)
+    for config in (BUDGETS, replace(BUDGETS, candidates=128)):
+        cache.quest_config = config
     assert cache.quest_config.at(2).num_pages == 2

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from quest_ops.ops import append_codes, rerank_pages
 
+from ..library import bytes_of_codes, new_codes
+
 if TYPE_CHECKING:
     from quest_ops import PageView
     from torch import Tensor
@@ -19,9 +21,8 @@ class PackedCodes:
 
     def __init__(self, kv: LayerKV, view: PageView) -> None:
         self._kv, self._view = kv, view
-        pool, device = view.k_cache.shape, view.k_cache.device
-        self._codes = torch.zeros((*pool[:3], pool[3] // 4), dtype=torch.uint8, device=device)
-        self._scales = torch.zeros(pool[:3], dtype=torch.float32, device=device)
+        *pool, head_dim = view.k_cache.shape
+        self._codes, self._scales = new_codes(tuple(pool), head_dim, view.k_cache.device)
         self._append(0)
 
     def append(self) -> None:
@@ -39,6 +40,6 @@ class PackedCodes:
         append_codes(k, self._codes, self._scales, self._view.page_table, before)
 
 
-def bytes_of_codes(shape: KVShape) -> int:
+def bytes_of_token(shape: KVShape) -> int:
     """Bytes of one token's code, all KV heads, with its scale in float32."""
-    return shape.kv_heads * (shape.head_dim // 4 + torch.float32.itemsize)
+    return shape.kv_heads * bytes_of_codes(shape.head_dim)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from quest_ops import QuestConfig, sparse_decode, topk_pages
 
-from .packed_codes import PackedCodes, bytes_of_codes
+from .packed_codes import PackedCodes, bytes_of_token
 from .page_bounds import PageBounds, bytes_of_page
 from .pages import PagePolicy, PageReader
 
@@ -125,12 +125,12 @@ class Quest(PagePolicy):
         if self.reads_all(length):
             return length * shape.token_bytes
         bounds = math.ceil(length / self.page_size) * self.page_bytes(shape)
-        codes = self.lists(shape) * min(self.candidates, length) * bytes_of_codes(shape)
+        codes = self.lists(shape) * min(self.candidates, length) * bytes_of_token(shape)
         once = super().bytes_read(shape, context, length) - bounds
         return once + (bounds + codes) // self.reselect_every
 
     def bytes_held(self, shape: KVShape, context: int, length: int) -> int:
-        codes = length * bytes_of_codes(shape) if self.candidates else 0
+        codes = length * bytes_of_token(shape) if self.candidates else 0
         return super().bytes_held(shape, context, length) + codes
 
     def start(self, kv: LayerKV) -> QuestReader:

@@ -66,7 +66,7 @@ class QuestCache(Cache):  # type: ignore[misc]
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         text_config = model_config.get_text_config(decoder=True)
-        self._settings = Settings(quest_config)
+        self._settings = Settings(quest_config, quest_config.candidates > 0)
         self._text_config = text_config
         self._prompt: Tensor | None = None  # the sequences of the last generate()
         self._replaced: str | None = None
@@ -214,7 +214,7 @@ class QuestCache(Cache):  # type: ignore[misc]
             made_with, got = getattr(self.quest_config, name), getattr(config, name)
             if got != made_with:
                 raise ValueError(f"{name} of a cache cannot change: it was made with {made_with}, got {got}")
-        if config.candidates and not self.quest_config.candidates:
+        if config.candidates and not self._settings.codes:
             raise ValueError(f"candidates of a cache made without them must be 0, got {config.candidates}")
         config.check_num_layers(self._settings.num_layers)
         self._settings.config = config

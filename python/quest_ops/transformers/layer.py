@@ -33,6 +33,7 @@ class Settings:
     """Settings that the layers of a cache share and that its owner may change between steps."""
 
     config: QuestConfig
+    codes: bool = False  # whether the layers keep the codes of keys
     observer: Callable[[int, Tensor | None, int], None] | None = None
     num_layers: int = 0
     counting: bool = False  # requested; counting begins once heads and device are known

@@ -49,7 +49,7 @@ class PagedLayer(QuestCacheLayer):
             dtype=dtype,
             bounds=config.bounds,
             std_factor=config.std_factor,
-            codes=config.candidates > 0,
+            codes=self.settings.codes,
             zeroed=True,
         )
         self.keys, self.values = self.state.layer(0)[:2]  # the storage, where transformers expects it
