@@ -130,8 +130,10 @@ struct PageScorer {
     if (first < n && Selector::by_superpages(n, K)) {
       if (c < 2) keys[page] = key;
       const uint32_t best = __reduce_max_sync(kFullMask, c < 2 ? key : kNoKey);
-      if (lane == 0) keys[key_room(p.paging.P) + Selector::key_place(first / kSuperpage, superpages_of(n))] = best;
-    } else if (c < 2 && page < n) {
+      const int superpage = first / kSuperpage + lane, all = superpages_of(n);
+      if (lane == 0 || (superpage >= all && superpage < whole_vecs(all)))
+        keys[key_room(p.paging.P) + Selector::key_place(superpage, all)] = lane == 0 ? best : kNoKey;
+    } else if (c < 2 && page < whole_vecs(n)) {
       keys[Selector::key_place(page, n)] = key;
     }
     __syncwarp();  // the slots are free now

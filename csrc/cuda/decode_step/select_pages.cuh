@@ -14,6 +14,9 @@ namespace quest::cuda {
 constexpr int kSuperpage = kMmaRows, kLongRow = 8192;  // pages
 __host__ __device__ __forceinline__ int superpages_of(int pages) { return (pages + kSuperpage - 1) / kSuperpage; }
 
+// n keys, and those of kNoKey that complete the last vector of them.
+__device__ __forceinline__ int whole_vecs(int n) { return (n + kVecKeys - 1) / kVecKeys * kVecKeys; }
+
 // The room for n keys in device memory. A row has the keys of its pages first, then those of its superpages.
 __host__ __device__ __forceinline__ int64_t key_room(int n) {
   return int64_t{vecs_per_thread<kStepThreads>(n)} * kVecKeys * kStepThreads;
@@ -75,6 +78,12 @@ struct PageSelector {
     pages[place] = page;
   }
 
+  // A vector of keys that shared memory does not hold.
+  static __device__ __noinline__ uint4 load_keys(const uint4* keys, bool exists) {
+    static_assert(kNoKey == 0);
+    return exists ? __ldcg(keys) : uint4{};
+  }
+
   // Copies the table to shared memory, behind the keys, while the scores are awaited. It needs room and alignment.
   // select() waits for the copy with its own.
   __device__ __forceinline__ void fetch_table() {
@@ -88,15 +97,6 @@ struct PageSelector {
     table = reinterpret_cast<const int32_t*>(copy);
   }
 
-  // A vector of keys that shared memory does not hold, of which `left` are not past the last.
-  static __device__ __noinline__ uint4 load_keys(const uint4* keys, int left) {
-    uint4 vec = __ldcg(keys);
-    if (left < 1) vec.x = kNoKey;
-    if (left < 2) vec.y = kNoKey;
-    if (left < 3) vec.z = kNoKey;
-    if (left < 4) vec.w = kNoKey;
-    return vec;
-  }
 
   // Superpages that have forced pages.
   __device__ __forceinline__ int forced_superpages() const {
@@ -124,17 +124,17 @@ struct PageSelector {
         return reinterpret_cast<const uint4*>(keys) + at;
       };
       uint4* const own = reinterpret_cast<uint4*>(slots()) + threadIdx.x;
+      // Scoring wrote whole vectors. Vectors past the last are zeros, which are kNoKey.
+      const int own_vecs = whole_vecs(count) / kVecKeys - vecs * static_cast<int>(threadIdx.x);
 #pragma unroll 1
-      for (int j = 0; j < shared_vecs; ++j) copy_async_16(own + j * kStepThreads, address(j));
+      for (int j = 0; j < shared_vecs; ++j) {
+        const uint64_t from = reinterpret_cast<uint64_t>(address(j));
+        copy_async_16_or_zeros(shared_address(own + j * kStepThreads), from, j < own_vecs);
+      }
       commit_copies();
       wait_copies<0>();
-      // Keys past the last are garbage.
-      const int left = count - vecs * kVecKeys * static_cast<int>(threadIdx.x);
-#pragma unroll 1
-      for (int i = max(0, left); i < shared_vecs * kVecKeys; ++i)
-        reinterpret_cast<uint32_t*>(own + i / kVecKeys * kStepThreads)[i % kVecKeys] = kNoKey;
       const auto load = [&](int j) {
-        return j < kSharedVecs ? own[j * kStepThreads] : load_keys(address(j), left - j * kVecKeys);
+        return j < kSharedVecs ? own[j * kStepThreads] : load_keys(address(j), j < own_vecs);
       };
       KeyRange range;
 #pragma unroll 2
