@@ -341,6 +341,35 @@ inline const int32_t* check_optional_lens(
   return static_cast<const int32_t*>(t->const_data_ptr());
 }
 
+// K: pages of a list.
+inline KeptPages check_kept_pages(
+    const std::optional<Tensor>& pages, const std::optional<Tensor>& steps, int64_t reselect_every, const Tensor& q,
+    const Sizes& size, int32_t Hs, int32_t K, int32_t recent_pages) {
+  STD_TORCH_CHECK(
+      reselect_every >= 1 && reselect_every <= kMaxCount, "reselect_every must be at least 1 and fit in 32 bits, got ",
+      reselect_every);
+  STD_TORCH_CHECK(
+      pages.has_value() == steps.has_value(), "kept_pages and kept_steps must be given together, got ",
+      pages ? "kept_pages" : "kept_steps", " alone");
+  if (!pages) return {};
+  check_int32(*pages, "kept_pages", q, "q");
+  check_dim(*pages, "kept_pages", 3, "[B, Hs, K or more]");
+  check_size(*pages, "kept_pages", 0, size.B, "[B, Hs, K or more]", "the number of sequences");
+  check_size(*pages, "kept_pages", 1, Hs, "[B, Hs, K or more]", "a list for each selecting head");
+  STD_TORCH_CHECK(
+      pages->size(2) >= K && pages->size(2) <= kMaxCount,
+      "kept_pages must have shape [B, Hs, K or more] with num_pages, ", K, ", or more in dimension 2, got ",
+      shape_string(*pages));
+  STD_TORCH_CHECK(pages->is_contiguous(), "kept_pages must be contiguous, got strides that are not");
+  STD_TORCH_CHECK(size.T == 1, "kept_pages must be left out with several new tokens, got ", size.T, " of them");
+  STD_TORCH_CHECK(recent_pages >= 1, "recent_pages must be at least 1 with kept_pages, got ", recent_pages);
+  return {
+      .pages = static_cast<int32_t*>(address(*pages, true)),
+      .steps = check_optional_lens(steps, "kept_steps", size.B, q, "q"),
+      .stride = static_cast<int32_t>(pages->size(2)),
+      .reselect_every = static_cast<int32_t>(reselect_every)};
+}
+
 inline int32_t* check_counters(const std::optional<Tensor>& t, int64_t B, int64_t Hkv, const Tensor& q) {
   if (!t) return nullptr;
   check_int32(*t, "counters", q, "q");

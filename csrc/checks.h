@@ -271,7 +271,8 @@ inline DecodeStepParams check_decode_step(
     const Tensor& k_bounds, const Tensor& page_table, const Tensor& start_lens, const Tensor& seq_lens,
     int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, std::optional<double> scale,
     const std::optional<Tensor>& k_scales, const std::optional<Tensor>& new_lens, const std::optional<Tensor>& budgets,
-    std::optional<double> std_factor, const std::optional<Tensor>& counters) {
+    std::optional<double> std_factor, const std::optional<Tensor>& counters, const std::optional<Tensor>& kept_pages,
+    const std::optional<Tensor>& kept_steps, int64_t reselect_every) {
   const DecodeParams d = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, std::nullopt, scale, new_lens);
   check_like(k, "k", q, "q");
   check_dim(k, "k", 4, "[B, T, Hkv, D]");
@@ -280,20 +281,24 @@ inline DecodeStepParams check_decode_step(
   const AppendParams append = check_append_kv(
       k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, std_factor, "start_lens", seq_lens);
   const GroupReduce reduce = check_selection(num_pages, "num_pages", group_reduce, sink_pages, recent_pages);
+  const int32_t Hs = reduce == GroupReduce::none ? d.size.Hq : d.size.Hkv;
+  const int32_t K = check_pages(num_pages, d.paging.page_shift, "num_pages' tokens a list (num_pages * page_size)");
   return {
       .append = append,
       .size = d.size,
       .paging = d.paging,
       .q = d.q,
-      .Hs = reduce == GroupReduce::none ? d.size.Hq : d.size.Hkv,
-      .K = check_pages(num_pages, d.paging.page_shift, "num_pages' tokens a list (num_pages * page_size)"),
+      .Hs = Hs,
+      .K = K,
       .sink_pages = static_cast<int32_t>(sink_pages),
       .recent_pages = static_cast<int32_t>(recent_pages),
       .reduce = reduce,
       .scale = d.scale,
       .budgets = check_optional_lens(budgets, "budgets", d.size.B, q, "q"),
       .counters = check_counters(counters, d.size.B, d.size.Hkv, q),
-      .num_counters = counters ? counters->size(0) : 0};
+      .num_counters = counters ? counters->size(0) : 0,
+      .kept = check_kept_pages(
+          kept_pages, kept_steps, reselect_every, q, d.size, Hs, K, static_cast<int32_t>(recent_pages))};
 }
 
 }  // namespace quest

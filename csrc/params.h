@@ -222,6 +222,15 @@ struct TopkParams {
 constexpr int64_t kSharedCounters = 32, kHeadCounters = 4;
 constexpr int64_t counters_of(int64_t B, int64_t Hkv) { return kSharedCounters + kHeadCounters * B * Hkv; }
 
+// Lists that sequences keep for some steps. The last recent_pages places of a kept list get the newest pages.
+struct KeptPages {
+  int32_t* pages = nullptr;        // [B, Hs, stride] contiguous, or null
+  const int32_t* steps = nullptr;  // [B]; a sequence selects in every `reselect_every`-th
+  int32_t stride = 0, reselect_every = 1;
+
+  QUEST_HOST_DEVICE bool keeps(int32_t b) const { return steps && steps[b] % reselect_every != 0; }
+};
+
 // append_kv, estimate, topk_pages and sparse_decode in one call.
 struct DecodeStepParams {
   AppendParams append;  // paging.seq_lens: tokens before the step
@@ -234,9 +243,11 @@ struct DecodeStepParams {
   const int32_t* budgets;  // [B] or null, as in pages_to_select
   int32_t* counters;       // [num_counters] or null, for blocks that share work
   int64_t num_counters;
-  int32_t* pages = nullptr;  // [B, T, Hs, K] contiguous
-  void* out = nullptr;       // [B, T, Hq, D] contiguous, dtype
-  float* lse = nullptr;      // [B, T, Hq] contiguous
+  KeptPages kept = {};
+  int32_t* pages = nullptr;  // [B, T, Hs, pages_stride] contiguous, K of each list; or those of `kept`
+  int32_t pages_stride = 0;
+  void* out = nullptr;   // [B, T, Hq, D] contiguous, dtype
+  float* lse = nullptr;  // [B, T, Hq] contiguous
 
   QUEST_HOST_DEVICE int32_t pages_to_select(int32_t b) const {
     return quest::pages_to_select(budgets, b, sink_pages + recent_pages, K);

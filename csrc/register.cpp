@@ -52,10 +52,13 @@ QUEST_LIBRARY(m) {
   // A layer's step in one call. append_kv runs with start_lens; estimate, topk_pages and sparse_decode run with
   // seq_lens, which are start_lens + T or new_lens. Returns out and lse of sparse_decode, and pages of topk_pages.
   // A sequence whose seq_lens is 0 is idle: nothing is written, out is 0. counters are zeros before
-  // their first call.
+  // their first call. kept_pages [B, Hs, K or more] hold the lists in the place of pages, which then has none. A
+  // sequence selects where its kept_steps [B] is a multiple of reselect_every; else it reads its list of the step
+  // before.
   m.def(
       "decode_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) k_bounds, "
       "Tensor page_table, Tensor start_lens, Tensor seq_lens, SymInt num_pages, int group_reduce=1, int sink_pages=0, "
       "int recent_pages=1, float? scale=None, Tensor(d!)? k_scales=None, Tensor? new_lens=None, Tensor? budgets=None, "
-      "float? std_factor=None, Tensor(e!)? counters=None) -> (Tensor out, Tensor lse, Tensor pages)");
+      "float? std_factor=None, Tensor(e!)? counters=None, Tensor(f!)? kept_pages=None, Tensor? kept_steps=None, "
+      "int reselect_every=1) -> (Tensor out, Tensor lse, Tensor pages)");
 }

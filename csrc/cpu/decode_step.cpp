@@ -3,9 +3,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
+#include <vector>
 
 #include "../checks.h"
 #include "../four_operators.h"
+#include "../kept_pages.h"
 #include "../mark_written.h"
 #include "../namespace.h"
 #include "checked_copies.h"
@@ -13,16 +15,54 @@
 
 namespace quest::cpu {
 
+namespace {
+
+// The lists of a step: the operator's result, or memory of their own beside kept lists, which are read once.
+class SelectedLists {
+ public:
+  SelectedLists(const DecodeStepParams& p, int32_t* result) : pages(result), selecting(p.paging), p_(p) {
+    if (!p.kept.pages) return;
+    const int32_t B = p.size.B;
+    own_.resize(int64_t{B} * p.Hs * p.K), lens_.resize(B);
+    pages = own_.data();
+    for (int32_t b = 0; b < B; ++b) lens_[b] = keeps(b) ? 0 : p.paging.seq_lens[b];
+    selecting.seq_lens = lens_.data();
+  }
+
+  // After the selection: completes the lists of sequences that keep theirs, and keeps those of the others.
+  void keep() const {
+    if (!p_.kept.pages) return;
+    for (int32_t b = 0; b < p_.size.B; ++b)
+      for (int32_t h = 0; h < p_.Hs; ++h)
+        for (int32_t i = 0; i < p_.K; ++i) keep_page(p_, b, h, i, pages + (int64_t{b} * p_.Hs + h) * p_.K);
+  }
+
+  int32_t* pages;    // [B, T, Hs, K] contiguous
+  Paging selecting;  // its lengths are 0 where no page is to be scored
+
+ private:
+  bool keeps(int32_t b) const {
+    return p_.kept.keeps(b) && p_.paging.pages_of(p_.paging.visible(b, 0, 1)) > p_.pages_to_select(b);
+  }
+
+  const DecodeStepParams& p_;
+  std::vector<int32_t> own_, lens_;
+};
+
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> decode_step(
     Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor start_lens,
     Tensor seq_lens, int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages,
     std::optional<double> scale, std::optional<Tensor> k_scales, std::optional<Tensor> new_lens,
-    std::optional<Tensor> budgets, std::optional<double> std_factor, std::optional<Tensor> counters) {
+    std::optional<Tensor> budgets, std::optional<double> std_factor, std::optional<Tensor> counters,
+    std::optional<Tensor> kept_pages, std::optional<Tensor> kept_steps, int64_t reselect_every) {
   DecodeStepParams p = check_decode_step(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
-      recent_pages, scale, k_scales, new_lens, budgets, std_factor, counters);
+      recent_pages, scale, k_scales, new_lens, budgets, std_factor, counters, kept_pages, kept_steps, reselect_every);
   const CheckedCopies copies(p);
   if (counters) mark_written({{"counters", *counters}});
+  if (kept_pages) mark_written({{"kept_pages", *kept_pages}});
   append_until(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, std_factor, seq_lens);
 
   const int64_t B = p.size.B, T = p.size.T, Hq = p.size.Hq, P = p.paging.P;
@@ -32,23 +72,23 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
     return has_tokens ? torch::stable::new_empty(q, {B, T, heads, last}, dtype)
                       : torch::stable::new_empty(q, {B, heads, last}, dtype);
   };
-  Tensor pages = new_empty(p.Hs, p.K, ScalarType::Int), out = new_empty(Hq, p.size.D, q.scalar_type());
+  Tensor pages = new_empty(p.Hs, kept_pages ? 0 : p.K, ScalarType::Int), out = new_empty(Hq, p.size.D, q.scalar_type());
   Tensor lse = has_tokens ? torch::stable::new_empty(q, {B, T, Hq}, ScalarType::Float)
                           : torch::stable::new_empty(q, {B, Hq}, ScalarType::Float);
-  p.pages = static_cast<int32_t*>(pages.mutable_data_ptr());
+  const SelectedLists lists(p, static_cast<int32_t*>(pages.mutable_data_ptr()));
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (P > 0)
     score_pages(
         {.dtype = p.append.dtype,
          .size = p.size,
-         .paging = p.paging,
+         .paging = lists.selecting,
          .q = p.q,
          .k_bounds = p.append.k_bounds,
          .scores = scores.get()});
   select_pages(
       {.size = p.size,
-       .paging = p.paging,
+       .paging = lists.selecting,
        .scores = scores.get(),
        .stride_b = T * Hq * P,
        .stride_t = Hq * P,
@@ -60,7 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
        .reduce = p.reduce,
        .scale = p.scale,
        .budgets = p.budgets,
-       .pages = p.pages});
+       .pages = lists.pages});
+  lists.keep();
   attend_pages(
       {.dtype = p.append.dtype,
        .size = p.size,
@@ -69,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
        .k_cache = p.append.k_cache,
        .v_cache = p.append.v_cache,
        .pages =
-           {.data = p.pages,
+           {.data = lists.pages,
             .stride_b = T * p.Hs * p.K,
             .stride_t = int64_t{p.Hs} * p.K,
             .stride_h = p.K,

@@ -306,6 +306,43 @@ def check_counters(t: Tensor | None, B: Size, Hkv: Size, q: Tensor) -> None:
         )
 
 
+def check_kept_pages(
+    pages: Tensor | None,
+    steps: Tensor | None,
+    reselect_every: int,
+    q: Tensor,
+    Hs: Size,
+    K: Size,
+    recent_pages: int,
+) -> None:
+    _require(
+        1 <= reselect_every <= MAX_COUNT, f"reselect_every must be at least 1 and fit in 32 bits, got {reselect_every}"
+    )
+    if (pages is None) != (steps is None):
+        alone = "kept_steps" if pages is None else "kept_pages"
+        raise RuntimeError(f"kept_pages and kept_steps must be given together, got {alone} alone")
+    if pages is None:
+        return
+    shape = "[B, Hs, K or more]"
+    check_int32(pages, "kept_pages", q, "q")
+    check_dim(pages, "kept_pages", 3, shape)
+    check_size(pages, "kept_pages", 0, q.shape[0], shape, "the number of sequences")
+    check_size(pages, "kept_pages", 1, Hs, shape, "a list for each selecting head")
+    if _known_false(pages.shape[2] >= K):
+        raise RuntimeError(
+            f"kept_pages must have shape {shape} with num_pages, {K}, or more in dimension 2, "
+            f"got {_shape_string(pages)}"
+        )
+    if not any(isinstance(size, SymInt) for size in pages.shape) and not pages.is_contiguous():
+        raise RuntimeError("kept_pages must be contiguous, got strides that are not")
+    if q.dim() == 4:
+        _require(
+            q.shape[1] == 1, f"kept_pages must be left out with several new tokens, got {q.shape[1]} of them"
+        )
+    _require(recent_pages >= 1, f"recent_pages must be at least 1 with kept_pages, got {recent_pages}")
+    check_optional_lens(steps, "kept_steps", q.shape[0], q, "q")
+
+
 # One operator: csrc/checks.h
 
 
@@ -556,6 +593,9 @@ def check_decode_step(
     budgets: Tensor | None,
     std_factor: float | None,
     counters: Tensor | None,
+    kept_pages: Tensor | None,
+    kept_steps: Tensor | None,
+    reselect_every: int,
 ) -> None:
     check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, None, scale, new_lens)
     check_like(k, "k", q, "q")
@@ -569,3 +609,5 @@ def check_decode_step(
     check_pages(num_pages, k_cache.shape[2], "num_pages' tokens a list (num_pages * page_size)")
     check_optional_lens(budgets, "budgets", q.shape[0], q, "q")
     check_counters(counters, q.shape[0], k_cache.shape[1], q)
+    Hs = q.shape[-2] if group_reduce == 0 else k_cache.shape[1]
+    check_kept_pages(kept_pages, kept_steps, reselect_every, q, Hs, num_pages, recent_pages)

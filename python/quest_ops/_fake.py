@@ -122,6 +122,9 @@ def _decode_step(  # type: ignore[no-untyped-def]
     budgets=None,
     std_factor=None,
     counters=None,
+    kept_pages=None,
+    kept_steps=None,
+    reselect_every=1,
 ):
     check.check_decode_step(
         q,
@@ -143,8 +146,12 @@ def _decode_step(  # type: ignore[no-untyped-def]
         budgets,
         std_factor,
         counters,
+        kept_pages,
+        kept_steps,
+        reselect_every,
     )
-    _written(k_cache=k_cache, v_cache=v_cache, k_bounds=k_bounds, k_scales=k_scales, counters=counters)
+    _written(k_cache=k_cache, v_cache=v_cache, k_bounds=k_bounds, k_scales=k_scales)
+    _written(counters=counters, kept_pages=kept_pages)
     heads = q.shape[-2] if group_reduce == 0 else k_cache.shape[1]
-    pages = q.new_empty((*q.shape[:-2], heads, num_pages), dtype=torch.int32)
+    pages = q.new_empty((*q.shape[:-2], heads, num_pages if kept_pages is None else 0), dtype=torch.int32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32), pages

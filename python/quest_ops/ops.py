@@ -362,6 +362,9 @@ def decode_step(
     budgets: Tensor | None = None,
     std_factor: float | None = None,
     counters: Tensor | None = None,
+    kept_pages: Tensor | None = None,
+    kept_steps: Tensor | None = None,
+    reselect_every: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's whole step: append_kv, estimate, topk_pages and sparse_decode, with their results bit for bit.
 
@@ -391,16 +394,26 @@ def decode_step(
         counters: of :func:`new_counters`, written. Blocks of the kernel share their work by them. A call leaves them
             as the next one needs them, so one tensor serves all steps on a stream. Steps that may overlap, on several
             streams, need one each. Without it a small kernel clears counters first.
+        kept_pages: [B, Hs, K or more] int32, contiguous, written: lists of pages that sequences keep for some steps, as
+            in LServe (Yang et al., MLSys 2025). Each list is in the first K places of its row. Needs one new token and
+            ``recent_pages`` of at least 1. A step that keeps lists neither reads bounds nor selects, where it is a
+            single kernel or on the CPU.
+        kept_steps: [B] int32, given with ``kept_pages``. A sequence selects pages where its number is a multiple of
+            ``reselect_every``. Elsewhere it reads its list of the step before, with the newest ``recent_pages`` pages
+            in the list's last places. Numbers in the list that are no pages of the sequence are not read. A sequence
+            must select in its first step, and after a step in which it was idle.
+        reselect_every: steps from one selection to the next.
 
     Returns:
-        out and lse of :func:`sparse_decode`, and the pages that :func:`topk_pages` selected.
+        out and lse of :func:`sparse_decode`, and the pages that :func:`topk_pages` selected. With ``kept_pages``, which
+        has the pages then, the third tensor has no element: [B, Hs, 0].
 
     Raises:
         ValueError: an unknown ``group_reduce``.
         RuntimeError: an argument that is not supported, as the module says.
     """
-    names = "num_pages sink_pages recent_pages scale std_factor"
-    _check_numbers(names, num_pages, sink_pages, recent_pages, scale, std_factor)
+    names = "num_pages sink_pages recent_pages scale std_factor reselect_every"
+    _check_numbers(names, num_pages, sink_pages, recent_pages, scale, std_factor, reselect_every)
     out, lse, pages = _ops.decode_step(
         q,
         k,
@@ -421,6 +434,9 @@ def decode_step(
         budgets,
         std_factor,
         counters,
+        kept_pages,
+        kept_steps,
+        reselect_every,
     )
     return out, lse, pages
 

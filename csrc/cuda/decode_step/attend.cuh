@@ -46,10 +46,10 @@ struct RowAttender {
   // itself: a list from another block would arrive no earlier.
   __device__ void list_pages(const Split& split, int first, int end) const {
     const int n = scheduler.pages_of(split), K = p.pages_to_select(split.b);
-    const bool scored = scheduler.is_scored(n, K), last = split.index == split.count - 1;
+    const bool scored = scheduler.is_scored(split.b, n, K), last = split.index == split.count - 1;
     Selector row{
         .keys = params.keys + scored_row(split) * params.keys_stride,
-        .pages = p.pages + int64_t{scored_row(split)} * p.K,
+        .pages = p.pages + int64_t{scored_row(split)} * p.pages_stride,
         .table = p.paging.page_table + split.b * p.paging.page_table_stride,
         .n = n,
         .K = K,
@@ -66,7 +66,8 @@ struct RowAttender {
     if (scored || last) {
       const int first_scored = scored_row(split) - (kv_head(split) & (scheduler.tile_heads() - 1));
       if (scheduler.is_first())
-        wait_until_at_least(&params.rows[first_scored].scored, scheduler.score_splits(n, K), scheduler.shared.odd);
+        wait_until_at_least(
+            &params.rows[first_scored].scored, scheduler.score_splits(split.b, n, K), scheduler.shared.odd);
       __syncthreads();
     }
     if (scored) {
@@ -74,12 +75,15 @@ struct RowAttender {
 #pragma unroll 1
       for (int i = K + threadIdx.x; last && i < p.K; i += kStepThreads) row.pages[i] = -1;
     } else {
+      const bool kept = n > K && scheduler.shared.keeps[split.b];
 #pragma unroll 1
       for (int i = first + threadIdx.x; i < (last ? p.K : end); i += kStepThreads) {
-        if (i < min(n, K))
-          row.put(i, n > K && i >= p.sink_pages ? n - K + i : i);
-        else
+        if (i >= min(n, K))
           row.pages[i] = -1;
+        else if (kept && i < K - p.recent_pages)
+          row.put_kept(i);
+        else
+          row.put(i, n > K && i >= p.sink_pages ? n - K + i : i);
       }
     }
     __syncthreads();

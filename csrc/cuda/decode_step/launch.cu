@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../../four_operators.h"
+#include "../../kept_pages.h"
 #include "../../mark_written.h"
 #include "../../namespace.h"
 #include "../host/nvtx_range.h"
@@ -23,20 +24,52 @@ bool fits_one_launch(const DecodeStepParams& p) {
          p.size.B <= kMaxSequences && p.recent_pages > 0;
 }
 
+template <class T>
+bool launch_with_bounds(const DecodeStepParams& p, const Tensor& q, cudaStream_t stream) {
+  const Bounds& bounds = p.append.k_bounds;
+  if (bounds.packed) return launch_step<T, Nibbles>(p, q, stream);
+  return bounds.scales ? launch_step<T, int8_t>(p, q, stream) : launch_step<T, T>(p, q, stream);
+}
+
+// A thread for each entry of a list.
+struct KeepParams {
+  DecodeStepParams op;
+  int32_t* lists;  // [B, Hs, K] contiguous
+};
+constexpr int kKeepThreads = 256;
+__global__ void __launch_bounds__(kKeepThreads) keep_pages_kernel(const KeepParams params) {
+  const DecodeStepParams& p = params.op;
+  start_next_kernel();
+  wait_for_previous_kernel();
+  const int64_t entry = int64_t{blockIdx.x} * kKeepThreads + threadIdx.x, list = entry / p.K;
+  if (list >= int64_t{p.size.B} * p.Hs) return;
+  const int b = static_cast<int>(list / p.Hs), h = static_cast<int>(list % p.Hs);
+  keep_page(p, b, h, static_cast<int>(entry % p.K), params.lists + list * p.K);
+}
+
+void launch_keep_pages(const DecodeStepParams& p, int32_t* lists, cudaStream_t stream) {
+  const int64_t entries = int64_t{p.size.B} * p.Hs * p.K, blocks = (entries + kKeepThreads - 1) / kKeepThreads;
+  launch_in_order(
+      keep_pages_kernel, grid_size(blocks, "decode_step"), kKeepThreads, 0, stream,
+      KeepParams{.op = p, .lists = lists});
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> decode_step(
     Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor k_bounds, Tensor page_table, Tensor start_lens,
     Tensor seq_lens, int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages,
     std::optional<double> scale, std::optional<Tensor> k_scales, std::optional<Tensor> new_lens,
-    std::optional<Tensor> budgets, std::optional<double> std_factor, std::optional<Tensor> counters) {
+    std::optional<Tensor> budgets, std::optional<double> std_factor, std::optional<Tensor> counters,
+    std::optional<Tensor> kept_pages, std::optional<Tensor> kept_steps, int64_t reselect_every) {
   DecodeStepParams p = check_decode_step(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
-      recent_pages, scale, k_scales, new_lens, budgets, std_factor, counters);
+      recent_pages, scale, k_scales, new_lens, budgets, std_factor, counters, kept_pages, kept_steps, reselect_every);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
   check_values_if_requested(p, stream);
   if (counters) mark_written({{"counters", *counters}});
+  if (kept_pages) mark_written({{"kept_pages", *kept_pages}});
   if (fits_one_launch(p)) {
     mark_written({{"k_cache", k_cache}, {"v_cache", v_cache}, {"k_bounds", k_bounds}}, k_scales);
     const NvtxRange range("decode_step");
@@ -46,18 +79,26 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
     std::vector<int64_t> shape(q.sizes().begin(), q.sizes().end());
     Tensor out = empty(shape, q.scalar_type());
     Tensor lse = empty({shape.begin(), shape.end() - 1}, ScalarType::Float);
-    shape[shape.size() - 2] = p.size.Hkv, shape.back() = p.K;
+    shape[shape.size() - 2] = p.size.Hkv, shape.back() = kept_pages ? 0 : p.K;
     Tensor pages = empty(shape, ScalarType::Int);
     if (lse.numel() == 0) return {out, lse, pages};
     p.out = out.mutable_data_ptr();
     p.lse = static_cast<float*>(lse.mutable_data_ptr());
-    p.pages = static_cast<int32_t*>(pages.mutable_data_ptr());
-    const bool launched = p.append.dtype == DType::f16 ? launch_f16(p, q, stream) : launch_bf16(p, q, stream);
-    if (launched) return {out, lse, pages};
+    p.pages = kept_pages ? p.kept.pages : static_cast<int32_t*>(pages.mutable_data_ptr());
+    p.pages_stride = kept_pages ? p.kept.stride : p.K;
+    if (p.append.dtype == DType::f16 ? launch_with_bounds<__half>(p, q, stream)
+                                     : launch_with_bounds<__nv_bfloat16>(p, q, stream))
+      return {out, lse, pages};
   }
   return four_operators(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
-      recent_pages, p.scale, k_scales, new_lens, budgets, std_factor);
+      recent_pages, p.scale, k_scales, new_lens, budgets, std_factor, [&](const Tensor& pages) {
+        if (!kept_pages) return pages;
+        if (pages.numel() > 0) launch_keep_pages(p, static_cast<int32_t*>(pages.mutable_data_ptr()), stream);
+        std::vector<int64_t> none(pages.sizes().begin(), pages.sizes().end());
+        none.back() = 0;
+        return torch::stable::empty(none, ScalarType::Int, std::nullopt, pages.device());
+      });
 }
 
 QUEST_LIBRARY_IMPL(CUDA, m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }

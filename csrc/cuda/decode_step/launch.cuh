@@ -1,10 +1,10 @@
-// The launch of a step's kernel: its scratch memory and its grid. launch_f16.cu and launch_bf16.cu each compile the
-// kernels of a dtype.
+// The launch of a step's kernel: its scratch memory and its grid.
 #pragma once
 
 #include "../host/launch.h"
 #include "../host/split.h"
 #include "kernel.cuh"
+#include "launch.h"
 
 namespace quest::cuda {
 
@@ -53,9 +53,8 @@ Tensor allocate_scratch(DecodeStepKernelParams& params, const Tensor& like, cuda
   return scratch;
 }
 
-// False where the device's shared memory is too small.
 template <class T, class Bound, int D, int kHeadTiles>
-bool launch_step(const DecodeStepParams& p, const Tensor& q, cudaStream_t stream) {
+bool launch_kernel(const DecodeStepParams& p, const Tensor& q, cudaStream_t stream) {
   const int device = q.get_device_index();
   constexpr int kShared = sizeof(typename DecodeStep<T, Bound, D, kHeadTiles>::Memory);
   if (!has_shared(device, kShared)) return false;
@@ -82,23 +81,16 @@ bool launch_step(const DecodeStepParams& p, const Tensor& q, cudaStream_t stream
 }
 
 template <class T, class Bound>
-bool launch_with_bounds(const DecodeStepParams& p, const Tensor& q, cudaStream_t stream) {
+bool launch_step(const DecodeStepParams& p, const Tensor& q, cudaStream_t stream) {
   bool launched = false;
   dispatch_head_dim(p.size.D, [&]<int D>(std::integral_constant<int, D>) {
     // Rows are copied in pieces of 16 bytes.
     if constexpr (kBoundsRowBytes<Bound, D> % 16 == 0) {
-      launched = p.size.group() <= kMmaHeads ? launch_step<T, Bound, D, 1>(p, q, stream)
-                                             : launch_step<T, Bound, D, kMaxHeadTiles>(p, q, stream);
+      launched = p.size.group() <= kMmaHeads ? launch_kernel<T, Bound, D, 1>(p, q, stream)
+                                             : launch_kernel<T, Bound, D, kMaxHeadTiles>(p, q, stream);
     }
   });
   return launched;
-}
-
-template <class T>
-bool launch_step(const DecodeStepParams& p, const Tensor& q, cudaStream_t stream) {
-  const Bounds& bounds = p.append.k_bounds;
-  if (bounds.packed) return launch_with_bounds<T, Nibbles>(p, q, stream);
-  return bounds.scales ? launch_with_bounds<T, int8_t>(p, q, stream) : launch_with_bounds<T, T>(p, q, stream);
 }
 
 }  // namespace quest::cuda

@@ -19,6 +19,7 @@ template <int kHeadTiles>
 struct Scheduler {
   struct Shared {
     int lengths[kMaxSequences], starts[kMaxSequences];          // with the new token, and before it
+    bool keeps[kMaxSequences];                                  // its lists of an earlier step
     int score_ends[kMaxSequences], attend_ends[kMaxSequences];  // splits of all sequences up to this one
     int2 sums[kStepWarps];
     TakenSplits first;
@@ -57,13 +58,15 @@ struct Scheduler {
   __device__ int head_tiles() const { return p.size.Hkv >> params.score_heads_log2; }
   __device__ int tile_pages() const { return kStepWarps * kMmaRows >> params.score_heads_log2; }
   // Whether scores decide which K pages are selected.
-  __device__ bool is_scored(int pages, int K) const { return pages > K && p.sink_pages + p.recent_pages < K; }
-  __device__ int score_tiles(int pages, int K) const {
-    const int row_tiles = (pages + kMmaRows - 1) / kMmaRows;
-    return is_scored(pages, K) ? ((row_tiles << params.score_heads_log2) + kStepWarps - 1) / kStepWarps : 1;
+  __device__ bool is_scored(int b, int pages, int K) const {
+    return pages > K && p.sink_pages + p.recent_pages < K && !shared.keeps[b];
   }
-  __device__ int score_splits(int pages, int K) const {
-    return (score_tiles(pages, K) + score_split_tiles - 1) / score_split_tiles;
+  __device__ int score_tiles(int b, int pages, int K) const {
+    const int row_tiles = (pages + kMmaRows - 1) / kMmaRows;
+    return is_scored(b, pages, K) ? ((row_tiles << params.score_heads_log2) + kStepWarps - 1) / kStepWarps : 1;
+  }
+  __device__ int score_splits(int b, int pages, int K) const {
+    return (score_tiles(b, pages, K) + score_split_tiles - 1) / score_split_tiles;
   }
 
   // Attention: a tile is kTileTokens tokens of a row's list.
@@ -80,8 +83,8 @@ struct Scheduler {
     int tiles_to_score = 0, tiles_to_attend = 0;
     if (b < p.size.B) {
       const int length = g.visible(b, 0, 1), pages = g.pages_of(length), K = p.pages_to_select(b);
-      shared.lengths[b] = length, shared.starts[b] = p.append.paging.length(b);
-      tiles_to_score = score_tiles(pages, K), tiles_to_attend = attend_tiles(pages, K);
+      shared.lengths[b] = length, shared.starts[b] = p.append.paging.length(b), shared.keeps[b] = p.kept.keeps(b);
+      tiles_to_score = score_tiles(b, pages, K), tiles_to_attend = attend_tiles(pages, K);
     }
     const int2 all = sum(tiles_to_score * head_tiles(), tiles_to_attend * attend_heads(), true);
     const int blocks = gridDim.x;

@@ -77,6 +77,14 @@ struct PageSelector {
     Memory::get().pages[place - first] = {number < 0 || number >= N ? kInvalidPage : number, tokens};
     pages[place] = page;
   }
+  // The page of an earlier step. The list may have any numbers; a page past the sequence has no tokens.
+  __device__ __forceinline__ void put_kept(int place) const {
+    const int page = pages[place];
+    if (page >= 0 && page < P)
+      put(place, page);
+    else
+      Memory::get().pages[place - first] = {kInvalidPage, 0};
+  }
 
   // A vector of keys that shared memory does not hold.
   static __device__ __noinline__ uint4 load_keys(const uint4* keys, bool exists) {
@@ -96,7 +104,6 @@ struct PageSelector {
       copy_async_16(copy + i, reinterpret_cast<const uint4*>(table) + i);
     table = reinterpret_cast<const int32_t*>(copy);
   }
-
 
   // Superpages that have forced pages.
   __device__ __forceinline__ int forced_superpages() const {

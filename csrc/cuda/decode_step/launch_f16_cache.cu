@@ -1,0 +1,7 @@
+#include "launch.cuh"
+
+namespace quest::cuda {
+
+template bool launch_step<__half, __half>(const DecodeStepParams&, const Tensor&, cudaStream_t);
+
+}  // namespace quest::cuda
