@@ -94,6 +94,7 @@ class Paged:
             dtype=dtype,
             bounds=kind.bounds,
             std_factor=kind.std_factor,
+            kept_pages=max(capacity, filled + steps) // kind.page_size,  # config may have any budget
             device=device,
         )
         # A new pool hands out its pages in order; in one that has served for a while they lie anywhere.

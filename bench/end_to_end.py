@@ -43,6 +43,8 @@ from workloads import named
 WARM, MOST_STEPS = 3, 64  # steps before those that are timed, and all of a configuration
 BUDGETS = {"cuda": ["512", "1024", "2048", "4096", "full"], "cpu": ["512", "full"]}
 ALL_SPARSE = ("512", "1024", "2048")  # budgets of the default without dense layers
+KEPT = ("1024", "2048")  # budgets of which a selection serves KEPT_STEPS steps as well
+KEPT_STEPS = 4
 LEAST_CAPACITY = 8192  # a serving cache is not made for short texts alone
 SPARE_BYTES = 3 << 30  # for activations, the graph and the making of keys
 #: The paper's: minimum and maximum in the cache's dtype, no page forced but the last one, two dense layers.
@@ -109,15 +111,19 @@ class Timer:
     def __init__(self, device: str, seconds: float) -> None:
         self.device, self.seconds = device, seconds
 
-    def __call__(self, step: Callable[[Tensor], Tensor], batch: int, profiled: bool) -> dict[str, Any]:
-        """Milliseconds of a step, tokens a second, and by the profiler the kernels of a step and their stages."""
+    def __call__(self, step: Callable[[Tensor], Tensor], batch: int, profiled: bool, period: int = 1) -> dict[str, Any]:
+        """Milliseconds of a step, tokens a second, and by the profiler the kernels of a step and their stages.
+
+        Steps that differ with a period are averaged over it.
+        """
         tokens, stages = torch.arange(batch, device=self.device), {}
         with torch.no_grad():
             if self.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                times, stages = self._graph(step, tokens, profiled)
+                times, stages = self._graph(step, tokens, profiled, period)
             else:
                 times = self._eager(step, tokens)
+        times = [statistics.fmean(times[i : i + period]) for i in range(0, len(times) - period + 1, period)]
         low, median, high = statistics.quantiles(times, n=4)
         found: dict[str, Any] = {"milliseconds": {"median": median, "low": low, "high": high}}
         found["tokens_per_second"] = batch * 1e3 / median
@@ -139,7 +145,7 @@ class Timer:
         return [1e3 * seconds for seconds in times[WARM:]]
 
     def _graph(
-        self, step: Callable[[Tensor], Tensor], tokens: Tensor, profiled: bool
+        self, step: Callable[[Tensor], Tensor], tokens: Tensor, profiled: bool, period: int
     ) -> tuple[list[float], dict[str, Any]]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -160,7 +166,7 @@ class Timer:
                 return [before.elapsed_time(after) for before, after in pairwise(events[: count + 1])]
 
             times = replay(self._count(replay(WARM - 1)[-1] / 1e3))
-            stages = profile(graph) if profiled else {}
+            stages = profile(graph, period) if profiled else {}
         torch.cuda.current_stream().wait_stream(stream)
         return times, stages
 
@@ -168,14 +174,15 @@ class Timer:
         return max(5, min(MOST_STEPS - WARM - 2, round(self.seconds / seconds_of_step)))
 
 
-def profile(graph: torch.cuda.CUDAGraph) -> dict[str, Any]:
-    """The kernels, copies and fills of one replay: their number, and the milliseconds of each stage."""
+def profile(graph: torch.cuda.CUDAGraph, replays: int) -> dict[str, Any]:
+    """The kernels, copies and fills of a replay: their number, and the milliseconds of each stage, as means."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
     with torch_profile(activities=[ProfilerActivity.CUDA]) as found:
-        graph.replay()
+        for _ in range(replays):
+            graph.replay()
         torch.cuda.synchronize()
     kernels = [event for event in found.events() if event.device_type == DeviceType.CUDA]
     if not kernels:
@@ -183,8 +190,8 @@ def profile(graph: torch.cuda.CUDAGraph) -> dict[str, Any]:
         return {}
     stages = dict.fromkeys(STAGES, 0.0)
     for kernel in kernels:
-        stages[stage_of(kernel.name)] += kernel.time_range.elapsed_us() / 1e3
-    return {"kernels": len(kernels), "milliseconds": stages}
+        stages[stage_of(kernel.name)] += kernel.time_range.elapsed_us() / 1e3 / replays
+    return {"kernels": len(kernels) // replays, "milliseconds": stages}
 
 
 def stage_of(kernel: str) -> str:
@@ -204,8 +211,8 @@ def measure(row: Row, model: Model, timer: Timer, budgets: list[str], without: d
     shape, batch, context = row.shape, row.batch, row.context
     placed = {"dtype": model.dtype, "device": model.device}
 
-    def timed(attention: Contiguous | Paged, profiled: bool = True) -> dict[str, Any]:
-        found = timer(lambda tokens: model.step(tokens, attention), batch, profiled)
+    def timed(attention: Contiguous | Paged, profiled: bool = True, period: int = 1) -> dict[str, Any]:
+        found = timer(lambda tokens: model.step(tokens, attention), batch, profiled, period)
         ms = found["milliseconds"]["median"]
         return {**found, "attention_share": 1 - without["milliseconds"]["median"] / ms}
 
@@ -239,6 +246,11 @@ def measure(row: Row, model: Model, timer: Timer, budgets: list[str], without: d
     for budget in [budget for budget in budgets if budget in ALL_SPARSE]:
         attention.config = replace(DEFAULT, budget=int(budget), dense_layers=0)
         quest[f"no dense layers, {budget}"] = timed(attention, profiled=budget == "1024")
+        attention.rewind()
+    for budget in [budget for budget in budgets if budget in KEPT]:
+        attention.config = replace(DEFAULT, budget=int(budget), dense_layers=0, reselect_every=KEPT_STEPS)
+        name = f"no dense layers, {budget}, a selection for {KEPT_STEPS} steps"
+        quest[name] = timed(attention, profiled=budget == "2048", period=KEPT_STEPS)
         attention.rewind()
     attention.config = replace(DEFAULT, dense_layers=shape.layers)
     dense[OWN_DENSE] = timed(attention)

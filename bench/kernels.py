@@ -3,10 +3,11 @@
     python bench/kernels.py [--quick | --only TEXT ...] [--no-peers] [--out bench/results/kernels.json]
 
 A decode step is append_kv with the bounds, estimate, topk_pages and sparse_decode. It is timed in one call ("pipeline",
-by decode_step) and as the four operators ("four"). Each figure is a share of one CUDA graph over distinct layers, whose
-bytes exceed five times the L2 cache and whose page tables are permuted. Dense peers write their new token too. The
-read roofline ("limit") is the time of one kernel that reads the same number of contiguous bytes. Every workload is
-checked for correctness before it is timed. Writes a JSON and, for whole runs, plots beside it.
+by decode_step) and as the four operators ("four"). A decode_step that keeps its pages ("kept") reads no bounds. Each
+figure is a share of one CUDA graph over distinct layers, whose bytes exceed five times the L2 cache and whose page
+tables are permuted. Dense peers write their new token too. The read roofline ("limit") is the time of one kernel that
+reads the same number of contiguous bytes. Every workload is checked for correctness before it is timed. Writes a JSON
+and, for whole runs, plots beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 from dense_peers import time_peers
-from layers import DEVICE, append, attend, check, cold_layers, four_operators, one_call, score, select
+from layers import DEVICE, append, attend, check, cold_layers, four_operators, kept_step, one_call, score, select
 from quest_ops import topk_pages
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +36,7 @@ def measure(w: Workload, with_peers: bool, with_flex: bool) -> dict[str, object]
     check(w, layers[0])
     scores = [score(w, x) for x in layers]
     pages = [select(w, x) for x in layers]
+    kept, odd = [p.clone() for p in pages], torch.ones_like(layers[0].after)
     buffer = torch.zeros(max(w.sparse_bytes, 1 << 30) // 4, dtype=torch.int32, device=DEVICE)
     sink, apart = torch.zeros(1, dtype=torch.int32, device=DEVICE), max(1, buffer.nbytes // w.sparse_bytes)
     reads = [
@@ -53,6 +55,7 @@ def measure(w: Workload, with_peers: bool, with_flex: bool) -> dict[str, object]
         "sparse_decode": time_calls([lambda x=x, p=p: attend(x, p) for x, p in zip(layers, pages, strict=True)]),
         "four": time_calls([lambda x=x: four_operators(w, x) for x in layers]),
         "pipeline": time_calls([lambda x=x: one_call(w, x) for x in layers]),
+        "kept": time_calls([lambda x=x, p=p: kept_step(w, x, p, odd) for x, p in zip(layers, kept, strict=True)]),
         "pages=None": time_calls([lambda x=x: (append(x), attend(x, None)) for x in layers]),
         "limit": time_calls(reads),
         **(time_peers(w, layers, with_flex) if with_peers else {}),
@@ -107,8 +110,19 @@ def machine() -> dict[str, object]:
 
 def print_rows(rows: list[dict[str, object]]) -> None:
     table = Table("heads, context, budget", title="microseconds a layer and decode step: median")
-    names = ["append_kv", "estimate", "topk_pages", "sparse_decode", "four", "pipeline", "limit", "pages=None", *DENSE]
-    headings = {"four": "four operators", "pipeline": "decode_step", "limit": "read roofline"}
+    names = [
+        "append_kv",
+        "estimate",
+        "topk_pages",
+        "sparse_decode",
+        "four",
+        "pipeline",
+        "kept",
+        "limit",
+        "pages=None",
+        *DENSE,
+    ]
+    headings = {"four": "four operators", "pipeline": "decode_step", "kept": "kept pages", "limit": "read roofline"}
     for name in (*names, "speedup", "x roofline"):
         table.add_column(headings.get(name, name), justify="right")
     for row in rows:

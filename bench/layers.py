@@ -102,10 +102,21 @@ def one_call(w: Workload, x: Layer) -> Tensor:
     return decode_step(x.q, x.k_new, x.v_new, *caches, *lengths, w.selected, **options)[0]
 
 
+def kept_step(w: Workload, x: Layer, kept: Tensor, steps: Tensor) -> Tensor:
+    """decode_step with the lists of an earlier step, kept [B, Hkv, K]; steps [B] are odd."""
+    caches = (x.k_cache, x.v_cache, x.k_bounds)
+    lengths = (x.page_table, x.before, x.after)
+    lists = {"kept_pages": kept, "kept_steps": steps, "reselect_every": 2}
+    options = {"k_scales": x.k_scales, **std_factor(x), **counters(x), **lists}
+    return decode_step(x.q, x.k_new, x.v_new, *caches, *lengths, w.selected, **options)[0]
+
+
 def check(w: Workload, x: Layer) -> None:
     """Hold decode_step to the four operators bit for bit, and one sequence and KV head of both to float64."""
     out, pages = one_call(w, x), select(w, x)
     assert torch.equal(out, four_operators(w, x)), f"{w}: decode_step differs from the four operators"
+    odd = torch.ones_like(x.after)
+    assert torch.equal(kept_step(w, x, pages.clone(), odd), out), f"{w}: kept pages are not those of the selection"
     group, dense = w.heads // w.kv_heads, attend(x, None)
     b, h = w.batch - 1, w.kv_heads - 1
     heads = slice(h * group, (h + 1) * group)

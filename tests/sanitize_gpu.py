@@ -93,6 +93,13 @@ def steps(shape: Shape, num_pages: int, news: tuple[int, ...] | None = None, **o
     one = one_step(x, num_pages, budgets=budgets, counters=counters, **options)
     four = four_steps(y, num_pages, budgets=budgets, **options)
     ops.sparse_decode(*y.attention, new_lens=y.new_lens)
+    if news is None and shape.new_tokens <= 1 and options.get("recent_pages", 1):
+        kept = torch.full((*one[2].shape[:1], *one[2].shape[-2:]), -1, dtype=torch.int32, device="cuda")
+        numbers = torch.tensor([0, 1, 2], dtype=torch.int32, device="cuda")
+        for kept_steps in (numbers[:1].expand(3).contiguous(), numbers):
+            lists = {"kept_pages": kept, "kept_steps": kept_steps, "reselect_every": 2}
+            one_step(on(case, "cuda"), num_pages, counters=counters, **lists, **options)
+        assert torch.equal(kept, one[2].view_as(kept))
     for a, b in zip(one, four, strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
 

@@ -5,6 +5,7 @@ from .attention import attention_path, attention_report, quest_attention, select
 from .cache import PagedKVCache
 from .cache_view import CacheView
 from .config import LayerPages, QuestConfig, Selector
+from .kept_pages import KeptPages
 from .ops import (
     append_codes,
     append_kv,
@@ -23,6 +24,7 @@ __version__: str = build_info["version"]
 __all__ = [
     "CacheFullError",
     "CacheView",
+    "KeptPages",
     "LayerPages",
     "PageView",
     "PagedKVCache",

@@ -336,9 +336,7 @@ def check_kept_pages(
     if not any(isinstance(size, SymInt) for size in pages.shape) and not pages.is_contiguous():
         raise RuntimeError("kept_pages must be contiguous, got strides that are not")
     if q.dim() == 4:
-        _require(
-            q.shape[1] == 1, f"kept_pages must be left out with several new tokens, got {q.shape[1]} of them"
-        )
+        _require(q.shape[1] == 1, f"kept_pages must be left out with several new tokens, got {q.shape[1]} of them")
     _require(recent_pages >= 1, f"recent_pages must be at least 1 with kept_pages, got {recent_pages}")
     check_optional_lens(steps, "kept_steps", q.shape[0], q, "q")
 

@@ -277,6 +277,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, config: QuestConfi
             f"config.candidates must be 0 with a cache that has no codes, got {config.candidates}: make the cache with "
             f"codes=True"
         )
+    if config.kept_pages > cache.kept_pages:
+        raise ValueError(
+            f"config.reselect_every must be 1 with a cache that keeps lists of {cache.kept_pages} pages, got "
+            f"{config.reselect_every}: make the cache with kept_pages=config.kept_pages, {config.kept_pages}"
+        )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {tensor!r}")
@@ -306,10 +311,12 @@ def _decode_step(
 ) -> Tensor:
     cache.claim_step(layer, k)
     lens, budgets = (cache.start_lens, cache.seq_lens), cache.page_budgets(config)
-    out, _, pages = cache.state.decode_step(layer, q, k, v, *lens, config.selection, scale, budgets)
+    every, kept = config.reselect_every, cache.state.kept
+    out, _, pages = cache.state.decode_step(layer, q, k, v, *lens, config.selection, scale, budgets, every)
     cache.step_written(layer)
     if cache.counts is not None:
-        cache.counts.record(layer, pages, cache.seq_lens, q.shape[1])
+        selects = None if kept is None or every == 1 or q.shape[1] > 1 else kept.selects(every)
+        cache.counts.record(layer, pages, cache.seq_lens, q.shape[1], selects=selects)
     return out
 
 

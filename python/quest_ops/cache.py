@@ -43,6 +43,7 @@ class PagedKVCache(StepCache):
         std_factor: bounds are mean - std_factor * std and mean + std_factor * std of a page's keys; None: minimum and
             maximum, as in the paper.
         codes: keep each key in 2 bits a dimension, for ``QuestConfig.candidates``.
+        kept_pages: pages of the lists that sequences keep, ``config.kept_pages`` for ``QuestConfig.reselect_every``.
         device: of all tensors.
         poison_freed: fill pages with NaN when they are made and when they are freed, so that any read of them shows.
             By default where ``QUEST_OPS_POISON=1`` is in the environment.
@@ -78,6 +79,7 @@ class PagedKVCache(StepCache):
         bounds: BoundsKind = "int4",
         std_factor: float | None = 1.0,
         codes: bool = False,
+        kept_pages: int = 0,
         device: torch.device | str = "cpu",
         poison_freed: bool | None = None,
     ) -> None:
@@ -100,6 +102,9 @@ class PagedKVCache(StepCache):
             check_whole(name, number)
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
+        check_whole("kept_pages", kept_pages)
+        if kept_pages < 0:
+            raise ValueError(f"kept_pages must be at least 0, got {kept_pages}")
         pages_per_sequence = -(-max_tokens // page_size)
         num_pages = batch_size * pages_per_sequence if num_pages is None else num_pages
         pool = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
@@ -107,7 +112,14 @@ class PagedKVCache(StepCache):
             page_table = torch.full((batch_size, pages_per_sequence), -1, dtype=torch.int32, device=device)
             seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
             state = KVState.allocate(
-                pool, page_table, seq_lens, dtype=dtype, bounds=bounds, std_factor=std_factor, codes=codes
+                pool,
+                page_table,
+                seq_lens,
+                dtype=dtype,
+                bounds=bounds,
+                std_factor=std_factor,
+                codes=codes,
+                kept_pages=kept_pages,
             )
             super().__init__(state, max_tokens)
         self._mark_for_dynamo()
@@ -127,14 +139,15 @@ class PagedKVCache(StepCache):
             # A symbolic N would make a layer's offset in the pool symbolic. Inductor (torch 2.13) takes the symbolic
             # offset of a view that an operator writes to for 0: the tokens of all layers would go to the first.
             torch._dynamo.mark_static(pool)
-        for tensor in (self.page_table, self.seq_lens, self.start_lens, self.new_lens):
+        kept = [] if self.state.kept is None else self.state.kept.tensors
+        for tensor in (self.page_table, self.seq_lens, self.start_lens, self.new_lens, *kept):
             # The batch is symbolic where that of q is, as after mark_dynamic(q, 0), and constant elsewhere.
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         if self.device.type == "cuda":
             # Compiled CUDA graphs then need no copy of the cache.
             assert self.state.counters is not None
             lengths = (self.seq_lens, self.start_lens, self.new_lens)
-            for tensor in (*self.pools, self.page_table, *lengths, self.state.counters):
+            for tensor in (*self.pools, self.page_table, *lengths, self.state.counters, *kept):
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
     # Lengths
@@ -235,7 +248,8 @@ class PagedKVCache(StepCache):
             self._allocator.grow(low, high)
 
         lengths = [(self.start_lens, start), (self.new_lens, lens), (self.seq_lens, start + lens)]
-        self._change([*self._pages_written(new), *lengths, *self._renewed_budgets(start + lens)], account)
+        steps = self._kept_steps(num_new == 1 and new_lens is None)
+        self._change([*self._pages_written(new), *lengths, *steps, *self._renewed_budgets(start + lens)], account)
 
     def claim_step(self, layer: int, k: Tensor) -> None:
         """Check that a layer may write its keys ``k`` of the step. ``append`` does so, and calls ``step_written``.
@@ -292,6 +306,7 @@ class PagedKVCache(StepCache):
             limit = torch.tensor(limits, dtype=torch.int32).to(self.device, non_blocking=True)
             seq_lens = self.seq_lens.minimum(limit)
             writes = [(self.seq_lens, seq_lens), (self.start_lens, self.start_lens.minimum(limit))]
+            writes += self._kept_steps(one_token=False)
             if keep < self.pages_per_sequence:
                 none = torch.full_like(self.page_table[0, keep:], -1)
                 writes += [(self.page_table[b, keep:], none) for b in rows]
@@ -332,7 +347,7 @@ class PagedKVCache(StepCache):
             self._steps.fork(source, target)
 
         lengths = [(lens[target], lens[source]) for lens in (self.seq_lens, self.start_lens)]
-        self._change([(self.page_table[target], row), *lengths], account)
+        self._change([(self.page_table[target], row), *lengths, *self._kept_steps(one_token=False)], account)
 
     def free(self, sequence: int) -> None:
         """Empty one sequence and give its pages back.
@@ -423,7 +438,8 @@ class PagedKVCache(StepCache):
         """The writes that empty sequences."""
         lengths = [lens[rows] for lens in (self.seq_lens, self.start_lens, self.new_lens)]
         table = self.page_table[rows]
-        return [(table, torch.full_like(table, -1)), *((lens, torch.zeros_like(lens)) for lens in lengths)]
+        emptied = [(lens, torch.zeros_like(lens)) for lens in lengths]
+        return [(table, torch.full_like(table, -1)), *emptied, *self._kept_steps(one_token=False)]
 
     def _change(self, writes: list[tuple[Tensor, Tensor]], account: Callable[[], None]) -> None:
         """Change the device's tensors and the host's account: both or none.

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from .kept_pages import KeptPages
 from .kv_state import KVState, StepCache
 
 
@@ -29,6 +30,7 @@ class CacheView(StepCache):
         k_scales: [L, N, Hkv] float32, for k_bounds of 8 or 4 bits.
         std_factor: of the bounds, as in :func:`quest_ops.append_kv`.
         k_codes, code_scales: as in :class:`quest_ops.PagedKVCache`, for ``QuestConfig.candidates``.
+        kept: lists and steps as in :class:`quest_ops.KeptPages`, for ``QuestConfig.reselect_every``.
 
     Compiled code is made for one N where L is more than 1, since a layer's place in the pool depends on it. So another
     N compiles again, and ``torch.export`` refuses a symbolic one.
@@ -45,10 +47,11 @@ class CacheView(StepCache):
         std_factor: float | None = 1.0,
         k_codes: Tensor | None = None,
         code_scales: Tensor | None = None,
+        kept: KeptPages | None = None,
     ) -> None:
         capacity = page_table.shape[1] * k_cache.shape[3]
         bounds = (k_scales, std_factor)
-        state = KVState(k_cache, v_cache, k_bounds, page_table, seq_lens, *bounds, None, k_codes, code_scales)
+        state = KVState(k_cache, v_cache, k_bounds, page_table, seq_lens, *bounds, None, k_codes, code_scales, kept)
         super().__init__(state, capacity)
 
     lengths = free_pages = property(_refuse)

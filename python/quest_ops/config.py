@@ -76,6 +76,10 @@ class QuestConfig:
             reads ``budget`` of them. It scores their tokens by keys of 2 bits, which the cache must have
             (:func:`quest_ops.ops.rerank_pages`). Small budgets keep more with it, and a step takes longer. 0: one
             selection.
+        reselect_every: decode steps from one selection to the next, for all sequences. In between a sequence reads the
+            pages of the last selection, and the newest ``recent_pages``, as in LServe (Yang et al., MLSys 2025). Those
+            steps read no bounds. The cache must have room, ``kept_pages=config.kept_pages``. Steps of several tokens or
+            of ragged sequences select, and so does the step after them.
         dense_below: a sequence of at most this number of tokens reads all its pages in every layer. The device decides
             for each sequence. Selecting costs more than it saves in a short sequence. 0: the budget alone decides.
 
@@ -94,6 +98,7 @@ class QuestConfig:
     selector: Selector | None = None
     dense_below: int = 0
     candidates: int = 0
+    reselect_every: int = 1
 
     # Each layer's configuration where the budget is a list. Made once, so that looking it up costs a step nothing.
     _layers: ClassVar[tuple[QuestConfig, ...]] = ()
@@ -116,6 +121,7 @@ class QuestConfig:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {getattr(self, name)!r}")
         check_std_factor(self.std_factor)
         self._check_candidates()
+        self._check_reselect_every()
         if self.selector is not None and not callable(self.selector):
             raise ValueError(f"selector must be a function or None, got {self.selector!r}")
         if isinstance(self.budget, tuple):
@@ -162,6 +168,26 @@ class QuestConfig:
             raise ValueError(f"candidates must be 0 or pages more than the budget, {largest}, got {self.candidates}")
         if self.candidates and self.selector is not None:
             raise ValueError(f"candidates must be 0 with a selector, got {self.candidates}")
+
+    def _check_reselect_every(self) -> None:
+        check_whole("reselect_every", self.reselect_every)
+        if self.reselect_every < 1:
+            raise ValueError(f"reselect_every must be at least 1, got {self.reselect_every}")
+        if self.reselect_every == 1:
+            return
+        for name, allowed in (("selector", None), ("candidates", 0), ("dense_below", 0)):
+            if getattr(self, name) != allowed:
+                raise ValueError(
+                    f"{name} must be {allowed} with reselect_every, {self.reselect_every}, got {getattr(self, name)}"
+                )
+        if self.group_reduce == "none":
+            raise ValueError(
+                f"group_reduce must be max, sum or soft with reselect_every, {self.reselect_every}, got 'none'"
+            )
+        if self.recent_pages < 1:
+            raise ValueError(
+                f"recent_pages must be at least 1 with reselect_every, {self.reselect_every}, got {self.recent_pages}"
+            )
 
     def _split(self) -> tuple[QuestConfig, ...]:
         """The configuration of each layer of a list; layers of one budget share theirs."""
@@ -276,6 +302,13 @@ class QuestConfig:
         if not self.candidates or self.is_window:
             return 0
         return max(self.candidates // self.page_size, self.most_pages)
+
+    @property
+    def kept_pages(self) -> int:
+        """Pages of the lists that a cache keeps for ``reselect_every``, over all layers; 0 where each step selects."""
+        if self.reselect_every == 1:
+            return 0
+        return max(layer.most_pages for layer in self._layers or (self,))
 
     @property
     def reads_bounds(self) -> bool:

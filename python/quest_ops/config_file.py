@@ -35,6 +35,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "std_factor": (float, int, NoneType),
     "dense_below": (int,),
     "candidates": (int,),
+    "reselect_every": (int,),
 }
 _ABOUT: dict[str, tuple[type, ...]] = {"version": (int,), "model": (str, NoneType), "num_layers": (int, NoneType)}
 _WORDS = {int: "a whole number", float: "a number", str: "a string", list: "a list", NoneType: "null"}

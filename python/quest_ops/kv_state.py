@@ -15,6 +15,7 @@ from torch import Tensor
 from .bounds import BoundsKind, kind_of, new_bounds
 from .codes import new_codes
 from .config import QuestConfig, page_budgets
+from .kept_pages import KeptPages
 from .ops import GroupReduce, append_codes, append_kv, check_whole, decode_step, new_counters, update_bounds
 from .report import AttentionCounts
 
@@ -41,6 +42,7 @@ class KVState:
         counters: of :func:`quest_ops.ops.new_counters`, if all steps of this state run on one stream.
         k_codes, code_scales: [L, N, Hkv, S, D / 4] uint8 and [L, N, Hkv, S] float32, codes of the keys, as in
             :func:`quest_ops.ops.append_codes`; None without a second selection.
+        kept: lists that sequences keep for some steps; None where each step selects.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class KVState:
         counters: Tensor | None = None,
         k_codes: Tensor | None = None,
         code_scales: Tensor | None = None,
+        kept: KeptPages | None = None,
     ) -> None:
+        self.kept = kept
         self.std_factor, self.counters = std_factor, counters
         self.k_codes, self.code_scales = k_codes, code_scales
         self.k_cache, self.v_cache, self.k_bounds, self.k_scales = k_cache, v_cache, k_bounds, k_scales
@@ -72,6 +76,7 @@ class KVState:
         bounds: BoundsKind,
         std_factor: float | None,
         codes: bool = False,
+        kept_pages: int = 0,
         zeroed: bool = False,
     ) -> KVState:
         """New pools on the device of ``page_table``.
@@ -83,6 +88,7 @@ class KVState:
             bounds: kind of the page bounds.
             std_factor: as in the constructor.
             codes: allocate k_codes and code_scales.
+            kept_pages: pages of a list in ``kept``; 0: None.
             zeroed: fill keys and values with zeros, for a holder that reads tokens before they are written.
         """
         device, (*leading, _, head_dim) = page_table.device, pool
@@ -91,6 +97,8 @@ class KVState:
         k_bounds, k_scales = new_bounds(tuple(leading), head_dim, bounds, dtype, device)
         counters = new_counters(page_table.shape[0], pool[2], device)
         state = cls(k_cache, v_cache, k_bounds, page_table, seq_lens, k_scales, std_factor, counters)
+        if kept_pages:
+            state.kept = KeptPages.allocate(pool[0], page_table.shape[0], pool[2], kept_pages, device)
         if codes:
             state.k_codes, state.code_scales = new_codes(pool[:-1], head_dim, device)
         return state
@@ -134,6 +142,7 @@ class KVState:
         selection: tuple[int, GroupReduce, int, int],
         scale: float | None,
         budgets: Tensor | None = None,
+        reselect_every: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The step of one layer: :func:`quest_ops.decode_step`.
 
@@ -142,7 +151,12 @@ class KVState:
             q, k, v, start_lens, seq_lens, scale: as in the operator.
             selection: num_pages, group_reduce, sink_pages and recent_pages.
             budgets: [B] int32, or None, as in the operator.
+            reselect_every: steps from one selection to the next. More than 1 needs ``kept``, and one new token.
+
+        Returns:
+            out and lse of the operator, and the pages read.
         """
+        kept = self.kept if reselect_every > 1 and q.shape[1] == 1 else None
         k_cache, v_cache, k_bounds, k_scales = self.layer(layer)
         num_pages, group_reduce, sink_pages, recent_pages = selection
         results = decode_step(
@@ -164,9 +178,14 @@ class KVState:
             budgets=budgets,
             std_factor=self.std_factor,
             counters=self.counters,
+            kept_pages=None if kept is None else kept.lists[layer],
+            kept_steps=None if kept is None else kept.steps,
+            reselect_every=reselect_every,
         )
         self._append_codes(layer, k, start_lens)
-        return results
+        if kept is None:
+            return results
+        return *results[:2], kept.lists[layer][:, None, :, :num_pages]
 
     def update_bounds(self, layer: int, first_token: Tensor) -> None:
         """Recompute one layer's bounds from the page of ``first_token`` [B] on: :func:`quest_ops.update_bounds`."""
@@ -297,6 +316,11 @@ class StepCache:
         return self.state.code_scales
 
     @property
+    def kept_pages(self) -> int:
+        """Pages of the lists that sequences keep for some steps; 0 without such lists."""
+        return 0 if self.state.kept is None else self.state.kept.lists[0].shape[2]
+
+    @property
     def std_factor(self) -> float | None:
         return self.state.std_factor
 
@@ -334,10 +358,19 @@ class StepCache:
         else:
             self.new_lens.copy_(new_lens.clamp(0, num_new), non_blocking=True)
         self.seq_lens.add_(self.new_lens)
+        for steps, values in self._kept_steps(num_new == 1 and new_lens is None):
+            steps.copy_(values)
         if self._host_is_blind():
             self._advanced_unseen = True
         for budgets, values in self._renewed_budgets(self.seq_lens):
             budgets.copy_(values)
+
+    def _kept_steps(self, one_token: bool) -> list[tuple[Tensor, Tensor]]:
+        """The write of the kept lists' steps: of a step of one token in each sequence, or another change."""
+        if self.state.kept is None:
+            return []
+        steps = self.state.kept.steps
+        return [(steps, steps + 1 if one_token else torch.full_like(steps, -1))]
 
     def page_budgets(self, config: QuestConfig) -> Tensor | None:
         """``config.page_budgets`` of this step's lengths, computed once a step and not in each layer.

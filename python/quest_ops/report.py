@@ -141,6 +141,7 @@ class AttentionCounts:
         num_new: int,
         reads_bounds: bool = True,
         candidate_pages: int = 0,
+        selects: Tensor | None = None,
     ) -> None:
         """Count one decoding call.
 
@@ -151,6 +152,7 @@ class AttentionCounts:
             num_new: T.
             reads_bounds: whether ``pages`` were selected by their bounds.
             candidate_pages: most pages of the first of two selections; 0 where there is one.
+            selects: bool [B], the sequences whose bounds were read; None: all.
         """
         behind = torch.arange(num_new, dtype=torch.int32, device=seq_lens.device)
         visible = (seq_lens[:, None] - behind).clamp(min=0)
@@ -162,7 +164,8 @@ class AttentionCounts:
         counts[_PLACE.pages_held].add_(all_heads if pages is None else held * pages.shape[-2])
         counts[_PLACE.kv_head_pages_held].add_(all_heads)
         if pages is not None and reads_bounds:
-            counts[_PLACE.bounds_read].add_(all_heads)
+            read = held if selects is None else (each * selects[:, None]).sum()
+            counts[_PLACE.bounds_read].add_(read * self.num_kv_heads)
         if pages is not None and candidate_pages:
             counts[_PLACE.codes_read].add_(each.clamp(max=candidate_pages).sum() * pages.shape[-2])
 

@@ -819,6 +819,51 @@ TABLE: list[BadInput] = [
     bad("decode_step", "counters must have shape [count], got [2, 24]", counters=lens(2, 24)),
     bad("decode_step", "counters must have at least 32 + 4 * B * Hkv = 48 numbers, got 47", counters=lens(47)),
     bad("decode_step", "counters must have stride 1 in its last dimension, got 2", counters=every_second(48)),
+    bad("decode_step", "reselect_every must be at least 1 and fit in 32 bits, got 0", reselect_every=0),
+    bad("decode_step", "reselect_every must be at least 1 and fit in 32 bits, got 2147483648", reselect_every=2**31),
+    bad(
+        "decode_step",
+        "kept_pages and kept_steps must be given together, got kept_pages alone",
+        kept_pages=lens(2, 2, 3),
+    ),
+    bad("decode_step", "kept_pages and kept_steps must be given together, got kept_steps alone", kept_steps=lens(2)),
+    *(
+        bad("decode_step", sentence, **{"kept_pages": lens(2, 2, 3), "kept_steps": lens(2), **changes})
+        for sentence, changes in (
+            ("kept_pages must be int32, got Float", {"kept_pages": zeros(2, 2, 3)}),
+            ("kept_pages must have shape [B, Hs, K or more], got [2, 3]", {"kept_pages": lens(2, 3)}),
+            (
+                "kept_pages must have shape [B, Hs, K or more] with 2 in dimension 0 (the number of sequences), "
+                "got [1, 2, 3]",
+                {"kept_pages": lens(1, 2, 3)},
+            ),
+            (
+                "kept_pages must have shape [B, Hs, K or more] with 2 in dimension 1 (a list for each selecting head), "
+                "got [2, 4, 3]",
+                {"kept_pages": lens(2, 4, 3)},
+            ),
+            (
+                "kept_pages must have shape [B, Hs, K or more] with 4 in dimension 1 (a list for each selecting head), "
+                "got [2, 2, 3]",
+                {"group_reduce": 0},
+            ),
+            (
+                "kept_pages must have shape [B, Hs, K or more] with num_pages, 3, or more in dimension 2, "
+                "got [2, 2, 2]",
+                {"kept_pages": lens(2, 2, 2)},
+            ),
+            (
+                "kept_pages must be contiguous, got strides that are not",
+                {"kept_pages": lambda good: lens(2, 2, 4)(good)[..., :3]},
+            ),
+            ("recent_pages must be at least 1 with kept_pages, got 0", {"recent_pages": 0}),
+            ("kept_steps must be int32, got Float", {"kept_steps": zeros(2)}),
+            (
+                "kept_steps must have shape [B] with 2 in dimension 0 (one number a sequence), got [3]",
+                {"kept_steps": lens(3)},
+            ),
+        )
+    ),
     bad("decode_step", "num_pages must be at least 1, got 0", num_pages=0),
     bad("decode_step", "num_pages must fit in 32 bits, got -1", num_pages=-1),
     bad("decode_step", "num_pages must fit in 32 bits, got 2147483648", num_pages=2**31),
@@ -905,6 +950,8 @@ TABLE: list[BadInput] = [
     wrong_type("topk_pages", "budgets", "Optional[Tensor]", 2.0),
     wrong_type("decode_step", "budgets", "Optional[Tensor]", 1.5),
     wrong_type("decode_step", "counters", "Optional[Tensor]", 48),
+    wrong_type("decode_step", "kept_pages", "Optional[Tensor]", 3),
+    wrong_type("decode_step", "kept_steps", "Optional[Tensor]", 1),
     wrong_type("append_codes", "new_lens", "Optional[Tensor]", 1),
     wrong_type("rerank_pages", "pages", "Tensor", 3),
     wrong_type("sparse_decode", "pages", "Optional[Tensor]", 3),
@@ -954,7 +1001,7 @@ NUMBERS = [
     ("topk_pages", "scale", "float"),
     ("rerank_pages", "scale", "float"),
     ("sparse_decode", "scale", "Optional[float]"),
-    *(("decode_step", key, "int") for key in ("num_pages", "sink_pages", "recent_pages")),
+    *(("decode_step", key, "int") for key in ("num_pages", "sink_pages", "recent_pages", "reselect_every")),
     ("decode_step", "scale", "Optional[float]"),
     ("decode_step", "std_factor", "Optional[float]"),
 ]
@@ -1302,4 +1349,6 @@ ACCEPTED: list[BadInput] = [
     bad("decode_step", "", seq_lens=full("seq_lens", 64), start_lens=full("seq_lens", 63), page_table=whole_table),
     bad("decode_step", "", num_pages=2, sink_pages=2, recent_pages=0),
     *(bad("decode_step", "", counters=lens(count)) for count in (48, 100)),
+    *(bad("decode_step", "", kept_pages=lens(2, 2, room), kept_steps=lens(2), reselect_every=2) for room in (3, 7)),
+    bad("decode_step", "", reselect_every=2**31 - 1),
 ]

@@ -15,10 +15,13 @@ from torch import Tensor
 WRITES = {
     "append_kv": ("k_cache", "v_cache", "k_bounds", "k_scales"),
     "update_bounds": ("k_bounds", "k_scales"),
-    "decode_step": ("k_cache", "v_cache", "k_bounds", "k_scales", "counters"),
+    "decode_step": ("k_cache", "v_cache", "k_bounds", "k_scales", "counters", "kept_pages"),
 }
 #: Those that every call has, and whose contents do not depend on the calls before.
-STORED = {name: tuple(key for key in keys if key not in ("k_scales", "counters")) for name, keys in WRITES.items()}
+STORED = {
+    name: tuple(key for key in keys if key not in ("k_scales", "counters", "kept_pages"))
+    for name, keys in WRITES.items()
+}
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "grad": nullcontext,
     "no_grad": torch.no_grad,
@@ -38,8 +41,9 @@ def arguments(name: str, device: str, int8: bool = False, dtype: torch.dtype = t
         del caches["v_cache"]
         return dict(**caches, page_table=x.page_table, seq_lens=x.seq_lens)
     lens = {"start_lens": x.seq_lens - 1, "seq_lens": x.seq_lens}
+    kept = {"kept_pages": torch.zeros(2, 2, 2, dtype=torch.int32, device=device), "kept_steps": x.seq_lens * 0}
     counters = ops.new_counters(2, 2, device)
-    return dict(q=x.q, k=k, v=v, **caches, page_table=x.page_table, **lens, num_pages=2, counters=counters)
+    return dict(q=x.q, k=k, v=v, **caches, page_table=x.page_table, **lens, num_pages=2, counters=counters, **kept)
 
 
 def call(name: str, given: dict[str, Any]) -> Any:

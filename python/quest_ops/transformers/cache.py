@@ -66,7 +66,7 @@ class QuestCache(Cache):  # type: ignore[misc]
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         text_config = model_config.get_text_config(decoder=True)
-        self._settings = Settings(quest_config, quest_config.candidates > 0)
+        self._settings = Settings(quest_config, quest_config.candidates > 0, quest_config.kept_pages)
         self._text_config = text_config
         self._prompt: Tensor | None = None  # the sequences of the last generate()
         self._replaced: str | None = None
@@ -216,6 +216,11 @@ class QuestCache(Cache):  # type: ignore[misc]
                 raise ValueError(f"{name} of a cache cannot change: it was made with {made_with}, got {got}")
         if config.candidates and not self._settings.codes:
             raise ValueError(f"candidates of a cache made without them must be 0, got {config.candidates}")
+        if config.kept_pages > self._settings.kept_pages:
+            raise ValueError(
+                f"reselect_every of a cache that keeps lists of {self._settings.kept_pages} pages must be 1, "
+                f"got {config.reselect_every} with {config.kept_pages} pages"
+            )
         config.check_num_layers(self._settings.num_layers)
         self._settings.config = config
 

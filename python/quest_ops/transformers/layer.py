@@ -34,6 +34,7 @@ class Settings:
 
     config: QuestConfig
     codes: bool = False  # whether the layers keep the codes of keys
+    kept_pages: int = 0  # pages of the lists that rows keep for some steps
     observer: Callable[[int, Tensor | None, int], None] | None = None
     num_layers: int = 0
     counting: bool = False  # requested; counting begins once heads and device are known

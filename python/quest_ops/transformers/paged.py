@@ -50,11 +50,13 @@ class PagedLayer(QuestCacheLayer):
             bounds=config.bounds,
             std_factor=config.std_factor,
             codes=self.settings.codes,
+            kept_pages=self.settings.kept_pages,
             zeroed=True,
         )
         self.keys, self.values = self.state.layer(0)[:2]  # the storage, where transformers expects it
         assert self.state.counters is not None
-        return [*self.state.pools, page_table, self.state.counters]
+        kept = [] if self.state.kept is None else self.state.kept.tensors
+        return [*self.state.pools, page_table, self.state.counters, *kept]
 
     def decide(self, num_new: int = 1) -> Decision:
         return decide(self.settings.config, self.index, self.pages_per_row, num_new, self._lacking is not None)
@@ -100,8 +102,20 @@ class PagedLayer(QuestCacheLayer):
             pages = pool[0].unflatten(0, (self.batch_size, -1))[:, :used]
             pages.copy_(pages.index_select(0, rows))
         self.seq_lens.copy_(self.seq_lens.index_select(0, rows))
+        self._select_next()
+
+    def _select_next(self) -> None:
+        """Let all rows select pages in the next step."""
+        if self.state.kept is not None:
+            self.state.kept.steps.fill_(-1)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.is_initialized:
+            self._select_next()
 
     def _forget_cropped(self) -> None:
+        self._select_next()
         # The bounds of a last page still cover its cropped tokens.
         self.state.update_bounds(0, (self.seq_lens - 1).clamp_(min=0))
 
@@ -135,17 +149,21 @@ class PagedLayer(QuestCacheLayer):
             k, v = (_padding_last(x, real) for x in (k, v))
         self.state.append(0, k, v, self.seq_lens, real)
         self.advance(tokens, real)
+        self._select_next()
 
     def _decode_step(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
         tokens, start = q.shape[2], self.seq_lens.clone()
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         # A padding token too is written after its row's end. The row's next real token overwrites it.
         lens = (start, start + tokens)
-        budgets = self.config.page_budgets(lens[1])
-        out, lse, selected = self.state.decode_step(0, q, k, v, *lens, self.config.selection, features.scale, budgets)
+        budgets, every, kept = self.config.page_budgets(lens[1]), self.config.reselect_every, self.state.kept
+        if kept is not None:
+            kept.steps.add_(1) if tokens == 1 else kept.steps.fill_(-1)
+        selection = self.config.selection
+        out, lse, selected = self.state.decode_step(0, q, k, v, *lens, selection, features.scale, budgets, every)
         self.advance(tokens, real)
         self._observe(selected)
-        self._count(selected, tokens)
+        self._count(selected, tokens, None if kept is None or every == 1 or tokens > 1 else kept.selects(every))
         return _with_sinks(out, lse, features.sinks)
 
     def _decode(self, q: Tensor, features: Features, sparse: bool) -> Tensor:
@@ -170,11 +188,12 @@ class PagedLayer(QuestCacheLayer):
 
     def _observe(self, selected: Tensor | None) -> None:
         if self.settings.observer is not None:
-            self.settings.observer(self.index, selected, self.columns)
+            kept = None if selected is None or self.state.kept is None else selected.clone()  # later steps write it
+            self.settings.observer(self.index, selected if kept is None else kept, self.columns)
 
-    def _count(self, selected: Tensor | None, tokens: int) -> None:
+    def _count(self, selected: Tensor | None, tokens: int, selects: Tensor | None = None) -> None:
         if self.settings.counts is not None:
-            how = (self.config.reads_bounds, self.config.candidate_pages)
+            how = (self.config.reads_bounds, self.config.candidate_pages, selects)
             self.settings.counts.record(self.index, selected, self.seq_lens, tokens, *how)
 
     def _note_features(self, features: Features) -> None:

@@ -96,6 +96,11 @@ class Settings:
                 f"quest_ops: candidates must be 0 in an engine, whose blocks have no room for codes, "
                 f"got {config.candidates}"
             )
+        if config.reselect_every > 1:
+            raise RefusedError(
+                f"quest_ops: reselect_every must be 1 in an engine, whose requests change places between steps, "
+                f"got {config.reselect_every}"
+            )
         if config.recent_pages < 1:
             # A chunk of a resumed request is written before its tokens select. Its newest page must not compete then.
             raise RefusedError("quest_ops: recent_pages must be at least 1 in an engine, got 0")
