@@ -122,7 +122,7 @@ class Timer:
                 torch.cuda.reset_peak_memory_stats()
                 times, stages = self._graph(step, tokens, profiled, period)
             else:
-                times = self._eager(step, tokens)
+                times = self._eager(step, tokens, period)
         times = [statistics.fmean(times[i : i + period]) for i in range(0, len(times) - period + 1, period)]
         low, median, high = statistics.quantiles(times, n=4)
         found: dict[str, Any] = {"milliseconds": {"median": median, "low": low, "high": high}}
@@ -134,14 +134,14 @@ class Timer:
             found |= {"kernels": stages["kernels"], "stages": {**stages["milliseconds"], "gaps": gaps}}
         return found
 
-    def _eager(self, step: Callable[[Tensor], Tensor], tokens: Tensor) -> list[float]:
+    def _eager(self, step: Callable[[Tensor], Tensor], tokens: Tensor, period: int) -> list[float]:
         times, count = [], WARM
         while len(times) < count:
             start = time.thread_time()  # other programs may run
             tokens = step(tokens)
             times.append(time.thread_time() - start)
             if len(times) == WARM:
-                count += self._count(times[-1])
+                count += self._count(times[-1], period)
         return [1e3 * seconds for seconds in times[WARM:]]
 
     def _graph(
@@ -165,13 +165,13 @@ class Timer:
                 stream.synchronize()
                 return [before.elapsed_time(after) for before, after in pairwise(events[: count + 1])]
 
-            times = replay(self._count(replay(WARM - 1)[-1] / 1e3))
+            times = replay(self._count(replay(WARM - 1)[-1] / 1e3, period))
             stages = profile(graph, period) if profiled else {}
         torch.cuda.current_stream().wait_stream(stream)
         return times, stages
 
-    def _count(self, seconds_of_step: float) -> int:
-        return max(5, min(MOST_STEPS - WARM - 2, round(self.seconds / seconds_of_step)))
+    def _count(self, seconds_of_step: float, period: int) -> int:
+        return max(5, 3 * period, min(MOST_STEPS - WARM - 1 - period, round(self.seconds / seconds_of_step)))
 
 
 def profile(graph: torch.cuda.CUDAGraph, replays: int) -> dict[str, Any]:
