@@ -14,7 +14,7 @@ QUEST_HOST_DEVICE void keep_page(const DecodeStepParams& p, int32_t b, int32_t h
   else if (i >= K - p.recent_pages)
     kept = list[i] = n - K + i;
   else
-    list[i] = kept >= 0 && kept < p.paging.P ? kept : -1;  // the tensor may have any numbers
+    list[i] = kept >= 0 && kept < n - p.recent_pages ? kept : -1;  // the tensor may have any numbers
 }
 
 }  // namespace quest

@@ -400,8 +400,8 @@ def decode_step(
             single kernel or on the CPU.
         kept_steps: [B] int32, given with ``kept_pages``. A sequence selects pages where its number is a multiple of
             ``reselect_every``. Elsewhere it reads its list of the step before, with the newest ``recent_pages`` pages
-            in the list's last places. Numbers in the list that are no pages of the sequence are not read. A sequence
-            must select in its first step, and after a step in which it was idle.
+            in the list's last places. Other places are read where they have a page before those. A sequence must
+            select in its first step, and after a step in which it was idle.
         reselect_every: steps from one selection to the next.
 
     Returns:

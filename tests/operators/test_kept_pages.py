@@ -27,7 +27,7 @@ def expected_lists(
     case: Case, kept: Tensor, keeps: list[bool], selected: Tensor, recent: int, budgets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The lists to read, [B, Hs, K], and kept_pages after the step."""
-    most, P = selected.shape[-1], case.page_table.shape[1]
+    most = selected.shape[-1]
     to_read, after = selected.clone(), kept.clone()
     after[..., :most] = selected
     for b, length in enumerate(case.shape.lengths):
@@ -36,7 +36,9 @@ def expected_lists(
             after[b, :, : K - recent] = kept[b, :, : K - recent]
             after[b, :, K - recent : K] = torch.arange(n - recent, n)
             after[b, :, K:most] = -1
-            to_read[b] = torch.where((after[b] >= 0) & (after[b] < P), after[b], -1)[:, :most]
+            to_read[b] = after[b, :, :most]
+            old = to_read[b, :, : K - recent]
+            to_read[b, :, : K - recent] = torch.where((old >= 0) & (old < n - recent), old, -1)
     return to_read, after
 
 

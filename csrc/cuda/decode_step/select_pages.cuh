@@ -77,10 +77,11 @@ struct PageSelector {
     Memory::get().pages[place - first] = {number < 0 || number >= N ? kInvalidPage : number, tokens};
     pages[place] = page;
   }
-  // The page of an earlier step. The list may have any numbers; a page past the sequence has no tokens.
+  // The page of an earlier step. The list may have any numbers. The newest pages have places of their own, and their
+  // new token may not be there yet.
   __device__ __forceinline__ void put_kept(int place) const {
     const int page = pages[place];
-    if (page >= 0 && page < P)
+    if (page >= 0 && page < n - recent_pages)
       put(place, page);
     else
       Memory::get().pages[place - first] = {kInvalidPage, 0};
