@@ -51,7 +51,7 @@ def changed(plan: Plan, given: Arguments) -> tuple[Arguments, str, bool | None]:
     r = random.Random(plan["change_seed"])
     names = [name for name, x in given.items() if x is not None or name in OPTIONAL]
     if "counters" in given:
-        names += ["counters"] * 6  # few of their changes are their own
+        names += ["counters"] * 6  # more often, for the case of their own below
     name = r.choice(names)
     x = given[name]
     if name == "counters" and r.random() < 0.5:
@@ -70,7 +70,7 @@ def changed(plan: Plan, given: Arguments) -> tuple[Arguments, str, bool | None]:
         size = r.choice(((), (2,), (3, 4), (2, 3, 4), tuple(given[_first(given)].shape[:1])))
         dtype = r.choice((torch.int32, torch.int64, torch.float32))
         value = torch.zeros(size, dtype=dtype, device=given[_first(given)].device)
-        return {**given, name: value}, name, True if name == "counters" else None  # each is fewer than a step needs
+        return {**given, name: value}, name, True if name == "counters" else None  # all are too few counters
     optional = name in OPTIONAL and name not in REQUIRED.get(plan["operator"], ())
     value, refused = _changed_tensor(r, name, x, optional)
     if name == "counters" and refused is None and value is not None:

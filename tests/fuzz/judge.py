@@ -71,7 +71,7 @@ def judge_accepted(plan: Plan, given: Arguments, device: str) -> None:
     for name, old in before.items():
         if name in WRITTEN.get(operator, ()):
             y = x[name]
-            inside = expected.get(name, y)  # of counters the next steps tell whether they are right
+            inside = expected.get(name, y)  # the steps below judge counters
             old.as_strided(y.shape, y.stride(), y.storage_offset()).copy_(inside)
         assert_same_bits(memory(x[name]), old)
     results = tuple(y.cpu() for y in results)
