@@ -147,11 +147,13 @@ def test_a_step_is_the_four_operators_bit_for_bit(
 
 
 def test_a_window_reads_no_bounds(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, config = Model(device), QuestConfig(24, S, 1, 2, 0)
-    model.attend(60, config)
+    models, config = [Model(device, dtype=dtype) for dtype in DTYPES], QuestConfig(24, S, 1, 2, 0)
+    for model in models:
+        model.attend(60, config)
     monkeypatch.setattr(attention, "estimate", None)
     monkeypatch.setattr(kv_state, "decode_step", None)
-    model.assert_right(model.attend(1, config), config)
+    for model in models:
+        model.assert_right(model.attend(1, config), config)
 
 
 def test_a_cache_no_larger_than_the_budget_selects_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,12 +232,13 @@ def test_q_of_one_token_may_leave_out_its_dimension(device: str) -> None:
     four, three = Model(device), Model(device)
     for model in (four, three):
         model.attend(41, config)
-    out = four.attend(1, config)
-    q, k, v = three.inputs(1)
-    three.cache.advance(1)
-    for layer in range(2):
-        short = quest_attention(q[layer, :, 0], k[layer, :, 0], v[layer, :, 0], three.cache, layer, config)
-        assert_same_bits(short, out[layer, :, 0])
+    for scale in (None, 0.5):
+        out = four.attend(1, config, scale=scale)
+        q, k, v = three.inputs(1)
+        three.cache.advance(1)
+        for layer in range(2):
+            short = quest_attention(q[layer, :, 0], k[layer, :, 0], v[layer, :, 0], three.cache, layer, config, scale)
+            assert_same_bits(short, out[layer, :, 0])
 
 
 @BOUNDS

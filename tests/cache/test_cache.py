@@ -141,6 +141,8 @@ def test_a_pool_smaller_than_the_page_table(device: str) -> None:
 
 def test_reserve_makes_room_and_only_once(device: str) -> None:
     cache = make(device)
+    cache.reserve(0)
+    assert cache.free_pages == 24
     cache.reserve(20)
     assert cache.free_pages == 24 - 9
     assert cache.lengths == [0, 0, 0]

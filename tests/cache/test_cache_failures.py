@@ -306,6 +306,16 @@ def test_only_the_sequences_of_the_step_are_refused(device: str) -> None:
     append(history, 1, 1)
 
 
+def test_reading_the_lengths_does_not_hide_a_layer_left_out(device: str) -> None:
+    history = History(make(device))
+    history.step(5)
+    layers_of(history, 2, (0,))
+    history.cache.advance(1)
+    assert history.cache.sync_lengths() == [8, 8, 8]
+    with pytest.raises(RuntimeError, match=LEFT_OUT.format(0, 5, 5)):
+        append(history, 1, 1)
+
+
 def test_steps_of_compiled_layers_are_not_missed(device: str) -> None:
     """The host does not see what compiled code writes, so eager steps after it are not refused."""
     torch._dynamo.reset()

@@ -154,6 +154,19 @@ def test_one_number_has_two_dense_layers_by_default() -> None:
     assert QuestConfig(dense_layers=0).dense_layers == 0
 
 
+def test_every_layer_may_be_dense() -> None:
+    config = QuestConfig([0, None], S)
+    assert [config.is_dense(layer) for layer in range(2)] == [True, True]
+
+
+def test_a_whole_number_of_another_type() -> None:
+    numpy = pytest.importorskip("numpy")
+    for budget in (numpy.int64(64), [numpy.int64(64)]):
+        config = QuestConfig(budget)
+        assert config.at(0).num_pages == 4
+        assert type(config.at(0).budget) is int
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

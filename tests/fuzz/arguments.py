@@ -10,7 +10,7 @@ import torch
 from helpers.operator_cases import DTYPES, KINDS, UNREAD_BYTE, Case, Shape, place
 from helpers.selection_rule import random_scores
 from helpers.steps import before_step
-from quest_ops import reference
+from quest_ops import ops, reference
 from torch import Tensor
 
 from .plans import APPENDING, LAYOUTS, Plan
@@ -21,7 +21,7 @@ WRITTEN = {
     "append_kv": ("k_cache", "v_cache", "k_bounds", "k_scales"),
     "update_bounds": ("k_bounds", "k_scales"),
     "append_codes": ("k_codes", "code_scales"),
-    "decode_step": ("k_cache", "v_cache", "k_bounds", "k_scales"),
+    "decode_step": ("k_cache", "v_cache", "k_bounds", "k_scales", "counters"),
 }
 
 #: Tensors whose last dimension may have any stride too.
@@ -208,6 +208,11 @@ def _decode_step(plan: Plan, x: Case) -> Arguments:
             x.start_lens[b] = x.seq_lens[b] = 0
     append = _append_kv(plan, x)
     append.pop("seq_lens")
+    counters = {}
+    if "counters" in plan:  # the plans kept before have none
+        spare = plan["counters"]
+        batch = len(plan["lengths"])
+        counters["counters"] = None if spare is None else ops.new_counters(batch + spare, plan["kv_heads"], "cpu")
     return {
         "q": x.q,
         **append,
@@ -216,7 +221,16 @@ def _decode_step(plan: Plan, x: Case) -> Arguments:
         "num_pages": plan["k"],
         **_selection(plan),
         "scale": plan["scale"],
+        **counters,
     }
+
+
+def other_step(sequences: int) -> Arguments:
+    """A step of other sizes, which is one kernel on a GPU."""
+    lengths = tuple(range(21, 21 + 4 * sequences, 4))
+    x = before_step(Shape(torch.float16, kv_heads=1, lengths=lengths, seed=sequences))
+    names = ("q", "k", "v", "k_cache", "v_cache", "k_bounds", "page_table", "start_lens", "seq_lens")
+    return {name: getattr(x, name) for name in names} | {"num_pages": 2}
 
 
 _MAKERS: dict[str, Callable[[Plan, Case], Arguments]] = {

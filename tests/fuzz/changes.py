@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from helpers.operator_cases import GARBAGE
+from quest_ops import ops
 from torch import Tensor
 
 from .arguments import ANY_STRIDES, Arguments
 from .plans import ANY_NEW_TOKENS, APPENDING, Plan
 
 #: Arguments that may be None, where an operator does not require them.
-OPTIONAL = ("new_lens", "first_token", "budgets", "pages", "k_scales", "std_factor", "scale")
+OPTIONAL = ("new_lens", "first_token", "budgets", "pages", "k_scales", "std_factor", "scale", "counters")
 NUMBERS = {
     "page_size": (0, -16, 12, 256, 2**31, 2**62, 16.5, None, "16"),
     "k": (0, -1, 2**31, 2**62, 2.5, None),
@@ -48,8 +49,14 @@ def changed(plan: Plan, given: Arguments) -> tuple[Arguments, str, bool | None]:
         them, and then the reference judges the result.
     """
     r = random.Random(plan["change_seed"])
-    name = r.choice([name for name, x in given.items() if x is not None or name in OPTIONAL])
+    names = [name for name, x in given.items() if x is not None or name in OPTIONAL]
+    if "counters" in given:
+        names += ["counters"] * 6  # more often, for the case of their own below
+    name = r.choice(names)
     x = given[name]
+    if name == "counters" and r.random() < 0.5:
+        few = r.choice((0, 1, _counters_needed(given) - 1))
+        return {**given, name: torch.zeros(few, dtype=torch.int32, device=given["q"].device)}, name, True
     own = NUMBERS_OF.get(plan["operator"], {})
     if name in own:
         return {**given, name: r.choice(own[name])}, name, True
@@ -62,10 +69,17 @@ def changed(plan: Plan, given: Arguments) -> tuple[Arguments, str, bool | None]:
     if x is None:  # a tensor where none was
         size = r.choice(((), (2,), (3, 4), (2, 3, 4), tuple(given[_first(given)].shape[:1])))
         dtype = r.choice((torch.int32, torch.int64, torch.float32))
-        return {**given, name: torch.zeros(size, dtype=dtype, device=given[_first(given)].device)}, name, None
+        value = torch.zeros(size, dtype=dtype, device=given[_first(given)].device)
+        return {**given, name: value}, name, True if name == "counters" else None  # all are too few counters
     optional = name in OPTIONAL and name not in REQUIRED.get(plan["operator"], ())
     value, refused = _changed_tensor(r, name, x, optional)
+    if name == "counters" and refused is None and value is not None:
+        refused = value.numel() < _counters_needed(given)
     return {**given, name: value}, name, refused
+
+
+def _counters_needed(given: Arguments) -> int:
+    return ops.new_counters(len(given["q"]), given["k"].shape[2], "meta").numel()
 
 
 def _first(given: Arguments) -> str:
@@ -107,9 +121,9 @@ def _changed_tensor(r: random.Random, name: str, x: Tensor, optional: bool) -> t
 
 
 def corrupted(plan: Plan, given: Arguments) -> Arguments:
-    """The arguments with numbers of any 32 bits in some of the int32 tensors."""
+    """The arguments with numbers of any 32 bits in some of the :func:`tensors_of_numbers`."""
     r = random.Random(plan["change_seed"])
-    names = [name for name, x in given.items() if isinstance(x, Tensor) and x.dtype == torch.int32 and x.numel()]
+    names = [name for name in tensors_of_numbers(given) if given[name].numel()]
     if not names:
         return given
     copies = dict(given)
@@ -121,6 +135,12 @@ def corrupted(plan: Plan, given: Arguments) -> Arguments:
             numbers[i] = r.randint(-(2**31), 2**31 - 1) if any_number else r.choice(EXTREMES)
         copies[name] = torch.tensor(numbers, dtype=torch.int32).view_as(given[name])
     return copies
+
+
+def tensors_of_numbers(given: Arguments) -> list[str]:
+    """Lengths, page numbers, lists and budgets. Counters are the operator's own: a caller never sets them."""
+    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    return [name for name, x in tensors.items() if x.dtype == torch.int32 and name != "counters"]
 
 
 def wrong_values(operator: str, a: Arguments) -> bool:

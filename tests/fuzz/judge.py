@@ -17,11 +17,12 @@ from helpers import torch_baseline
 from helpers.operator_cases import assert_accurate, assert_exact, assert_same_bits
 from helpers.selection_rule import EXACT_SUMS, assert_list_is_as_good
 from quest_ops import ops, reference
+from quest_ops._limits import HEAD_COUNTERS, SHARED_COUNTERS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .arguments import WRITTEN, Arguments, arguments, memory, placed
-from .changes import changed, corrupted, wrong_values
+from .arguments import WRITTEN, Arguments, arguments, memory, other_step, placed
+from .changes import changed, corrupted, tensors_of_numbers, wrong_values
 from .plans import Plan
 
 REFUSALS = (RuntimeError, ValueError, TypeError)
@@ -41,7 +42,7 @@ def run(plan: Plan, device: str = "cpu") -> str:
         judge_accepted(plan, given, device)
         return "accepted"
     if plan["mode"] == "corrupt":
-        return judge_corrupt(plan, corrupted(plan, given), device)
+        return judge_corrupt(plan, given, device)
     return judge_invalid(plan, given, device)
 
 
@@ -62,14 +63,16 @@ def device_of(x: Arguments) -> str:
 def judge_accepted(plan: Plan, given: Arguments, device: str) -> None:
     operator, layouts = plan["operator"], plan["layouts"]
     x = placed(given, layouts, device)
+    _use_counters(plan, given, x, device)
     before = {name: memory(y).clone() for name, y in x.items() if isinstance(y, Tensor)}
     results = call(operator, x)
     _check_metadata(operator, given, x, results)
     expected = _written(operator, given)
     for name, old in before.items():
-        if name in expected:
+        if name in WRITTEN.get(operator, ()):
             y = x[name]
-            old.as_strided(y.shape, y.stride(), y.storage_offset()).copy_(expected[name])
+            inside = expected.get(name, y)  # the steps below judge counters
+            old.as_strided(y.shape, y.stride(), y.storage_offset()).copy_(inside)
         assert_same_bits(memory(x[name]), old)
     results = tuple(y.cpu() for y in results)
     if operator == "decode_step":
@@ -78,11 +81,43 @@ def judge_accepted(plan: Plan, given: Arguments, device: str) -> None:
         given = {**given, "scores": scores.cpu()}
     _JUDGES.get(operator, _no_result)({**given, **expected}, results, plan)
 
-    other = placed({name: given[name] for name in x}, layouts, device, fill=0)
-    for actual, first in zip(call(operator, other), results, strict=True):
-        assert_same_bits(actual.cpu(), first)
-    for name in expected:
-        assert_same_bits(other[name], x[name])
+    # Counters are unused, then those that the call has left, then none.
+    counters = x.get("counters")
+    for change in ({}, {"counters": counters}, {"counters": None}) if counters is not None else ({},):
+        other = placed({name: given[name] for name in x}, layouts, device, fill=0) | change
+        for actual, first in zip(call(operator, other), results, strict=True):
+            assert_same_bits(actual.cpu(), first)
+        for name in expected:
+            assert_same_bits(other[name], x[name])
+
+
+def _use_counters(plan: Plan, given: Arguments, x: Arguments, device: str) -> None:
+    """Run the plan's earlier steps with the counters of x.
+
+    Args:
+        plan: of the case.
+        given: accepted arguments, of the step that is the same.
+        x: the arguments of the call that follows.
+        device: of the steps.
+    """
+    counters = x.get("counters")
+    if counters is None:
+        return
+    most = (counters.numel() - SHARED_COUNTERS) // HEAD_COUNTERS
+    for sequences in plan["earlier_steps"]:
+        fitting = min(sequences, most)
+        step = other_step(fitting) if fitting else given
+        call("decode_step", placed(step, plan["layouts"], device) | {"counters": counters})
+
+
+def _assert_counters_serve(plan: Plan, given: Arguments, counters: Tensor, device: str) -> None:
+    """A step with the counters has the bits of one without."""
+    with_counters, without = (placed(given, plan["layouts"], device) | {"counters": y} for y in (counters, None))
+    for actual, expected in zip(call("decode_step", with_counters), call("decode_step", without), strict=True):
+        assert_same_bits(actual, expected)
+    for name in WRITTEN["decode_step"]:
+        if name != "counters" and without[name] is not None:
+            assert_same_bits(memory(with_counters[name]), memory(without[name]))
 
 
 def _written(operator: str, a: Arguments) -> dict[str, Tensor]:
@@ -308,23 +343,28 @@ def _has_memory(x: Any) -> bool:
 
 
 def judge_corrupt(plan: Plan, given: Arguments, device: str) -> str:
-    """The CPU refuses wrong values; CUDA does where QUEST_OPS_CHECK=1 asks for it, and stays in its tensors without."""
+    """The CPU refuses wrong values; CUDA does where QUEST_OPS_CHECK=1 asks for it, and stays in its tensors without.
+
+    Both leave counters as the next step needs them.
+    """
     operator, layouts = plan["operator"], plan["layouts"]
+    valid, given = given, corrupted(plan, given)
     wrong = wrong_values(operator, given)
     x = placed(given, layouts, device)
+    _use_counters(plan, valid, x, device)
     before = {key: memory(y).clone() for key, y in x.items() if isinstance(y, Tensor)}
     with value_checks(True):
         sentence = refusal(operator, x)
     assert (sentence is not None) == wrong, sentence or "accepted"
     if sentence is not None:
-        integers = [key for key, y in given.items() if isinstance(y, Tensor) and y.dtype == torch.int32]
-        assert any(sentence.startswith(f"{key} must") for key in integers), f"names no tensor: {sentence}"
+        assert any(sentence.startswith(f"{key} must") for key in tensors_of_numbers(given)), sentence
         for key, old in before.items():
             assert_same_bits(memory(x[key]), old)
     else:
         _assert_guards(operator, x, before)
     if sentence is None or device != "cpu":
         first, second = (placed(given, layouts, device, fill) for fill in (None, 0))
+        _use_counters(plan, valid, first, device)
         with value_checks(False):
             guards = [
                 {key: memory(y).clone() for key, y in z.items() if isinstance(y, Tensor)} for z in (first, second)
@@ -336,6 +376,10 @@ def judge_corrupt(plan: Plan, given: Arguments, device: str) -> str:
         if device == "cpu" or operator not in WRITTEN:
             for actual, expected in zip(*results, strict=True):
                 assert_same_bits(actual, expected)
+        if first.get("counters") is not None:
+            _assert_counters_serve(plan, valid, first["counters"], device)
+    if x.get("counters") is not None:
+        _assert_counters_serve(plan, valid, x["counters"], device)
     return "accepted" if sentence is None else "refused"
 
 

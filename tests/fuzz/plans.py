@@ -26,6 +26,10 @@ KEYS = ("normal", "large", "small", "overflowing", "special")
 #: Bytes and scales that rerank_pages reads: those of keys, or any.
 CODES = ("encoded", "encoded", "any")
 LISTS = ("sorted", "shuffled", "per_head", "per_head_shuffled")
+#: Sequences beyond the batch that counters of decode_step have room for. None: the step is given no counters.
+SPARE_SEQUENCES = (None, 0, 0, 1, 7, 40)
+#: Sequences of another step that has used the counters before. 0: the same step.
+EARLIER_STEPS = (0, 0, 1, 3, 20)
 #: Keys of a pool, in elements. The reference loops, so a case of the largest takes about a second.
 MOST_ELEMENTS = (2**11, 2**13, 2**13, 2**14, 2**15, 2**17)
 
@@ -115,5 +119,7 @@ def _options(operator: str, r: random.Random, batch: int) -> Plan:
         }
     if operator == "decode_step":
         idle = [r.random() < 0.1 for _ in range(batch)]
-        return {**_selection(r, batch), "idle": idle, "scale": r.choice((None, None, 0.3))}
+        step = {**_selection(r, batch), "idle": idle, "scale": r.choice((None, None, 0.3))}
+        earlier = [r.choice(EARLIER_STEPS) for _ in range(r.choice((0, 1, 1, 2, 3)))]
+        return {**step, "counters": r.choice(SPARE_SEQUENCES), "earlier_steps": earlier}
     return {}

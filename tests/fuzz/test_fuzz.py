@@ -38,6 +38,13 @@ def test_found_cases(device: str, plan: Plan) -> None:
     run(plan, device)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_plans_older_than_counters(device: str, mode: str) -> None:
+    plan = draw("older", "decode_step", mode)
+    del plan["counters"], plan["earlier_steps"]
+    run(plan, device)
+
+
 Operator = Callable[..., Any]
 
 
@@ -133,6 +140,44 @@ def _scores_every_page(operator: Operator) -> Operator:
     return faulty
 
 
+def _leaves_counters_unfit(operator: Operator) -> Operator:
+    """For the next step, whose result they change."""
+
+    def faulty(**named: Any) -> Any:
+        results, counters = operator(**named), named.get("counters")
+        if counters is not None and not isinstance(counters, torch._subclasses.FakeTensor):
+            results[0].add_(counters[0])
+            counters[0] += 1
+        return results
+
+    return faulty
+
+
+def _counts_refused_calls(operator: Operator) -> Operator:
+    def faulty(**named: Any) -> Any:
+        try:
+            return operator(**named)
+        except RuntimeError:
+            counters = named.get("counters")
+            if isinstance(counters, torch.Tensor) and counters.dtype == torch.int32 and counters.numel():
+                counters[0] += 1
+            raise
+
+    return faulty
+
+
+def _takes_few_counters(operator: Operator) -> Operator:
+    def faulty(**named: Any) -> Any:
+        try:
+            return operator(**named)
+        except RuntimeError as error:
+            if "counters must have at least" not in str(error):
+                raise
+            return operator(**{**named, "counters": None})
+
+    return faulty
+
+
 def _ignores(argument: str, default: Any) -> Callable[[Operator], Operator]:
     def fault(operator: Operator) -> Operator:
         return lambda **named: operator(**{**named, argument: default})
@@ -168,6 +213,10 @@ def _ignores(argument: str, default: Any) -> Callable[[Operator], Operator]:
         (_reads_behind, "rerank_pages", "valid"),
         (_takes_anything, "rerank_pages", "corrupt"),
         (_refuses_without_a_name, "rerank_pages", "invalid"),
+        (_leaves_counters_unfit, "decode_step", "valid"),
+        (_leaves_counters_unfit, "decode_step", "corrupt"),
+        (_counts_refused_calls, "decode_step", "corrupt"),
+        (_takes_few_counters, "decode_step", "invalid"),
     ],
 )
 def test_planted_faults_are_found(

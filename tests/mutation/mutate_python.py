@@ -1,4 +1,4 @@
-"""Mutation testing of the page account, the cache and the attention, by mutmut.
+"""Mutation testing of the page account, the cache, the settings and the attention, by mutmut.
 
 mutmut changes a copy of the package in a folder of its own. The tests there import that copy, and the compiled library
 of the installed package.
@@ -25,8 +25,23 @@ ROOT = Path(__file__).parents[2]
 #: The quick tests of each file.
 TESTS = {
     "page_allocator": ("test_cache.py", "test_cache_sharing.py"),
-    "cache": ("test_cache.py", "test_cache_sharing.py", "test_cache_failures.py", "test_bad_arguments.py"),
-    "attention": ("test_attention.py", "test_selector.py", "test_report.py", "test_bad_arguments.py"),
+    "cache": (
+        "test_cache.py",
+        "test_cache_sharing.py",
+        "test_cache_failures.py",
+        "test_bad_arguments.py",
+        "test_candidates.py",
+    ),
+    "config": ("test_bad_arguments.py", "test_layer_budgets.py", "test_dense_below.py", "test_candidates.py"),
+    "attention": (
+        "test_attention.py",
+        "test_selector.py",
+        "test_report.py",
+        "test_bad_arguments.py",
+        "test_layer_budgets.py",
+        "test_dense_below.py",
+        "test_candidates.py",
+    ),
 }
 #: Tests of torch.compile would trace mutmut's own code.
 #: dtype1, dtype2 and int8 are other kinds of the same tests; the last two compile without the word in their names.
@@ -76,7 +91,7 @@ def mutmut(folder: Path, *arguments: str) -> str:
     }
     command = [sys.executable, "-m", "mutmut", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    failed = "Traceback" in done.stderr and "nothing matches" not in done.stderr
+    failed = done.returncode != 0 and "nothing matches" not in done.stderr
     if failed or "failed to collect stats" in done.stdout:
         raise SystemExit(done.stdout[-2000:] + done.stderr)
     return done.stdout

@@ -1,6 +1,7 @@
 """Writes the counts of tests that ran under sanitizers, from a JUnit report of each instruction set.
 
-`make sanitize` calls it where QUEST_OPS_SANITIZE_OUT names a file.
+`make sanitize` calls it where QUEST_OPS_SANITIZE_OUT names a file. Instruction sets of the file that did not run now
+keep their counts and their time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -40,14 +42,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     bounds = {name: int(os.environ[name]) for name in ("QUEST_OPS_TEST_EXAMPLES", "QUEST_OPS_FUZZ_CASES")}
+    run = {"recorded": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "tests": options.tests}
+    before = json.loads(options.out.read_text()) if options.out.exists() else {}
+    kept = before["isas"] if before.get("sanitizers") == options.sanitizers else {}
     summary = {
         "command": "make sanitize",
         "sanitizers": options.sanitizers,
-        "tests": options.tests,
         **bounds,
         "device": platform.machine(),
         "torch": torch.__version__,
-        "isas": {isa: counts(options.folder / f"{isa}.xml") for isa in options.isas},
+        "isas": kept | {isa: run | counts(options.folder / f"{isa}.xml") for isa in options.isas},
     }
     options.out.write_text(json.dumps(summary, indent=1) + "\n")
 
