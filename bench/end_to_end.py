@@ -23,6 +23,7 @@ import re
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -45,12 +46,13 @@ BUDGETS = {"cuda": ["512", "1024", "2048", "4096", "full"], "cpu": ["512", "full
 ALL_SPARSE = ("512", "1024", "2048")  # budgets of the default without dense layers
 KEPT = ("1024", "2048")  # budgets of which a selection serves KEPT_STEPS steps as well
 KEPT_STEPS = 4
+DENSE_BELOW = 4096  # tokens; rows up to it are measured with it too
 LEAST_CAPACITY = 8192  # a serving cache is not made for short texts alone
 SPARE_BYTES = 3 << 30  # for activations, the graph and the making of keys
 #: The paper's: minimum and maximum in the cache's dtype, no page forced but the last one, two dense layers.
 PAPER = QuestConfig(bounds="cache", std_factor=None, sink_pages=0)
 DEFAULT = QuestConfig()
-PAPER_NAME, OWN_DENSE = "paper, 2048", "own dense mode"
+PAPER_NAME, OWN_DENSE, OTHER = "paper, 2048", "own dense mode", "other kernels"
 
 #: A stage by the names of its kernels. The first that matches counts; attention comes before products, since the
 #: kernels of both may name CUTLASS.
@@ -58,7 +60,7 @@ STAGES = {
     "sparse layers": "decode_step_kernel|clear_counters|estimate_|topk_",
     "dense layers": "quest::cuda|sdpa|flash|fmha|cudnn_gen|attention",
     "matrix products": "gemm|gemv|nvjet|cutlass|cublas|splitk|_mm_|tinygemm|int4",
-    "other kernels": "",
+    OTHER: "",
 }
 
 
@@ -132,6 +134,7 @@ class Timer:
         if stages:
             gaps = max(0.0, median - sum(stages["milliseconds"].values()))
             found |= {"kernels": stages["kernels"], "stages": {**stages["milliseconds"], "gaps": gaps}}
+            found["other_kernels"] = stages["other_kernels"]
         return found
 
     def _eager(self, step: Callable[[Tensor], Tensor], tokens: Tensor, period: int) -> list[float]:
@@ -188,10 +191,13 @@ def profile(graph: torch.cuda.CUDAGraph, replays: int) -> dict[str, Any]:
     if not kernels:
         warnings.warn("the profiler saw no kernels, so there are no stages", stacklevel=2)
         return {}
-    stages = dict.fromkeys(STAGES, 0.0)
+    stages, small = dict.fromkeys(STAGES, 0.0), Counter[str]()
     for kernel in kernels:
-        stages[stage_of(kernel.name)] += kernel.time_range.elapsed_us() / 1e3 / replays
-    return {"kernels": len(kernels) // replays, "milliseconds": stages}
+        stage, ms = stage_of(kernel.name), kernel.time_range.elapsed_us() / 1e3 / replays
+        stages[stage] += ms
+        if stage == OTHER:
+            small[kernel.name] += ms
+    return {"kernels": len(kernels) // replays, "milliseconds": stages, "other_kernels": dict(small.most_common())}
 
 
 def stage_of(kernel: str) -> str:
@@ -242,6 +248,10 @@ def measure(row: Row, model: Model, timer: Timer, budgets: list[str], without: d
         tokens = context + MOST_STEPS if budget == "full" else int(budget)
         attention.config = replace(DEFAULT, budget=tokens)
         quest[f"default, {budget}"] = timed(attention, profiled=budget in ("2048", "full"))
+        attention.rewind()
+    if context <= DENSE_BELOW and "2048" in budgets:
+        attention.config = replace(DEFAULT, dense_below=DENSE_BELOW)
+        quest[f"default, 2048, dense below {DENSE_BELOW >> 10}K"] = timed(attention, profiled=False)
         attention.rewind()
     for budget in [budget for budget in budgets if budget in ALL_SPARSE]:
         attention.config = replace(DEFAULT, budget=int(budget), dense_layers=0)
