@@ -87,11 +87,6 @@ WAYS = [
     Way("quest, eager", quest=QuestConfig()),
     Way("quest, compiled", quest=QuestConfig(), arguments=()),
     Way("quest, the paper's, compiled", quest=PAPER, arguments=()),
-    Way(
-        "quest, no dense layers, a selection for 4 steps, compiled",
-        quest=QuestConfig(dense_layers=0, reselect_every=4),
-        arguments=(),
-    ),
 ]
 
 
@@ -139,9 +134,7 @@ def measure(model: Any, way: Way, prompt: Tensor, new_tokens: int) -> dict[str, 
         if cache is not None:
             sparse = sum(path == "sparse" for _, path, _ in cache.plan())
             disable_quest(model)
-    times, period = times[SKIPPED:], way.quest.reselect_every if way.quest else 1  # steps that select take longer
-    means = [statistics.fmean(times[i : i + period]) for i in range(0, len(times) - period + 1, period)]
-    low, median, high = statistics.quantiles(means, n=4)
+    low, median, high = statistics.quantiles(times[SKIPPED:], n=4)
     found = {"name": way.name, "first_token_seconds": first, "tokens": len(tokens), "distinct_tokens": len(set(tokens))}
     found["milliseconds"] = {"median": median, "low": low, "high": high}
     if on_gpu:
