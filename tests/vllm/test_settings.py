@@ -84,6 +84,11 @@ def test_a_saved_configuration_that_does_not_go_with_the_engine_is_refused(tmp_p
         ({"recent_pages": 0}, 32, "recent_pages must be at least 1 in an engine, got 0"),
         ({"candidates": 64}, 32, "candidates must be 0 or pages more than the budget, 2048, got 64"),
         ({"candidates": 4096}, 32, "candidates must be 0 in an engine, whose blocks have no room for codes, got 4096"),
+        (
+            {"reselect_every": 4},
+            32,
+            "reselect_every must be 1 in an engine, whose requests change places between steps, got 4",
+        ),
         ({"report": -1}, 32, "report must be seconds, at least 0, got -1"),
         ({"report": "often"}, 32, "report must be seconds, at least 0, got 'often'"),
     ],
