@@ -36,21 +36,23 @@ class QuestReader(PageReader):
         self._bounds.append()
         if self._codes is not None:
             self._codes.append()
-        if self.policy.reads_all(self.kv.length.tokens):
+        tokens, policy = self.kv.length.tokens, self.policy
+        if policy.reads_all(tokens):
             self.pages = None
             return sparse_decode(q, *self.view, self.kv.length.seq_lens, None, self.kv.scale)[0]
-        if self.kv.length.tokens < self._selected_at + self.policy.reselect_every:
-            return sparse_decode(q, *self.view, self.kv.length.seq_lens, self._kept_pages(), self.kv.scale)[0]
-        self._selected_at = self.kv.length.tokens
+        if tokens < self._selected_at + policy.reselect_every:
+            self._renew_recent_pages()
+            return sparse_decode(q, *self.view, self.kv.length.seq_lens, self.pages, self.kv.scale)[0]
+        if math.ceil(tokens / policy.page_size) >= policy.num_pages:  # a list with places left is not kept
+            self._selected_at = tokens
         return super().attend(q)
 
-    def _kept_pages(self) -> Tensor:
-        """The pages of the last selection, and those that were begun since."""
+    def _renew_recent_pages(self) -> None:
+        """Write the newest pages into the last places of the kept list."""
         assert self.pages is not None
-        S = self.policy.page_size
-        then, now = -(-self._selected_at // S), -(-self.kv.length.tokens // S)
-        begun = torch.arange(then, now, dtype=torch.int32, device=self.pages.device)
-        return torch.cat([self.pages, begun.expand(*self.pages.shape[:-1], -1)], -1)
+        policy, end = self.policy, math.ceil(self.kv.length.tokens / self.policy.page_size)
+        newest = torch.arange(end - policy.recent_pages, end, dtype=torch.int32, device=self.pages.device)
+        self.pages[..., policy.num_pages - policy.recent_pages :] = newest
 
     def scores(self, q: Tensor) -> Tensor:
         scores = self._bounds.estimate(q)
@@ -79,8 +81,9 @@ class Quest(PagePolicy):
             QuestAlgorithm does the same.
         bounds, std_factor, dense_below: as in :class:`quest_ops.QuestConfig`; by default the paper's.
         candidates: as in :class:`quest_ops.QuestConfig`.
-        reselect_every: steps between two selections. In between the pages of the last one are read, and those begun
-            since, as in LServe (Yang et al., MLSys 2025).
+        reselect_every: steps between two selections, as in LServe (Yang et al., MLSys 2025). In between the list of the
+            last selection is read, with the newest pages in its last ``recent_pages`` places. A page that is no longer
+            among these leaves the list until the next selection.
 
     Raises:
         ValueError: a budget, page size, selection or candidates that :class:`quest_ops.QuestConfig` refuses; candidates
