@@ -30,29 +30,28 @@ class QuestReader(PageReader):
         super().__init__(kv, policy)
         self._bounds = PageBounds(self.view, kv.length.seq_lens, policy.page_size, policy.bounds, policy.std_factor)
         self._codes = PackedCodes(kv, self.view) if policy.candidates else None
-        self._selected_at = -policy.reselect_every  # tokens at the last selection
 
     def attend(self, q: Tensor) -> Tensor:
         self._bounds.append()
         if self._codes is not None:
             self._codes.append()
-        tokens, policy = self.kv.length.tokens, self.policy
-        if policy.reads_all(tokens):
+        if self.policy.reads_all(self.kv.length.tokens):
             self.pages = None
             return sparse_decode(q, *self.view, self.kv.length.seq_lens, None, self.kv.scale)[0]
-        if tokens < self._selected_at + policy.reselect_every:
-            self._renew_recent_pages()
-            return sparse_decode(q, *self.view, self.kv.length.seq_lens, self.pages, self.kv.scale)[0]
-        if math.ceil(tokens / policy.page_size) >= policy.num_pages:  # a list with places left is not kept
-            self._selected_at = tokens
         return super().attend(q)
 
-    def _renew_recent_pages(self) -> None:
-        """Write the newest pages into the last places of the kept list."""
-        assert self.pages is not None
-        policy, end = self.policy, math.ceil(self.kv.length.tokens / self.policy.page_size)
-        newest = torch.arange(end - policy.recent_pages, end, dtype=torch.int32, device=self.pages.device)
-        self.pages[..., policy.num_pages - policy.recent_pages :] = newest
+    def select(self, q: Tensor) -> Tensor:
+        step, end = (
+            self.kv.length.tokens - self.kv.context - 1,
+            math.ceil(self.kv.length.tokens / self.policy.page_size),
+        )
+        if self.pages is None or step % self.policy.reselect_every == 0 or end <= self.policy.num_pages:
+            return self._select_anew(q)
+        # The newest pages take the last places of the kept list.
+        recent = self.policy.recent_pages
+        newest = torch.arange(end - recent, end, dtype=torch.int32, device=q.device)
+        self.pages[..., self.policy.num_pages - recent :] = newest
+        return self.pages
 
     def scores(self, q: Tensor) -> Tensor:
         scores = self._bounds.estimate(q)
@@ -60,7 +59,7 @@ class QuestReader(PageReader):
             return scores
         return self._codes.scores(q, self.best(scores, self.policy.candidates // self.policy.page_size))
 
-    def select(self, q: Tensor) -> Tensor:
+    def _select_anew(self, q: Tensor) -> Tensor:
         if not self.policy.shared:
             return super().select(q)
         # The mean query of each group scores the pages of its KV head, and the scores of all heads add up.
