@@ -41,16 +41,12 @@ class QuestReader(PageReader):
         return super().attend(q)
 
     def select(self, q: Tensor) -> Tensor:
-        step, end = (
-            self.kv.length.tokens - self.kv.context - 1,
-            math.ceil(self.kv.length.tokens / self.policy.page_size),
-        )
-        if self.pages is None or step % self.policy.reselect_every == 0 or end <= self.policy.num_pages:
+        policy, tokens = self.policy, self.kv.length.tokens
+        step, count = tokens - self.kv.context - 1, math.ceil(tokens / policy.page_size)
+        if self.pages is None or step % policy.reselect_every == 0 or count <= policy.num_pages:
             return self._select_anew(q)
-        # The newest pages take the last places of the kept list.
-        recent = self.policy.recent_pages
-        newest = torch.arange(end - recent, end, dtype=torch.int32, device=q.device)
-        self.pages[..., self.policy.num_pages - recent :] = newest
+        newest = torch.arange(count - policy.recent_pages, count, dtype=torch.int32, device=q.device)
+        self.pages[..., policy.num_pages - policy.recent_pages :] = newest
         return self.pages
 
     def scores(self, q: Tensor) -> Tensor:
