@@ -80,6 +80,18 @@ def test_a_short_sequence_is_read_whole_in_each_step(device):
         assert torch.equal(reader.pages.cpu(), pages.expand(B, HKV, -1))
 
 
+def test_the_first_step_that_is_not_dense_selects(device):
+    kv = make_layer(device)
+    reader = make(f"quest,reselect_every=50,dense_below={CONTEXT + 5}", 4 * S).start(kv)
+    for step in range(5):
+        kv.length.set(CONTEXT + 1 + step)
+        reader.attend(query(device, step))
+        assert reader.pages is None
+    kv.length.set(CONTEXT + 6)
+    reader.attend(query(device))
+    assert torch.equal(reader.pages.cpu(), reference_step(kv, query(device), "quest", 4)[0])
+
+
 def test_candidates_are_selected_among_by_the_codes_of_their_keys(device):
     kv = make_layer(device)
     policy = make(f"quest,candidates={8 * S}", 4 * S)
