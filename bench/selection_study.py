@@ -1,11 +1,12 @@
-"""Compare page summaries and a second stage of selection on two models: loss and facts found against bytes read.
+"""Compare selections on two models: loss and facts found against bytes read.
 
     python bench/selection_study.py [SUITE ...] [--device cuda] [--out results/selection] [--processes 12]
     python bench/selection_study.py --plot docs/images/selection-frontier.png
 
-A suite is a task of `quest-eval run` with its policies. Each policy runs in a process of its own, `--processes` at a
-time. A second call goes on where the first stopped. The results of a suite are in OUT/SUITE/results.json. SmolLM2 comes
-from `make eval-model`. bench/results/evaluation/selection-*.json has the documentation's figures, which `--plot` draws.
+A suite is one or more tasks of `quest-eval run` with their policies. Each policy runs in a process of its own,
+`--processes` at a time. A second call goes on where the first stopped. The results of a suite are in
+OUT/SUITE/results.json. SmolLM2 comes from `make eval-model`. bench/results/evaluation/selection-*.json has the
+documentation's figures, which `--plot` draws.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ RESULTS = Path(__file__).parent / "results" / "evaluation"
 
 @dataclass(frozen=True)
 class Suite:
-    """A task of `quest-eval run` with its options, and the budgets of its policies."""
+    """Tasks of `quest-eval run` with their options, and the budgets of the policies."""
 
     options: tuple[str, ...]
     policies: dict[str, tuple[int, ...]]
@@ -91,11 +92,38 @@ _ALL = (*ONE_STAGE, *TWO_STAGES, "page-oracle")
 _SMOLLM2 = ("--model", "smollm2", "--dense-layers", "0")
 _LOSS = ("loss", *_SMOLLM2, "--lengths", "7936", "--tries", "10", "--scored", "128")
 SUITES = {
-    # The second selection by the operators, and selections kept for several steps.
+    # The second selection by the operators.
     "candidates": Suite(
         _LOSS,
-        _budgets(("quest-default", "quest-default,candidates=2048"), 256, 512, 1024)
-        | _budgets(("quest-default,reselect_every=2", "quest-default,reselect_every=4"), 512, 1024, 2048),
+        _budgets(("quest-default", "quest-default,candidates=2048"), 256, 512, 1024),
+    ),
+    # Selections kept for several steps, on SmolLM2 and on the bundled model.
+    "reselect": Suite(
+        _LOSS,
+        _budgets(("quest-default", "quest-default,reselect_every=2", "quest-default,reselect_every=4"), 512, 1024, 2048)
+        | _budgets(
+            (
+                "quest-default,reselect_every=3",
+                "quest-default,reselect_every=8",
+                "quest-default,recent_pages=2",
+                "quest-default,reselect_every=3,recent_pages=2",
+                "quest-default,reselect_every=4,recent_pages=2",
+            ),
+            1024,
+            2048,
+        ),
+    ),
+    "reselect-bundled": Suite(
+        ("needles", "perplexity", "--lengths", "32768", "--tries", "10", "--scored", "128", "--dense-layers", "2"),
+        _budgets(
+            (
+                "quest-default",
+                "quest-default,reselect_every=4",
+                "quest-default,reselect_every=4,recent_pages=2",
+            ),
+            1024,
+            2048,
+        ),
     ),
     "loss": Suite(
         _LOSS,
@@ -120,7 +148,7 @@ def command(suite: Suite, policy: str, device: str, out: Path) -> list[str]:
     budgets = map(str, suite.policies[policy])
     return [
         *(sys.executable, "-m", "quest_eval", "run", *suite.options, "--device", device, "--out", str(out)),
-        *("--policies", "dense", policy, "--budgets", *budgets, "--prefills", "0"),
+        *("--policies", "dense", policy, "--budgets", *budgets),
     ]
 
 
@@ -134,7 +162,7 @@ def merge(folders: list[Path], out: Path) -> None:
         settings = settings or result["settings"]
         for cell in result["cells"]:
             cell.pop("curve", None)
-            cells.setdefault((cell["policy"], cell["budget"]), cell)
+            cells.setdefault((cell["task"], cell["policy"], cell["budget"]), cell)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(
         json.dumps({"settings": settings, "cells": list(cells.values())}, indent=1) + "\n"

@@ -17,7 +17,7 @@ def paged(kv):
     return k, v, torch.arange(B * count, dtype=torch.int32).view(B, count), kv.length.seq_lens.cpu()
 
 
-def reference_step(kv, q, name, num_pages):
+def reference_step(kv, q, name, num_pages, recent_pages=1):
     k, v, table, lens = paged(kv)
     q, bounds = q.cpu(), torch.zeros(len(k), HKV, 2, D, dtype=torch.float64)
     factor = 1.0 if name == "quest-meanstd" else None
@@ -28,7 +28,7 @@ def reference_step(kv, q, name, num_pages):
     else:
         how = {"quest-head": "none", "quest-sum": "sum", "quest-soft": "soft"}.get(name, "max")
         scores = reference.estimate(q, bounds, table, lens, S)
-        pages = reference.topk_pages(scores, lens, S, num_pages, HKV, how, scale=SCALE)
+        pages = reference.topk_pages(scores, lens, S, num_pages, HKV, how, recent_pages=recent_pages, scale=SCALE)
     return pages, reference.sparse_decode(q, k, v, table, lens, pages, SCALE)[0]
 
 
@@ -48,20 +48,48 @@ def test_variants_are_what_the_reference_makes_of_them(device, name):
         torch.testing.assert_close(out.cpu().double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("recent", [0, 1, 2])
 @pytest.mark.parametrize("every", [1, 3, 20])
-def test_a_selection_is_kept_for_some_steps(device, every):
+def test_a_selection_is_kept_for_some_steps(device, every, recent):
     kv = make_layer(device)
-    reader = make(f"quest,reselect_every={every}", 4 * S).start(kv)
+    reader = make(f"quest,reselect_every={every},recent_pages={recent}", 4 * S).start(kv)
     for step in range(24):  # over the edges of pages at 160 and 176
         kv.length.set(CONTEXT + 1 + step)
         q = query(device, step)
         out = reader.attend(q)
         if step % every == 0:
-            kept, then = reference_step(kv, q, "quest", 4)[0], -(-kv.length.tokens // S)
-        begun = torch.arange(then, -(-kv.length.tokens // S), dtype=torch.int32).expand(B, HKV, -1)
+            pages = reference_step(kv, q, "quest", 4, recent)[0]
+        count = -(-kv.length.tokens // S)
+        pages[:, :, 4 - recent :] = torch.arange(count - recent, count)
+        assert torch.equal(reader.pages.cpu(), pages)
         k, v, table, lens = paged(kv)
-        wanted = reference.sparse_decode(q.cpu(), k, v, table, lens, torch.cat([kept, begun], -1), SCALE)[0]
+        wanted = reference.sparse_decode(q.cpu(), k, v, table, lens, pages, SCALE)[0]
         torch.testing.assert_close(out.cpu().double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_short_sequence_is_read_whole_in_each_step(device):
+    """A list with places left is not kept; the first full one is."""
+    kv = make_layer(device)
+    reader = make("quest,reselect_every=30", 11 * S).start(kv)
+    for step in range(30):  # 10 pages to 160, 11 to 176, 12 from there on
+        kv.length.set(CONTEXT + 1 + step)
+        reader.attend(query(device, step))
+        count = -(-kv.length.tokens // S)
+        places = torch.arange(11, dtype=torch.int32)
+        pages = places.where(places < min(count, 10), -1 if count == 10 else count - 1)
+        assert torch.equal(reader.pages.cpu(), pages.expand(B, HKV, -1))
+
+
+def test_the_first_step_that_is_not_dense_selects(device):
+    kv = make_layer(device)
+    reader = make(f"quest,reselect_every=50,dense_below={CONTEXT + 5}", 4 * S).start(kv)
+    for step in range(5):
+        kv.length.set(CONTEXT + 1 + step)
+        reader.attend(query(device, step))
+        assert reader.pages is None
+    kv.length.set(CONTEXT + 6)
+    reader.attend(query(device))
+    assert torch.equal(reader.pages.cpu(), reference_step(kv, query(device), "quest", 4)[0])
 
 
 def test_candidates_are_selected_among_by_the_codes_of_their_keys(device):

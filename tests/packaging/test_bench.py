@@ -2,6 +2,7 @@
 
 import importlib.resources
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -63,6 +64,28 @@ def test_the_plot_of_selections(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert label == "default" and len(shares) == 4
     assert shares[0] == pytest.approx(100 * cell["kv_bytes_read"] / cell["kv_bytes_dense"])
     assert losses[0] == pytest.approx(cell["value"] - 1)
+
+
+def test_each_suite_has_its_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load("selection_study", monkeypatch)
+    for name, suite in study.SUITES.items():
+        cells = json.loads((study.RESULTS / f"selection-{name}.json").read_text())["cells"]
+        tasks = list(itertools.takewhile(lambda option: not option.startswith("--"), suite.options))
+        of_policies = {(policy, budget) for policy, budgets in suite.policies.items() for budget in budgets}
+        wanted = itertools.product(tasks, {("dense", None), *of_policies})
+        found = [(cell["task"], (cell["policy"], cell["budget"])) for cell in cells]
+        assert sorted(found, key=repr) == sorted(wanted, key=repr), name
+
+
+def test_merged_results_have_each_cell_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    study = load("selection_study", monkeypatch)
+    keys = [("needles", "dense", None), ("loss", "dense", None), ("needles", "quest", 64), ("needles", "quest", 128)]
+    cells = [dict(zip(("task", "policy", "budget"), key, strict=True)) | {"value": i} for i, key in enumerate(keys)]
+    for folder, some in (("a", cells[:3]), ("b", [cells[0] | {"curve": [1]}, cells[3]])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "results.json").write_text(json.dumps({"settings": {"tries": 2}, "cells": some}))
+    study.merge([tmp_path / "a", tmp_path / "not run", tmp_path / "b"], tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == {"settings": {"tries": 2}, "cells": cells}
 
 
 @pytest.mark.parametrize("name", ["selection", "selection-long", "rivals"])

@@ -30,7 +30,6 @@ class QuestReader(PageReader):
         super().__init__(kv, policy)
         self._bounds = PageBounds(self.view, kv.length.seq_lens, policy.page_size, policy.bounds, policy.std_factor)
         self._codes = PackedCodes(kv, self.view) if policy.candidates else None
-        self._selected_at = -policy.reselect_every  # tokens at the last selection
 
     def attend(self, q: Tensor) -> Tensor:
         self._bounds.append()
@@ -39,18 +38,16 @@ class QuestReader(PageReader):
         if self.policy.reads_all(self.kv.length.tokens):
             self.pages = None
             return sparse_decode(q, *self.view, self.kv.length.seq_lens, None, self.kv.scale)[0]
-        if self.kv.length.tokens < self._selected_at + self.policy.reselect_every:
-            return sparse_decode(q, *self.view, self.kv.length.seq_lens, self._kept_pages(), self.kv.scale)[0]
-        self._selected_at = self.kv.length.tokens
         return super().attend(q)
 
-    def _kept_pages(self) -> Tensor:
-        """The pages of the last selection, and those that were begun since."""
-        assert self.pages is not None
-        S = self.policy.page_size
-        then, now = -(-self._selected_at // S), -(-self.kv.length.tokens // S)
-        begun = torch.arange(then, now, dtype=torch.int32, device=self.pages.device)
-        return torch.cat([self.pages, begun.expand(*self.pages.shape[:-1], -1)], -1)
+    def select(self, q: Tensor) -> Tensor:
+        policy, tokens = self.policy, self.kv.length.tokens
+        step, count = tokens - self.kv.context - 1, math.ceil(tokens / policy.page_size)
+        if self.pages is None or step % policy.reselect_every == 0 or count <= policy.num_pages:
+            return self._select_anew(q)
+        newest = torch.arange(count - policy.recent_pages, count, dtype=torch.int32, device=q.device)
+        self.pages[..., policy.num_pages - policy.recent_pages :] = newest
+        return self.pages
 
     def scores(self, q: Tensor) -> Tensor:
         scores = self._bounds.estimate(q)
@@ -58,7 +55,7 @@ class QuestReader(PageReader):
             return scores
         return self._codes.scores(q, self.best(scores, self.policy.candidates // self.policy.page_size))
 
-    def select(self, q: Tensor) -> Tensor:
+    def _select_anew(self, q: Tensor) -> Tensor:
         if not self.policy.shared:
             return super().select(q)
         # The mean query of each group scores the pages of its KV head, and the scores of all heads add up.
@@ -79,8 +76,9 @@ class Quest(PagePolicy):
             QuestAlgorithm does the same.
         bounds, std_factor, dense_below: as in :class:`quest_ops.QuestConfig`; by default the paper's.
         candidates: as in :class:`quest_ops.QuestConfig`.
-        reselect_every: steps between two selections. In between the pages of the last one are read, and those begun
-            since, as in LServe (Yang et al., MLSys 2025).
+        reselect_every: steps between two selections, as in LServe (Yang et al., MLSys 2025). In between the list of the
+            last selection is read, with the newest pages in its last ``recent_pages`` places. A page that is no longer
+            among these leaves the list until the next selection.
 
     Raises:
         ValueError: a budget, page size, selection or candidates that :class:`quest_ops.QuestConfig` refuses; candidates
