@@ -248,7 +248,7 @@ class PagedKVCache(StepCache):
             self._allocator.grow(low, high)
 
         lengths = [(self.start_lens, start), (self.new_lens, lens), (self.seq_lens, start + lens)]
-        steps = self._kept_steps(num_new == 1 and new_lens is None)
+        steps = self._kept_steps(start + lens if num_new == 1 and new_lens is None else None)
         self._change([*self._pages_written(new), *lengths, *steps, *self._renewed_budgets(start + lens)], account)
 
     def claim_step(self, layer: int, k: Tensor) -> None:
@@ -306,7 +306,7 @@ class PagedKVCache(StepCache):
             limit = torch.tensor(limits, dtype=torch.int32).to(self.device, non_blocking=True)
             seq_lens = self.seq_lens.minimum(limit)
             writes = [(self.seq_lens, seq_lens), (self.start_lens, self.start_lens.minimum(limit))]
-            writes += self._kept_steps(one_token=False)
+            writes += self._kept_steps()
             if keep < self.pages_per_sequence:
                 none = torch.full_like(self.page_table[0, keep:], -1)
                 writes += [(self.page_table[b, keep:], none) for b in rows]
@@ -347,7 +347,7 @@ class PagedKVCache(StepCache):
             self._steps.fork(source, target)
 
         lengths = [(lens[target], lens[source]) for lens in (self.seq_lens, self.start_lens)]
-        self._change([(self.page_table[target], row), *lengths, *self._kept_steps(one_token=False)], account)
+        self._change([(self.page_table[target], row), *lengths, *self._kept_steps()], account)
 
     def free(self, sequence: int) -> None:
         """Empty one sequence and give its pages back.
@@ -439,7 +439,7 @@ class PagedKVCache(StepCache):
         lengths = [lens[rows] for lens in (self.seq_lens, self.start_lens, self.new_lens)]
         table = self.page_table[rows]
         emptied = [(lens, torch.zeros_like(lens)) for lens in lengths]
-        return [(table, torch.full_like(table, -1)), *emptied, *self._kept_steps(one_token=False)]
+        return [(table, torch.full_like(table, -1)), *emptied, *self._kept_steps()]
 
     def _change(self, writes: list[tuple[Tensor, Tensor]], account: Callable[[], None]) -> None:
         """Change the device's tensors and the host's account: both or none.

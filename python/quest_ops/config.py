@@ -76,10 +76,11 @@ class QuestConfig:
             reads ``budget`` of them. It scores their tokens by keys of 2 bits, which the cache must have
             (:func:`quest_ops.ops.rerank_pages`). Small budgets keep more with it, and a step takes longer. 0: one
             selection.
-        reselect_every: decode steps from one selection to the next, for all sequences. In between a sequence reads the
-            pages of the last selection, and the newest ``recent_pages``, as in LServe (Yang et al., MLSys 2025). Those
-            steps read no bounds. The cache must have room, ``kept_pages=config.kept_pages``. Steps of several tokens or
-            of ragged sequences select, and so does the step after them.
+        reselect_every: a sequence selects pages with the first token of a page, and then with every
+            ``reselect_every``-th of the page. In between it reads the pages of the last selection, and the newest
+            ``recent_pages``, as in LServe (Yang et al., MLSys 2025). Those steps read no bounds. The cache must have
+            room, ``kept_pages=config.kept_pages``. Steps of several tokens or of ragged sequences select, and so does
+            the step after them.
         dense_below: a sequence of at most this number of tokens reads all its pages in every layer. The device decides
             for each sequence. Selecting costs more than it saves in a short sequence. 0: the budget alone decides.
 

@@ -358,19 +358,17 @@ class StepCache:
         else:
             self.new_lens.copy_(new_lens.clamp(0, num_new), non_blocking=True)
         self.seq_lens.add_(self.new_lens)
-        for steps, values in self._kept_steps(num_new == 1 and new_lens is None):
+        for steps, values in self._kept_steps(self.seq_lens if num_new == 1 and new_lens is None else None):
             steps.copy_(values)
         if self._host_is_blind():
             self._advanced_unseen = True
         for budgets, values in self._renewed_budgets(self.seq_lens):
             budgets.copy_(values)
 
-    def _kept_steps(self, one_token: bool) -> list[tuple[Tensor, Tensor]]:
-        """The write of the kept lists' steps: of a step of one token in each sequence, or another change."""
-        if self.state.kept is None:
-            return []
-        steps = self.state.kept.steps
-        return [(steps, steps + 1 if one_token else torch.full_like(steps, -1))]
+    def _kept_steps(self, seq_lens: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """The write of the steps of the kept lists: as :meth:`KeptPages.after`."""
+        kept = self.state.kept
+        return [] if kept is None else [(kept.steps, kept.after(seq_lens, self.page_size))]
 
     def page_budgets(self, config: QuestConfig) -> Tensor | None:
         """``config.page_budgets`` of this step's lengths, computed once a step and not in each layer.

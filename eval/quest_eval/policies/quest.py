@@ -42,7 +42,7 @@ class QuestReader(PageReader):
 
     def select(self, q: Tensor) -> Tensor:
         policy, tokens = self.policy, self.kv.length.tokens
-        step, count = tokens - self.kv.context - 1, math.ceil(tokens / policy.page_size)
+        step, count = (tokens - 1) % policy.page_size, math.ceil(tokens / policy.page_size)
         if self.pages is None or step % policy.reselect_every == 0 or count <= policy.num_pages:
             return self._select_anew(q)
         newest = torch.arange(count - policy.recent_pages, count, dtype=torch.int32, device=q.device)
@@ -76,9 +76,8 @@ class Quest(PagePolicy):
             QuestAlgorithm does the same.
         bounds, std_factor, dense_below: as in :class:`quest_ops.QuestConfig`; by default the paper's.
         candidates: as in :class:`quest_ops.QuestConfig`.
-        reselect_every: steps between two selections, as in LServe (Yang et al., MLSys 2025). In between the list of the
-            last selection is read, with the newest pages in its last ``recent_pages`` places. A page that is no longer
-            among these leaves the list until the next selection.
+        reselect_every: as in :class:`quest_ops.QuestConfig`. Between two selections the list of the last one is read,
+            with the newest pages in its last ``recent_pages`` places.
 
     Raises:
         ValueError: a budget, page size, selection or candidates that :class:`quest_ops.QuestConfig` refuses; candidates

@@ -158,7 +158,7 @@ class PagedLayer(QuestCacheLayer):
         lens = (start, start + tokens)
         budgets, every, kept = self.config.page_budgets(lens[1]), self.config.reselect_every, self.state.kept
         if kept is not None:
-            kept.steps.add_(1) if tokens == 1 else kept.steps.fill_(-1)
+            kept.steps.copy_(kept.after(lens[1] if tokens == 1 else None, self.config.page_size))
         selection = self.config.selection
         out, lse, selected = self.state.decode_step(0, q, k, v, *lens, selection, features.scale, budgets, every)
         self.advance(tokens, real)
