@@ -103,6 +103,7 @@ SUITES = {
         _budgets(("quest-default", "quest-default,reselect_every=2", "quest-default,reselect_every=4"), 512, 1024, 2048)
         | _budgets(
             (
+                "quest-int8",
                 "quest-default,reselect_every=3",
                 "quest-default,reselect_every=8",
                 "quest-default,recent_pages=2",

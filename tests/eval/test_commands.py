@@ -195,6 +195,23 @@ def test_the_written_configuration_is_a_policy_with_the_loss_of_the_advice(tmp_p
     assert (share < 1) == any(config.budget)
 
 
+def test_the_saved_selection_is_the_policys(tmp_path):
+    """Every field of a configuration reaches the policy of its layer."""
+    path = tmp_path / "config.json"
+    for changes in (
+        {"reselect_every": 4},
+        {"candidates": 256},
+        {"dense_below": 64, "sink_pages": 0, "recent_pages": 2},
+    ):
+        config = QuestConfig([0, 64], group_reduce="sum", bounds="int8", std_factor=2.0, **changes)
+        config.save(path)
+        policy = policies.make(f"quest-config,file={path}", None).at(1)
+        for field in dataclasses.fields(QuestConfig):
+            if field.name not in ("budget", "dense_layers", "selector"):
+                assert getattr(policy, field.name) == getattr(config, field.name), field.name
+        assert policy.limit == 64
+
+
 def test_a_margin_that_no_budget_keeps_gives_dense_attention(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measurements.Measurements, "of", as_bad_as_can_be(measurements.Measurements.of))
     advice, words = advise(f"{LAYERS} --keep 0.01 --evaluations 3", tmp_path, capsys)

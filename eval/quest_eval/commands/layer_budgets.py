@@ -130,6 +130,7 @@ def _config(policy: Quest, budgets: tuple[int, ...]) -> QuestConfig:
         std_factor=policy.std_factor,
         dense_below=policy.dense_below,
         candidates=policy.candidates,
+        reselect_every=policy.reselect_every,
     )
 
 

@@ -64,6 +64,7 @@ class Configured(Policy):
             std_factor=config.std_factor,
             dense_below=config.dense_below,
             candidates=config.candidates,
+            reselect_every=config.reselect_every,
         )
 
     def is_dense(self, layer: int) -> bool:
