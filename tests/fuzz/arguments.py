@@ -21,11 +21,13 @@ WRITTEN = {
     "append_kv": ("k_cache", "v_cache", "k_bounds", "k_scales"),
     "update_bounds": ("k_bounds", "k_scales"),
     "append_codes": ("k_codes", "code_scales"),
-    "decode_step": ("k_cache", "v_cache", "k_bounds", "k_scales", "counters"),
+    "decode_step": ("k_cache", "v_cache", "k_bounds", "k_scales", "counters", "kept_pages"),
 }
 
 #: Tensors whose last dimension may have any stride too.
 ANY_STRIDES = ("k_scales", "code_scales")
+#: Tensors that must be contiguous.
+CONTIGUOUS = ("kept_pages",)
 
 
 def arguments(plan: Plan) -> Arguments:
@@ -33,7 +35,7 @@ def arguments(plan: Plan) -> Arguments:
     made = _MAKERS[plan["operator"]](plan, _case(plan))
     if plan["no_sequences"]:
         by_sequence = ("q", "k", "v", "page_table", "seq_lens", "start_lens", "new_lens", "first_token", "scores")
-        for name in (*by_sequence, "pages", "budgets"):
+        for name in (*by_sequence, "pages", "budgets", "kept_pages", "kept_steps"):
             if isinstance(made.get(name), Tensor):
                 made[name] = made[name][:0]
     if plan["mode"] == "invalid":  # a change may be accepted, and lead to memory that was not to be read
@@ -222,7 +224,23 @@ def _decode_step(plan: Plan, x: Case) -> Arguments:
         **_selection(plan),
         "scale": plan["scale"],
         **counters,
+        **_kept_lists(plan, x),
     }
+
+
+def _kept_lists(plan: Plan, x: Case) -> Arguments:
+    if "kept_lists" not in plan:  # a plan older than them
+        return {}
+    kept, every = plan["kept_lists"], {"reselect_every": plan["reselect_every"]}
+    if kept is None:
+        return {"kept_pages": None, "kept_steps": None, **every}
+    heads = x.q.shape[-2] if plan["group_reduce"] == "none" else plan["kv_heads"]
+    size = (len(plan["lengths"]), heads, plan["k"] + kept["room"])
+    counts = torch.tensor([reference.num_pages(n, plan["page_size"]) for n in plan["lengths"]])[:, None, None]
+    pages = (torch.rand(size, generator=x.random) * (counts + 2)).int() - 1  # and the numbers beside those of pages
+    numbers = torch.randint(-(2**31), 2**31, size, generator=x.random).int()
+    pages = numbers.where(torch.rand(size, generator=x.random) < kept["any_numbers"], pages)
+    return {"kept_pages": pages, "kept_steps": torch.tensor(kept["steps"], dtype=torch.int32), **every}
 
 
 def other_step(sequences: int) -> Arguments:
@@ -261,6 +279,8 @@ def placed(given: Arguments, layouts: list[int], device: str, fill: float | None
         layout = LAYOUTS[layouts[i % len(layouts)]]
         if name in ANY_STRIDES and x.dim() > 1:
             copies[name] = place(x.mT, layout, device).mT
+        elif name in CONTIGUOUS:
+            copies[name] = place(x.flatten(), layout, device).view(x.shape)
         else:
             copies[name] = place(x, layout, device)
         if fill is not None:

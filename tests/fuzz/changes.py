@@ -19,13 +19,16 @@ from .plans import ANY_NEW_TOKENS, APPENDING, Plan
 
 #: Arguments that may be None, where an operator does not require them.
 OPTIONAL = ("new_lens", "first_token", "budgets", "pages", "k_scales", "std_factor", "scale", "counters")
+#: Tensors that a step takes together, or neither of them.
+KEPT = ("kept_pages", "kept_steps")
 NUMBERS = {
     "page_size": (0, -16, 12, 256, 2**31, 2**62, 16.5, None, "16"),
     "k": (0, -1, 2**31, 2**62, 2.5, None),
     "num_pages": (0, -1, 2**31, 2**62, 2.5, None),
     "num_kv_heads": (0, -1, 3, 7, 2**31, 2**62, None),
     "sink_pages": (-1, 41, 2**31, 2**62, None),
-    "recent_pages": (-1, 41, 2**31, 2**62, None),
+    "recent_pages": (-1, 0, 41, 2**31, 2**62, None),
+    "reselect_every": (0, -1, 2**31, 2**62, 2.5, None),
     "group_reduce": ("mean", 4, -1, None),
     "scale": ("1", math.nan),
     "std_factor": (-1.0, math.inf, math.nan, 1e39, "1"),
@@ -49,7 +52,7 @@ def changed(plan: Plan, given: Arguments) -> tuple[Arguments, str, bool | None]:
         them, and then the reference judges the result.
     """
     r = random.Random(plan["change_seed"])
-    names = [name for name, x in given.items() if x is not None or name in OPTIONAL]
+    names = [name for name, x in given.items() if x is not None or name in (*OPTIONAL, *KEPT)]
     if "counters" in given:
         names += ["counters"] * 6  # more often, for the case of their own below
     name = r.choice(names)
@@ -57,6 +60,9 @@ def changed(plan: Plan, given: Arguments) -> tuple[Arguments, str, bool | None]:
     if name == "counters" and r.random() < 0.5:
         few = r.choice((0, 1, _counters_needed(given) - 1))
         return {**given, name: torch.zeros(few, dtype=torch.int32, device=given["q"].device)}, name, True
+    if name in KEPT:
+        lists, refused = _changed_lists(r, name, given)
+        return {**given, **lists}, name, refused
     own = NUMBERS_OF.get(plan["operator"], {})
     if name in own:
         return {**given, name: r.choice(own[name])}, name, True
@@ -65,6 +71,8 @@ def changed(plan: Plan, given: Arguments) -> tuple[Arguments, str, bool | None]:
         refused = None if isinstance(value, float) and name == "scale" else True
         if isinstance(value, int) and name in ("num_kv_heads", "sink_pages", "recent_pages"):
             refused = None
+        if name == "recent_pages" and value == 0 and given.get("kept_pages") is not None:
+            refused = True
         return {**given, name: value}, name, refused
     if x is None:  # a tensor where none was
         size = r.choice(((), (2,), (3, 4), (2, 3, 4), tuple(given[_first(given)].shape[:1])))
@@ -80,6 +88,28 @@ def changed(plan: Plan, given: Arguments) -> tuple[Arguments, str, bool | None]:
 
 def _counters_needed(given: Arguments) -> int:
     return ops.new_counters(len(given["q"]), given["k"].shape[2], "meta").numel()
+
+
+def _changed_lists(r: random.Random, name: str, given: Arguments) -> tuple[Arguments, bool]:
+    """One of the tensors of kept lists, or both where the step has none; and whether that must be refused."""
+    x, k = given[name], given["num_pages"]
+    if x is None:
+        q, kv_heads = given["q"], given["k"].shape[2]
+        heads = q.shape[-2] if given["group_reduce"] == "none" else kv_heads
+        new = {"kept_pages": (len(q), heads, k), "kept_steps": (len(q),)}
+        lists = {key: torch.zeros(size, dtype=torch.int32, device=q.device) for key, size in new.items()}
+        if r.random() < 0.5:
+            return {name: lists[name]}, True
+        return lists, given["k"].shape[1] > 1 or given["recent_pages"] == 0
+    if name == "kept_pages" and r.random() < 0.2:
+        value, refused = torch.cat([x, x], -1)[..., : x.shape[-1]], None
+    else:
+        value, refused = _changed_tensor(r, name, x, optional=False)
+    if refused is None and name == "kept_pages":
+        refused = value.shape[:2] != x.shape[:2] or value.shape[2] < k or not value.is_contiguous()
+    elif refused is None:
+        refused = value.shape != x.shape
+    return {name: value}, refused
 
 
 def _first(given: Arguments) -> str:
@@ -126,6 +156,8 @@ def corrupted(plan: Plan, given: Arguments) -> Arguments:
     names = [name for name in tensors_of_numbers(given) if given[name].numel()]
     if not names:
         return given
+    if given.get("kept_pages") is not None and r.random() < 0.5:
+        names = list(KEPT)  # alone, for calls that are accepted
     copies = dict(given)
     for name in r.sample(names, r.randint(1, len(names))):
         numbers = given[name].flatten().tolist()
@@ -138,13 +170,16 @@ def corrupted(plan: Plan, given: Arguments) -> Arguments:
 
 
 def tensors_of_numbers(given: Arguments) -> list[str]:
-    """Lengths, page numbers, lists and budgets. Counters are the operator's own: a caller never sets them."""
+    """Lengths, page numbers, lists, budgets and steps. Counters are the operator's own: a caller never sets them."""
     tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
     return [name for name, x in tensors.items() if x.dtype == torch.int32 and name != "counters"]
 
 
 def wrong_values(operator: str, a: Arguments) -> bool:
-    """Whether lengths, page numbers or lists are out of their range, where the operator reads them."""
+    """Whether lengths, page numbers or lists are out of their range, where the operator reads them.
+
+    Kept lists and their steps have no range: a step takes any numbers.
+    """
     lens = a["seq_lens"].tolist()
     if operator == "topk_pages":
         P, S, T = a["scores"].shape[-1], a["page_size"], _new_tokens(a["scores"])

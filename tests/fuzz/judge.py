@@ -68,6 +68,10 @@ def judge_accepted(plan: Plan, given: Arguments, device: str) -> None:
     results = call(operator, x)
     _check_metadata(operator, given, x, results)
     expected = _written(operator, given)
+    if operator == "decode_step":
+        given = {**given, **_scores_and_lists(given, x)}
+        if "kept_after" in given:
+            expected["kept_pages"] = given["kept_after"]
     for name, old in before.items():
         if name in WRITTEN.get(operator, ()):
             y = x[name]
@@ -75,10 +79,6 @@ def judge_accepted(plan: Plan, given: Arguments, device: str) -> None:
             old.as_strided(y.shape, y.stride(), y.storage_offset()).copy_(inside)
         assert_same_bits(memory(x[name]), old)
     results = tuple(y.cpu() for y in results)
-    if operator == "decode_step":
-        names = ("q", "k_bounds", "page_table", "seq_lens")
-        scores = ops.estimate(*(x[name] for name in names), x["k_cache"].shape[2], x["k_scales"], x["new_lens"])
-        given = {**given, "scores": scores.cpu()}
     _JUDGES.get(operator, _no_result)({**given, **expected}, results, plan)
 
     # Counters are unused, then those that the call has left, then none.
@@ -116,7 +116,7 @@ def _assert_counters_serve(plan: Plan, given: Arguments, counters: Tensor, devic
     for actual, expected in zip(call("decode_step", with_counters), call("decode_step", without), strict=True):
         assert_same_bits(actual, expected)
     for name in WRITTEN["decode_step"]:
-        if name != "counters" and without[name] is not None:
+        if name != "counters" and without.get(name) is not None:
             assert_same_bits(memory(with_counters[name]), memory(without[name]))
 
 
@@ -279,10 +279,71 @@ def _judge_selection(a: Arguments, pages: Tensor, exact: bool) -> None:
 def _judge_decode_step(a: Arguments, results: tuple[Tensor, ...], plan: Plan) -> None:
     """By the caches after the step. The scores are the operator's own, whose bits the step promises to use."""
     out, lse, pages = results
+    pages = a.get("selected", pages)
     where = {"page_size": a["k_cache"].shape[2], "k": a["num_pages"], "num_kv_heads": a["k_cache"].shape[1]}
-    scale = a["q"].shape[-1] ** -0.5 if a["scale"] is None else a["scale"]
-    _judge_selection({**a, **where, "scale": scale}, pages, a["group_reduce"] in ("none", "max"))
-    _judge_sparse_decode({**a, "pages": pages}, (out, lse), plan)
+    _judge_selection({**a, **where, "scale": _scale(a)}, pages, a["group_reduce"] in ("none", "max"))
+    if "attention" not in a:
+        _judge_sparse_decode({**a, "pages": pages}, (out, lse), plan)
+        return
+    for actual, expected in zip((out, lse), a["attention"], strict=True):
+        assert_same_bits(actual, expected)
+
+
+def _scale(a: Arguments) -> float:
+    """Of a step's scores, rounded to float32 as in the operators."""
+    return (1 / torch.tensor(float(a["q"].shape[-1])).sqrt()).item() if a["scale"] is None else a["scale"]
+
+
+def _scores_and_lists(given: Arguments, x: Arguments) -> Arguments:
+    """What a step computes on its way, by the other operators, whose bits it promises to use.
+
+    Args:
+        given: its arguments.
+        x: their copies on the device, after the step.
+
+    Returns:
+        scores: of estimate. A step with kept lists also has the following.
+        selected: the lists of topk_pages.
+        kept_after: kept_pages after the step.
+        attention: out and lse of sparse_decode.
+    """
+    page_size, kv_heads = x["k_cache"].shape[2], x["k_cache"].shape[1]
+    where, news = (x["page_table"], x["seq_lens"]), x["new_lens"]
+    scores = ops.estimate(x["q"], x["k_bounds"], *where, page_size, x["k_scales"], news)
+    if x.get("kept_pages") is None:
+        return {"scores": scores.cpu()}
+    names = ("num_pages", "group_reduce", "sink_pages", "recent_pages")
+    k, *rule = (x[name] for name in names)
+    selected = ops.topk_pages(scores, x["seq_lens"], page_size, k, kv_heads, *rule, _scale(x), news, x["budgets"])
+    after, read = _kept_lists(given, selected.cpu())
+    attention = ops.sparse_decode(
+        x["q"], x["k_cache"], x["v_cache"], *where, read.to(selected.device), x["scale"], news
+    )
+    return {
+        "scores": scores.cpu(),
+        "selected": selected.cpu(),
+        "kept_after": after,
+        "attention": tuple(y.cpu() for y in attention),
+    }
+
+
+def _kept_lists(a: Arguments, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """The rule of kept lists, as decode_step documents it: kept_pages after the step, and the lists that it reads."""
+    k, sink, recent = a["num_pages"], a["sink_pages"], a["recent_pages"]
+    after, read = a["kept_pages"].clone(), selected.clone()
+    lists = read.view(*after.shape[:2], k)
+    for b, (visible,) in enumerate(reference.visible_by_token(a["seq_lens"], 1, a["new_lens"])):
+        n = reference.num_pages(visible, a["k_cache"].shape[2])
+        most = k if a["budgets"] is None else min(k, max(sink + recent, int(a["budgets"][b])))
+        if n <= most or int(a["kept_steps"][b]) % a["reselect_every"] == 0:
+            after[b, :, :k] = lists[b]
+            continue
+        old = slice(most - recent)
+        lists[b, :, most - recent : most] = torch.arange(n - recent, n)
+        after[b, :, most - recent : k] = lists[b, :, most - recent :]
+        kept = after[b, :, old]
+        lists[b, :, old] = kept.where((kept >= 0) & (kept < n - recent), -1)
+    return after, read
 
 
 _JUDGES: dict[str, Any] = {
@@ -376,6 +437,9 @@ def judge_corrupt(plan: Plan, given: Arguments, device: str) -> str:
         if device == "cpu" or operator not in WRITTEN:
             for actual, expected in zip(*results, strict=True):
                 assert_same_bits(actual, expected)
+            for name in WRITTEN.get(operator, ()):
+                if first.get(name) is not None and name != "counters":
+                    assert_same_bits(first[name], second[name])
         if first.get("counters") is not None:
             _assert_counters_serve(plan, valid, first["counters"], device)
     if x.get("counters") is not None:

@@ -71,6 +71,8 @@ def draw(seed: str, operator: str, mode: str) -> Plan:
         "seed": r.randrange(2**31),
         **_options(operator, r, batch),
     }
+    if operator == "decode_step":
+        plan |= _kept_lists(r, plan)
     if mode != "valid":
         plan["change_seed"] = r.randrange(2**31)
     return plan
@@ -93,6 +95,23 @@ def _selection(r: random.Random, batch: int) -> Plan:
         "group_reduce": r.choice(tuple(GROUP_REDUCE)),
         "budgets": None if r.random() < 0.5 else [r.choice((-1, 0, 1, 2, 3, k // 2, k, k + 1)) for _ in range(batch)],
     }
+
+
+def _kept_lists(r: random.Random, plan: Plan) -> Plan:
+    """Of a step. Its lists are short and its sequences long: a list of all pages is never kept."""
+    every = r.randint(1, 4)
+    if plan["new_tokens"] > 1 or plan["recent_pages"] == 0 or r.random() < 0.5:
+        return {"reselect_every": every, "kept_lists": None}
+    lengths = [n + plan["page_size"] * r.randint(0, 6) for n in plan["lengths"]]
+    forced, longest = plan["sink_pages"] + plan["recent_pages"], max(lengths) // plan["page_size"]
+    steps = [r.randint(0, 2 * every) for _ in lengths]
+    lists = {
+        "steps": [r.randint(-(2**31), 2**31 - 1) if r.random() < 0.1 else step for step in steps],
+        "room": r.choice((0, 0, 1, 5)),  # places behind those of a list
+        "any_numbers": r.choice((0.0, 0.2, 1.0)),  # the share of places that hold any 32 bits
+    }
+    k = max(forced, min(plan["k"], r.randint(1, max(1, longest))))
+    return {"lengths": lengths, "k": k, "reselect_every": every, "kept_lists": lists}
 
 
 def _options(operator: str, r: random.Random, batch: int) -> Plan:

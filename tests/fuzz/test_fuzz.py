@@ -38,11 +38,17 @@ def test_found_cases(device: str, plan: Plan) -> None:
     run(plan, device)
 
 
+KEPT_LISTS = ("kept_lists", "reselect_every")
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_plans_older_than_counters(device: str, mode: str) -> None:
+@pytest.mark.parametrize(
+    "missing", [KEPT_LISTS, ("counters", "earlier_steps", *KEPT_LISTS)], ids=lambda names: names[0]
+)
+def test_older_plans(device: str, missing: tuple[str, ...], mode: str) -> None:
+    """They lack the arguments that an operator has taken since."""
     plan = draw("older", "decode_step", mode)
-    del plan["counters"], plan["earlier_steps"]
-    run(plan, device)
+    run({key: value for key, value in plan.items() if key not in missing}, device)
 
 
 Operator = Callable[..., Any]
@@ -178,6 +184,73 @@ def _takes_few_counters(operator: Operator) -> Operator:
     return faulty
 
 
+def _real(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and not isinstance(x, torch._subclasses.FakeTensor)
+
+
+def _always_selects(operator: Operator) -> Operator:
+    """In steps that keep their lists too."""
+
+    def faulty(**named: Any) -> Any:
+        steps = named.get("kept_steps")
+        return operator(**named if steps is None else {**named, "kept_steps": torch.zeros_like(steps)})
+
+    return faulty
+
+
+def _keeps_the_newest_pages(operator: Operator) -> Operator:
+    """Of the step that selected, where the lists must have those of this step."""
+
+    def faulty(**named: Any) -> Any:
+        kept = named.get("kept_pages")
+        before = kept.clone() if _real(kept) else None
+        results = operator(**named)
+        if before is not None:
+            keeps = named["kept_steps"] % named["reselect_every"] != 0
+            kept.copy_(before.where(keeps[:, None, None], kept))
+        return results
+
+    return faulty
+
+
+def _writes_behind_lists(operator: Operator) -> Operator:
+    """Into places of kept_pages that belong to no list."""
+
+    def faulty(**named: Any) -> Any:
+        results, kept = operator(**named), named.get("kept_pages")
+        if _real(kept):
+            kept[..., named["num_pages"] :] += 1
+        return results
+
+    return faulty
+
+
+def _takes_any_kept_lists(operator: Operator) -> Operator:
+    """Reads its own instead of those that it must refuse."""
+
+    def faulty(**named: Any) -> Any:
+        try:
+            return operator(**named)
+        except RuntimeError as error:
+            if "kept_" not in str(error):
+                raise
+            return operator(**{**named, "kept_pages": None, "kept_steps": None})
+
+    return faulty
+
+
+def _refuses_kept_numbers(operator: Operator) -> Operator:
+    """Where they are no pages."""
+
+    def faulty(**named: Any) -> Any:
+        kept = named.get("kept_pages")
+        if _real(kept) and bool((kept < -1).any()):
+            raise RuntimeError("kept_pages must hold pages")
+        return operator(**named)
+
+    return faulty
+
+
 def _ignores(argument: str, default: Any) -> Callable[[Operator], Operator]:
     def fault(operator: Operator) -> Operator:
         return lambda **named: operator(**{**named, argument: default})
@@ -217,6 +290,11 @@ def _ignores(argument: str, default: Any) -> Callable[[Operator], Operator]:
         (_leaves_counters_unfit, "decode_step", "corrupt"),
         (_counts_refused_calls, "decode_step", "corrupt"),
         (_takes_few_counters, "decode_step", "invalid"),
+        (_always_selects, "decode_step", "valid"),
+        (_keeps_the_newest_pages, "decode_step", "valid"),
+        (_writes_behind_lists, "decode_step", "valid"),
+        (_takes_any_kept_lists, "decode_step", "invalid"),
+        (_refuses_kept_numbers, "decode_step", "corrupt"),
     ],
 )
 def test_planted_faults_are_found(
