@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from quest_ops import append_kv, decode_step, estimate, ops, reference, sparse_decode, topk_pages, update_bounds
@@ -94,21 +95,17 @@ def four_operators(w: Workload, x: Layer) -> Tensor:
     return attend(x, select(w, x))
 
 
-def one_call(w: Workload, x: Layer) -> Tensor:
-    """The step by decode_step."""
+def one_call(w: Workload, x: Layer, **lists: Any) -> Tensor:
+    """The step by decode_step; lists: its arguments for kept pages."""
     caches = (x.k_cache, x.v_cache, x.k_bounds)
     lengths = (x.page_table, x.before, x.after)
-    options = {"k_scales": x.k_scales, **std_factor(x), **counters(x)}
+    options = {"k_scales": x.k_scales, **std_factor(x), **counters(x), **lists}
     return decode_step(x.q, x.k_new, x.v_new, *caches, *lengths, w.selected, **options)[0]
 
 
 def kept_step(w: Workload, x: Layer, kept: Tensor, steps: Tensor) -> Tensor:
     """decode_step with the lists of an earlier step, kept [B, Hkv, K]; steps [B] are odd."""
-    caches = (x.k_cache, x.v_cache, x.k_bounds)
-    lengths = (x.page_table, x.before, x.after)
-    lists = {"kept_pages": kept, "kept_steps": steps, "reselect_every": 2}
-    options = {"k_scales": x.k_scales, **std_factor(x), **counters(x), **lists}
-    return decode_step(x.q, x.k_new, x.v_new, *caches, *lengths, w.selected, **options)[0]
+    return one_call(w, x, kept_pages=kept, kept_steps=steps, reselect_every=2)
 
 
 def check(w: Workload, x: Layer) -> None:

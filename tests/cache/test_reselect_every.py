@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.attention_model import HKV, D, Model, S
+from helpers.kept_lists import lists_to_read
 from helpers.operator_cases import assert_same_bits
 from quest_ops import (
     CacheView,
@@ -42,12 +43,8 @@ class Rule:
         if self.step <= 0:
             self.lists[layer] = fresh
             return fresh
-        lengths = seq_lens[:, None, None, None]
-        num_pages, kept = -(-lengths // S), self.lists[layer].clone()
-        kept[..., -1:] = num_pages - 1
-        keeps = (num_pages > config.num_pages) & ((lengths - 1) % S % EVERY != 0)
+        self.lists[layer], keeps = lists_to_read(fresh, self.lists[layer], seq_lens, S, EVERY)
         self.kept += int(keeps.sum())
-        self.lists[layer] = torch.where(keeps, kept, fresh)
         return self.lists[layer]
 
 

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.0")
 
 from helpers.hf_models import compiled, generate, make_model, prompt
+from helpers.kept_lists import lists_to_read
 from quest_ops import QuestConfig, select_pages
 from quest_ops.transformers import enable_quest
 from torch._dynamo.utils import counters
@@ -29,11 +30,7 @@ class Rule:
         if self.steps[layer] <= 0:
             self.lists[layer] = fresh
             return fresh
-        lengths = pages.seq_lens[:, None, None, None]
-        num_pages, kept = -(-lengths // S), self.lists[layer].clone()
-        kept[..., -1:] = num_pages - 1
-        keeps = (num_pages > config.num_pages) & ((lengths - 1) % S % EVERY != 0)
-        self.lists[layer] = torch.where(keeps, kept, fresh)
+        self.lists[layer], _ = lists_to_read(fresh, self.lists[layer], pages.seq_lens, S, EVERY)
         return self.lists[layer]
 
 
