@@ -357,16 +357,15 @@ inline KeptPages check_kept_pages(
   check_size(*pages, "kept_pages", 0, size.B, "[B, Hs, K or more]", "the number of sequences");
   check_size(*pages, "kept_pages", 1, Hs, "[B, Hs, K or more]", "a list for each selecting head");
   STD_TORCH_CHECK(
-      pages->size(2) >= K && pages->size(2) <= kMaxCount,
-      "kept_pages must have shape [B, Hs, K or more] with num_pages, ", K, ", or more in dimension 2, got ",
-      shape_string(*pages));
+      pages->size(2) >= K, "kept_pages must have shape [B, Hs, K or more] with num_pages, ", K,
+      ", or more in dimension 2, got ", shape_string(*pages));
   STD_TORCH_CHECK(pages->is_contiguous(), "kept_pages must be contiguous, got strides that are not");
   STD_TORCH_CHECK(size.T == 1, "kept_pages must be left out with several new tokens, got ", size.T, " of them");
   STD_TORCH_CHECK(recent_pages >= 1, "recent_pages must be at least 1 with kept_pages, got ", recent_pages);
   return {
       .pages = static_cast<int32_t*>(address(*pages, true)),
       .steps = check_optional_lens(steps, "kept_steps", size.B, q, "q"),
-      .stride = static_cast<int32_t>(pages->size(2)),
+      .stride = check_int32_range(pages->size(2), "kept_pages' places"),
       .reselect_every = static_cast<int32_t>(reselect_every)};
 }
 

@@ -13,8 +13,10 @@ QUEST_HOST_DEVICE void keep_page(const DecodeStepParams& p, int32_t b, int32_t h
     kept = list[i];
   else if (i >= K - p.recent_pages)
     kept = list[i] = n - K + i;
+  else if (const int32_t page = kept; page >= 0 && page < n - p.recent_pages)  // the tensor may have any numbers
+    list[i] = page;
   else
-    list[i] = kept >= 0 && kept < n - p.recent_pages ? kept : -1;  // the tensor may have any numbers
+    list[i] = -1;
 }
 
 }  // namespace quest

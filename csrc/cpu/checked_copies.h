@@ -24,6 +24,7 @@ class CheckedCopies {
     take(p.append);
     take_whole(p.paging, p.size.B);
     take(p.budgets, p.size.B);
+    take(p.kept.steps, p.size.B);
     check_values(p);
   }
 

@@ -339,6 +339,7 @@ def check_kept_pages(
         _require(q.shape[1] == 1, f"kept_pages must be left out with several new tokens, got {q.shape[1]} of them")
     _require(recent_pages >= 1, f"recent_pages must be at least 1 with kept_pages, got {recent_pages}")
     check_optional_lens(steps, "kept_steps", q.shape[0], q, "q")
+    check_int32_range(pages.shape[2], "kept_pages' places")
 
 
 # One operator: csrc/checks.h

@@ -211,7 +211,7 @@ def test_most_of_other_sizes(device: str) -> None:
     good = without_sequences("decode_step", device, 16)
     good |= {"kept_pages": good["seq_lens"].new_empty(0, 2, 2**31 - 1), "kept_steps": good["seq_lens"]}
     ops.decode_step(**good)
-    with pytest.raises(RuntimeError, match=r"kept_pages must have shape .*, got \[0, 2, 2147483648\]"):
+    with pytest.raises(RuntimeError, match="kept_pages' places must fit in 32 bits, got 2147483648"):
         ops.decode_step(**{**good, "kept_pages": columns(good["kept_pages"], 2**31)})
     good = arguments("estimate", device)
     with pytest.raises(RuntimeError, match="the number of sequences must fit in 32 bits, got 2147483648"):
