@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from end_to_end_tables import KEPT
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -15,6 +16,7 @@ import matplotlib.pyplot as plt
 # Distinct to colour-blind readers.
 COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#0072B2", "#999999")
 STAGES = ("matrix products", "sparse layers", "dense layers", "other kernels", "gaps")
+LAST = {KEPT}  # drawn besides the first choices
 STAGED = (32768, 131072)  # contexts in the plot of stages
 Rows = list[dict[str, Any]]
 
@@ -50,7 +52,10 @@ def draw_contexts(models: dict[str, Rows], title: str, path: Path) -> None:
         contexts = [row["context"] for row in rows]
         dense = [milliseconds(row["dense"][row["fastest_dense"]]) for row in rows]
         handles["fastest dense"] = axes.plot(contexts, dense, "o-", color="#D55E00", label="fastest dense")[0]
-        for choice, colour in zip(rows[0]["quest"], COLOURS, strict=False):
+        drawn = dict(zip(rows[0]["quest"], COLOURS, strict=False)) | dict.fromkeys(
+            LAST & rows[0]["quest"].keys(), "#8B6914"
+        )
+        for choice, colour in drawn.items():
             times = [milliseconds(row["quest"][choice]) if choice in row["quest"] else None for row in rows]
             style = "s--" if choice.startswith("paper") else ".-"
             label = f"Quest, {choice}"
