@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 # Distinct to colour-blind readers.
 COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#0072B2", "#999999")
 STAGES = ("matrix products", "sparse layers", "dense layers", "other kernels", "gaps")
-LAST = {KEPT}  # drawn besides the first choices
+LAST_COLOUR = "#8B6914"  # of KEPT, which is drawn besides the first choices
 STAGED = (32768, 131072)  # contexts in the plot of stages
 Rows = list[dict[str, Any]]
 
@@ -52,9 +52,9 @@ def draw_contexts(models: dict[str, Rows], title: str, path: Path) -> None:
         contexts = [row["context"] for row in rows]
         dense = [milliseconds(row["dense"][row["fastest_dense"]]) for row in rows]
         handles["fastest dense"] = axes.plot(contexts, dense, "o-", color="#D55E00", label="fastest dense")[0]
-        drawn = dict(zip(rows[0]["quest"], COLOURS, strict=False)) | dict.fromkeys(
-            LAST & rows[0]["quest"].keys(), "#8B6914"
-        )
+        drawn = dict(zip(rows[0]["quest"], COLOURS, strict=False))
+        if KEPT in rows[0]["quest"]:
+            drawn[KEPT] = LAST_COLOUR
         for choice, colour in drawn.items():
             times = [milliseconds(row["quest"][choice]) if choice in row["quest"] else None for row in rows]
             style = "s--" if choice.startswith("paper") else ".-"
