@@ -13,10 +13,11 @@ from quest_ops.config_file import VERSION
 
 # No field has its default, so that a field left out shows.
 UNLIKE = QuestConfig(512, 32, 2, 3, 4, "sum", "cache", None, None, 999, 2048)
+KEPT = QuestConfig(reselect_every=4)  # which goes with neither candidates nor dense_below
 LISTED = QuestConfig([0, 512, 64], 8, std_factor=2.0)
 
 
-@pytest.mark.parametrize("config", [QuestConfig(), UNLIKE, LISTED, replace(LISTED, std_factor=1)])
+@pytest.mark.parametrize("config", [QuestConfig(), UNLIKE, KEPT, LISTED, replace(LISTED, std_factor=1)])
 @pytest.mark.parametrize("about", [{}, {"model": "a/b"}, {"model": "a/b", "num_layers": 3}])
 def test_a_saved_configuration_is_loaded(tmp_path: Path, config: QuestConfig, about: dict[str, Any]) -> None:
     config.save(tmp_path / "config.json", **about)
@@ -33,7 +34,8 @@ def test_every_field_but_the_selector_is_a_line(tmp_path: Path) -> None:
     assert (content["num_layers"], content["budget"]) == (3, [0, 512, 64])
     assert '  "budget": [0, 512, 64],\n' in text
     assert len(text.splitlines()) == len(content) + 2
-    changed = {f.name for f in fields(QuestConfig) if getattr(UNLIKE, f.name) != f.default}
+    both = (UNLIKE, KEPT)
+    changed = {f.name for f in fields(QuestConfig) if any(getattr(config, f.name) != f.default for config in both)}
     assert changed == {f.name for f in fields(QuestConfig)} - {"selector"}
 
 

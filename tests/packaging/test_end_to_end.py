@@ -159,7 +159,7 @@ def test_a_row_on_the_device(bench, device):
     nothing = script.Nothing(2, row.context, device)
     without = timer(lambda tokens: model.step(tokens, nothing), 2, True)
     found = script.measure(row, model, timer, ["512", "2048", "full"], without)
-    assert len(found["quest"]) == 7 and 0 < found["selections_differ"] < 1
+    assert len(found["quest"]) == 8 and 0 < found["selections_differ"] < 1
     assert found["dense"][found["fastest_dense"]]["tokens_per_second"] > 0
     if device == "cuda":
         assert set(found["dense"]) == {"cuDNN", "flash", "own dense mode"}
