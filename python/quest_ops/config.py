@@ -164,7 +164,7 @@ class QuestConfig:
             )
 
     def _check_candidates(self) -> None:
-        largest = max(self.budget) if isinstance(self.budget, tuple) else self._tokens
+        largest = self._largest
         if self.candidates and self.candidates // self.page_size <= largest // self.page_size:
             raise ValueError(f"candidates must be 0 or pages more than the budget, {largest}, got {self.candidates}")
         if self.candidates and self.selector is not None:
@@ -264,6 +264,11 @@ class QuestConfig:
         return self.budget
 
     @property
+    def _largest(self) -> int:
+        """The largest budget of a layer."""
+        return max(self.budget) if isinstance(self.budget, tuple) else self._tokens
+
+    @property
     def num_pages(self) -> int:
         """Pages of the budget."""
         return self._tokens // self.page_size
@@ -307,9 +312,7 @@ class QuestConfig:
     @property
     def kept_pages(self) -> int:
         """Pages of the lists that a cache keeps for ``reselect_every``, over all layers; 0 where each step selects."""
-        if self.reselect_every == 1:
-            return 0
-        return max(layer.most_pages for layer in self._layers or (self,))
+        return 0 if self.reselect_every == 1 else self._largest // self.page_size
 
     @property
     def reads_bounds(self) -> bool:

@@ -188,8 +188,9 @@ class PagedLayer(QuestCacheLayer):
 
     def _observe(self, selected: Tensor | None) -> None:
         if self.settings.observer is not None:
-            kept = None if selected is None or self.state.kept is None else selected.clone()  # later steps write it
-            self.settings.observer(self.index, selected if kept is None else kept, self.columns)
+            if selected is not None and self.state.kept is not None:
+                selected = selected.clone()  # later steps write the kept lists
+            self.settings.observer(self.index, selected, self.columns)
 
     def _count(self, selected: Tensor | None, tokens: int, selects: Tensor | None = None) -> None:
         if self.settings.counts is not None:
