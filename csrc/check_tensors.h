@@ -341,7 +341,7 @@ inline const int32_t* check_optional_lens(
   return static_cast<const int32_t*>(t->const_data_ptr());
 }
 
-// K: pages of a list.
+// K: the places of a list.
 inline KeptPages check_kept_pages(
     const std::optional<Tensor>& pages, const std::optional<Tensor>& steps, int64_t reselect_every, const Tensor& q,
     const Sizes& size, int32_t Hs, int32_t K, int32_t recent_pages) {
@@ -357,8 +357,8 @@ inline KeptPages check_kept_pages(
   check_size(*pages, "kept_pages", 0, size.B, "[B, Hs, K or more]", "the number of sequences");
   check_size(*pages, "kept_pages", 1, Hs, "[B, Hs, K or more]", "a list for each selecting head");
   STD_TORCH_CHECK(
-      pages->size(2) >= K, "kept_pages must have shape [B, Hs, K or more] with num_pages, ", K,
-      ", or more in dimension 2, got ", shape_string(*pages));
+      pages->size(2) >= K, "kept_pages must have shape [B, Hs, K or more] with K = ", K, " in dimension 2, got ",
+      shape_string(*pages));
   STD_TORCH_CHECK(pages->is_contiguous(), "kept_pages must be contiguous, got strides that are not");
   STD_TORCH_CHECK(size.T == 1, "kept_pages must be left out with several new tokens, got ", size.T, " of them");
   STD_TORCH_CHECK(recent_pages >= 1, "recent_pages must be at least 1 with kept_pages, got ", recent_pages);

@@ -2,6 +2,7 @@
 // CPU and CUDA alike, and nowhere else: a kernel trusts its params.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "check_tensors.h"
@@ -127,10 +128,16 @@ inline GroupReduce check_selection(
   return static_cast<GroupReduce>(group_reduce);
 }
 
+// The pages of a sequence of dense_below tokens, which a list must hold.
+inline int32_t check_dense_below(int64_t dense_below, int32_t page_shift) {
+  const int64_t tokens = check_int32_range(dense_below, "dense_below"), page_size = int64_t{1} << page_shift;
+  return check_pages((tokens + page_size - 1) >> page_shift, page_shift, "dense_below in whole pages");
+}
+
 inline TopkParams check_topk_pages(
     const Tensor& scores, const Tensor& seq_lens, int64_t page_size, int64_t k, int64_t num_kv_heads,
     int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, double scale, const std::optional<Tensor>& new_lens,
-    const std::optional<Tensor>& budgets) {
+    const std::optional<Tensor>& budgets, int64_t dense_below) {
   check_given(scores, "scores");
   STD_TORCH_CHECK(
       scores.scalar_type() == ScalarType::Float, "scores must be float32, got ",
@@ -160,9 +167,11 @@ inline TopkParams check_topk_pages(
       .stride_t = l.stride_t,
       .stride_h = l.stride_h,
       .Hs = reduce == GroupReduce::none ? size.Hq : size.Hkv,
-      .K = static_cast<int32_t>(k),
+      .K = std::max(static_cast<int32_t>(k), check_dense_below(dense_below, shift)),
       .sink_pages = static_cast<int32_t>(sink_pages),
       .recent_pages = static_cast<int32_t>(recent_pages),
+      .num_pages = static_cast<int32_t>(k),
+      .dense_below = static_cast<int32_t>(dense_below),
       .reduce = reduce,
       .scale = check_scale(scale),
       .budgets = check_optional_lens(budgets, "budgets", l.B, scores, "scores"),
@@ -272,7 +281,7 @@ inline DecodeStepParams check_decode_step(
     int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages, std::optional<double> scale,
     const std::optional<Tensor>& k_scales, const std::optional<Tensor>& new_lens, const std::optional<Tensor>& budgets,
     std::optional<double> std_factor, const std::optional<Tensor>& counters, const std::optional<Tensor>& kept_pages,
-    const std::optional<Tensor>& kept_steps, int64_t reselect_every) {
+    const std::optional<Tensor>& kept_steps, int64_t reselect_every, int64_t dense_below) {
   const DecodeParams d = check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, std::nullopt, scale, new_lens);
   check_like(k, "k", q, "q");
   check_dim(k, "k", 4, "[B, T, Hkv, D]");
@@ -280,18 +289,27 @@ inline DecodeStepParams check_decode_step(
   check_size(k, "k", 1, d.size.T, "[B, T, Hkv, D]", "the new tokens of q");
   const AppendParams append = check_append_kv(
       k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, std_factor, "start_lens", seq_lens);
-  const GroupReduce reduce = check_selection(num_pages, "num_pages", group_reduce, sink_pages, recent_pages);
+  const bool dense = num_pages == 0;
+  const GroupReduce reduce =
+      check_selection(dense ? kMaxCount : num_pages, "num_pages", group_reduce, sink_pages, recent_pages);
   const int32_t Hs = reduce == GroupReduce::none ? d.size.Hq : d.size.Hkv;
-  const int32_t K = check_pages(num_pages, d.paging.page_shift, "num_pages' tokens a list (num_pages * page_size)");
+  const int32_t K = std::max(
+      check_pages(num_pages, d.paging.page_shift, "num_pages' tokens a list (num_pages * page_size)"),
+      check_dense_below(dense_below, d.paging.page_shift));
+  STD_TORCH_CHECK(!dense || !budgets, "budgets must be left out with a num_pages of 0, which reads every page");
+  STD_TORCH_CHECK(!dense || !kept_pages, "kept_pages must be left out with a num_pages of 0, which reads every page");
   return {
       .append = append,
       .size = d.size,
       .paging = d.paging,
       .q = d.q,
+      .dense = dense,
       .Hs = Hs,
-      .K = K,
+      .K = dense ? d.paging.P : K,
       .sink_pages = static_cast<int32_t>(sink_pages),
       .recent_pages = static_cast<int32_t>(recent_pages),
+      .num_pages = dense ? d.paging.P : static_cast<int32_t>(num_pages),
+      .dense_below = static_cast<int32_t>(dense_below),
       .reduce = reduce,
       .scale = d.scale,
       .budgets = check_optional_lens(budgets, "budgets", d.size.B, q, "q"),

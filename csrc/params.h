@@ -193,13 +193,15 @@ struct RerankParams {
   float* scores;  // [B, T, Hq, P] contiguous
 };
 
-// The pages that a sequence selects: its own budget, of `forced` to K pages, or K where there are no budgets.
-QUEST_HOST_DEVICE int32_t pages_to_select(const int32_t* budgets, int32_t b, int32_t forced, int32_t K) {
-  if (budgets) [[unlikely]] {
-    const int32_t k = budgets[b];
-    return k < forced ? forced : k > K ? K : k;
+// The pages that a sequence of `length` tokens selects: K where it is short, else its budget or num_pages.
+template <class Params>
+QUEST_HOST_DEVICE int32_t pages_to_select(const Params& p, int32_t b, int32_t length) {
+  if (length <= p.dense_below) return p.K;
+  if (p.budgets) [[unlikely]] {
+    const int32_t k = p.budgets[b], forced = p.sink_pages + p.recent_pages;
+    return k < forced ? forced : k > p.num_pages ? p.num_pages : k;
   }
-  return K;
+  return p.num_pages;
 }
 
 struct TopkParams {
@@ -207,15 +209,12 @@ struct TopkParams {
   Paging paging;        // page_table unused
   const float* scores;  // [B, T, Hq, P]
   int64_t stride_b, stride_t, stride_h;
-  int32_t Hs, K, sink_pages, recent_pages;
+  int32_t Hs, K, sink_pages, recent_pages;  // K: the places of a list
+  int32_t num_pages, dense_below;           // as in pages_to_select
   GroupReduce reduce;
   float scale;             // of the scores, in GroupReduce::soft
   const int32_t* budgets;  // [B] or null, as in pages_to_select
   int32_t* pages;          // [B, T, Hs, K] contiguous
-
-  QUEST_HOST_DEVICE int32_t pages_to_select(int32_t b) const {
-    return quest::pages_to_select(budgets, b, sink_pages + recent_pages, K);
-  }
 };
 
 // The counters of a decode step: some of all blocks on a cache line of their own, and four for each row.
@@ -237,21 +236,19 @@ struct DecodeStepParams {
   Sizes size;
   Paging paging;  // seq_lens: tokens with the new ones
   Query q;
-  int32_t Hs, K, sink_pages, recent_pages;
+  bool dense;                               // reads every page: K is P, and there are no lists
+  int32_t Hs, K, sink_pages, recent_pages;  // K: the places of a list
+  int32_t num_pages, dense_below;           // as in pages_to_select
   GroupReduce reduce;
   float scale;
   const int32_t* budgets;  // [B] or null, as in pages_to_select
   int32_t* counters;       // [num_counters] or null, for blocks that share work
   int64_t num_counters;
   KeptPages kept = {};
-  int32_t* pages = nullptr;  // [B, T, Hs, pages_stride] contiguous, K of each list; or those of `kept`
+  int32_t* pages = nullptr;  // [B, T, Hs, pages_stride] contiguous, K of each list; or those of `kept`; or null: dense
   int32_t pages_stride = 0;
   void* out = nullptr;   // [B, T, Hq, D] contiguous, dtype
   float* lse = nullptr;  // [B, T, Hq] contiguous
-
-  QUEST_HOST_DEVICE int32_t pages_to_select(int32_t b) const {
-    return quest::pages_to_select(budgets, b, sink_pages + recent_pages, K);
-  }
 };
 
 struct DecodeParams {

@@ -92,7 +92,7 @@ static void select_list(const TopkKernelParams& kernel, int64_t list, int64_t wo
   const TopkParams& p = kernel.op;
   const int T = p.size.T, h = static_cast<int>(list % p.Hs), t = static_cast<int>(list / p.Hs % T);
   const int b = static_cast<int>(list / p.Hs / T), heads = p.size.Hq / p.Hs;
-  const int n = p.paging.pages_of(p.paging.visible(b, t, T)), K = p.pages_to_select(b);
+  const int n = p.paging.pages_of(p.paging.visible(b, t, T)), K = pages_to_select(p, b, p.paging.length(b));
   int32_t* out = p.pages + list * p.K;
   int32_t* const out_end = out + p.K;
   if (n <= K) {
@@ -142,9 +142,10 @@ void select_pages(const TopkParams& p) {
 Tensor topk_pages(
     Tensor scores, Tensor seq_lens, int64_t page_size, int64_t k, int64_t num_kv_heads, int64_t group_reduce,
     int64_t sink_pages, int64_t recent_pages, double scale, std::optional<Tensor> new_lens,
-    std::optional<Tensor> budgets) {
+    std::optional<Tensor> budgets, int64_t dense_below) {
   TopkParams p = check_topk_pages(
-      scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale, new_lens, budgets);
+      scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale, new_lens, budgets,
+      dense_below);
   const CheckedCopies copies(p);
   const int64_t B = p.size.B, T = p.size.T, Hs = p.Hs, K = p.K;
   Tensor pages = scores.dim() == 4 ? torch::stable::new_empty(scores, {B, T, Hs, K}, ScalarType::Int)

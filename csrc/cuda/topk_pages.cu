@@ -22,9 +22,10 @@ int32_t count_splits(const TopkParams& p) {
 Tensor topk_pages(
     Tensor scores, Tensor seq_lens, int64_t page_size, int64_t k, int64_t num_kv_heads, int64_t group_reduce,
     int64_t sink_pages, int64_t recent_pages, double scale, std::optional<Tensor> new_lens,
-    std::optional<Tensor> budgets) {
+    std::optional<Tensor> budgets, int64_t dense_below) {
   TopkParams p = check_topk_pages(
-      scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale, new_lens, budgets);
+      scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale, new_lens, budgets,
+      dense_below);
   const NvtxRange range("topk");
   const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
   const cudaStream_t stream = current_stream(scores);
@@ -50,7 +51,7 @@ Tensor topk_pages(
   const size_t shared = padded(std::min(vecs, kTopkKeys / kVecKeys)) * sizeof(uint4) + heads;
   const unsigned blocks = grid_size(rows * params.splits, "topk_pages");
   const bool few = blocks <= unsigned(device_attribute(cudaDevAttrMultiProcessorCount, scores.get_device_index()));
-  const bool ragged = p.paging.new_lens || p.budgets;
+  const bool ragged = p.paging.new_lens || p.budgets || p.dense_below;
   auto* const kernel = few ? (ragged ? topk_pages_kernel<1, true> : topk_pages_kernel<1, false>)
                            : (ragged ? topk_pages_kernel<2, true> : topk_pages_kernel<2, false>);
   launch_in_order(kernel, blocks, kTopkThreads, shared, stream, params);

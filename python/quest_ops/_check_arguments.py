@@ -330,8 +330,7 @@ def check_kept_pages(
     check_size(pages, "kept_pages", 1, Hs, shape, "a list for each selecting head")
     if _known_false(pages.shape[2] >= K):
         raise RuntimeError(
-            f"kept_pages must have shape {shape} with num_pages, {K}, or more in dimension 2, "
-            f"got {_shape_string(pages)}"
+            f"kept_pages must have shape {shape} with K = {K} in dimension 2, got {_shape_string(pages)}"
         )
     if not any(isinstance(size, SymInt) for size in pages.shape) and not pages.is_contiguous():
         raise RuntimeError("kept_pages must be contiguous, got strides that are not")
@@ -461,6 +460,7 @@ def check_topk_pages(
     scale: float,
     new_lens: Tensor | None,
     budgets: Tensor | None,
+    dense_below: int,
 ) -> None:
     check_given(scores, "scores")
     if scores.dtype != torch.float32:
@@ -477,6 +477,16 @@ def check_topk_pages(
     check_optional_lens(new_lens, "new_lens", B, scores, "scores")
     check_scale(scale)
     check_optional_lens(budgets, "budgets", B, scores, "scores")
+    check_dense_below(dense_below, page_size)
+
+
+def check_dense_below(dense_below: int, page_size: Size) -> None:
+    check_int32_range(dense_below, "dense_below")
+    check_pages(pages_of(dense_below, page_size), page_size, "dense_below in whole pages")
+
+
+def pages_of(tokens: int, page_size: Size) -> Size:
+    return (tokens + page_size - 1) // page_size
 
 
 def check_lists(pages: Tensor, q: Tensor, leading: tuple[Size, Size, Size], Hkv: Size, page_size: Size) -> None:
@@ -595,6 +605,7 @@ def check_decode_step(
     kept_pages: Tensor | None,
     kept_steps: Tensor | None,
     reselect_every: int,
+    dense_below: int,
 ) -> None:
     check_sparse_decode(q, k_cache, v_cache, page_table, seq_lens, None, scale, new_lens)
     check_like(k, "k", q, "q")
@@ -604,9 +615,15 @@ def check_decode_step(
     check_append_kv(
         k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, std_factor, "start_lens"
     )
-    check_selection(num_pages, "num_pages", group_reduce, sink_pages, recent_pages)
+    dense = num_pages == 0
+    check_selection(MAX_COUNT if dense else num_pages, "num_pages", group_reduce, sink_pages, recent_pages)
     check_pages(num_pages, k_cache.shape[2], "num_pages' tokens a list (num_pages * page_size)")
+    check_dense_below(dense_below, k_cache.shape[2])
+    for name, tensor in (("budgets", budgets), ("kept_pages", kept_pages)):
+        if dense and tensor is not None:
+            raise RuntimeError(f"{name} must be left out with a num_pages of 0, which reads every page")
     check_optional_lens(budgets, "budgets", q.shape[0], q, "q")
     check_counters(counters, q.shape[0], k_cache.shape[1], q)
     Hs = q.shape[-2] if group_reduce == 0 else k_cache.shape[1]
-    check_kept_pages(kept_pages, kept_steps, reselect_every, q, Hs, num_pages, recent_pages)
+    places = max(num_pages, pages_of(dense_below, k_cache.shape[2]))
+    check_kept_pages(kept_pages, kept_steps, reselect_every, q, Hs, places, recent_pages)

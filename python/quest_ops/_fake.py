@@ -73,12 +73,25 @@ def _topk_pages(  # type: ignore[no-untyped-def]
     scale=1.0,
     new_lens=None,
     budgets=None,
+    dense_below=0,
 ):
     check.check_topk_pages(
-        scores, seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale, new_lens, budgets
+        scores,
+        seq_lens,
+        page_size,
+        k,
+        num_kv_heads,
+        group_reduce,
+        sink_pages,
+        recent_pages,
+        scale,
+        new_lens,
+        budgets,
+        dense_below,
     )
     heads = scores.shape[-2] if group_reduce == 0 else num_kv_heads
-    return scores.new_empty((*scores.shape[:-2], heads, k), dtype=torch.int32)
+    places = max(k, check.pages_of(dense_below, page_size))
+    return scores.new_empty((*scores.shape[:-2], heads, places), dtype=torch.int32)
 
 
 @_fake("append_codes")
@@ -125,6 +138,7 @@ def _decode_step(  # type: ignore[no-untyped-def]
     kept_pages=None,
     kept_steps=None,
     reselect_every=1,
+    dense_below=0,
 ):
     check.check_decode_step(
         q,
@@ -149,9 +163,13 @@ def _decode_step(  # type: ignore[no-untyped-def]
         kept_pages,
         kept_steps,
         reselect_every,
+        dense_below,
     )
     _written(k_cache=k_cache, v_cache=v_cache, k_bounds=k_bounds, k_scales=k_scales)
     _written(counters=counters, kept_pages=kept_pages)
     heads = q.shape[-2] if group_reduce == 0 else k_cache.shape[1]
-    pages = q.new_empty((*q.shape[:-2], heads, num_pages if kept_pages is None else 0), dtype=torch.int32)
+    places = (
+        max(num_pages, check.pages_of(dense_below, k_cache.shape[2])) if num_pages != 0 and kept_pages is None else 0
+    )
+    pages = q.new_empty((*q.shape[:-2], heads, places), dtype=torch.int32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32), pages

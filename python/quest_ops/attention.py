@@ -193,7 +193,7 @@ def _best_pages(
         sink_pages,
         recent_pages,
         scale,
-        budgets=None if candidates else config.page_budgets(seq_lens),
+        dense_below=0 if candidates else config.dense_below,
     )
 
 
@@ -252,8 +252,8 @@ def quest_attention(
     if q.dim() == 3:
         return quest_attention(q[:, None], k[:, None], v[:, None], cache, layer, config, scale)[:, 0]
     path, config = attention_path(cache, layer, config, q.shape[1]), config.at(layer)
-    if path == "sparse" and config.in_one_call and not cache.ragged:
-        out = _decode_step(q, k, v, cache, layer, config, scale)
+    if path != "prefill" and not cache.ragged and (path == "dense" or config.in_one_call):
+        out = _decode_step(q, k, v, cache, layer, config if path == "sparse" else None, scale)
         return refuse_backward(_NAME, out, q, k, v)
     cache.append(layer, k, v)
     if path == "prefill" and cache.counts is not None:
@@ -307,16 +307,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cache: StepCache, config: QuestConfi
 
 
 def _decode_step(
-    q: Tensor, k: Tensor, v: Tensor, cache: StepCache, layer: int, config: QuestConfig, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, cache: StepCache, layer: int, config: QuestConfig | None, scale: float | None
 ) -> Tensor:
+    """A step in one call. Dense layers have no config."""
     cache.claim_step(layer, k)
-    lens, budgets = (cache.start_lens, cache.seq_lens), cache.page_budgets(config)
-    every, kept = config.reselect_every, cache.state.kept
-    out, _, pages = cache.state.decode_step(layer, q, k, v, *lens, config.selection, scale, budgets, every)
+    out, _, pages = cache.state.decode_step(layer, q, k, v, cache.start_lens, cache.seq_lens, config, scale)
     cache.step_written(layer)
     if cache.counts is not None:
-        selects = None if kept is None or every == 1 or q.shape[1] > 1 else kept.selects(every)
-        cache.counts.record(layer, pages, cache.seq_lens, q.shape[1], selects=selects)
+        selects = cache.state.selects(config, q.shape[1])
+        cache.counts.record(layer, pages, cache.seq_lens, q.shape[1], config is not None, selects=selects)
     return out
 
 

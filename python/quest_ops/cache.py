@@ -249,7 +249,7 @@ class PagedKVCache(StepCache):
 
         lengths = [(self.start_lens, start), (self.new_lens, lens), (self.seq_lens, start + lens)]
         steps = self._kept_steps(start + lens if num_new == 1 and new_lens is None else None)
-        self._change([*self._pages_written(new), *lengths, *steps, *self._renewed_budgets(start + lens)], account)
+        self._change([*self._pages_written(new), *lengths, *steps], account)
 
     def claim_step(self, layer: int, k: Tensor) -> None:
         """Check that a layer may write its keys ``k`` of the step. ``append`` does so, and calls ``step_written``.

@@ -8,7 +8,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeGuard, get_args
 
-import torch
 from torch import Tensor
 
 from . import config_file
@@ -82,7 +81,8 @@ class QuestConfig:
             room, ``kept_pages=config.kept_pages``. Steps of several tokens or of ragged sequences select, and so does
             the step after them.
         dense_below: a sequence of at most this number of tokens reads all its pages in every layer. The device decides
-            for each sequence. Selecting costs more than it saves in a short sequence. 0: the budget alone decides.
+            for each sequence. Selecting costs more than it saves in a short sequence. 0: the budget alone decides. With
+            ``reselect_every`` it is a multiple of page_size.
 
     Raises:
         ValueError: an argument out of its range.
@@ -176,11 +176,17 @@ class QuestConfig:
             raise ValueError(f"reselect_every must be at least 1, got {self.reselect_every}")
         if self.reselect_every == 1:
             return
-        for name, allowed in (("selector", None), ("candidates", 0), ("dense_below", 0)):
+        for name, allowed in (("selector", None), ("candidates", 0)):
             if getattr(self, name) != allowed:
                 raise ValueError(
                     f"{name} must be {allowed} with reselect_every, {self.reselect_every}, got {getattr(self, name)}"
                 )
+        # A sequence selects with the first token of a page, so it selects in its first step beyond dense_below.
+        if self.dense_below % self.page_size:
+            raise ValueError(
+                f"dense_below must be a multiple of page_size, {self.page_size}, with reselect_every, "
+                f"{self.reselect_every}, got {self.dense_below}"
+            )
         if self.group_reduce == "none":
             raise ValueError(
                 f"group_reduce must be max, sum or soft with reselect_every, {self.reselect_every}, got 'none'"
@@ -280,22 +286,8 @@ class QuestConfig:
 
     @property
     def selection(self) -> tuple[int, GroupReduce, int, int]:
-        """most_pages, group_reduce, sink_pages and recent_pages: the selection of :func:`quest_ops.decode_step`."""
-        return self.most_pages, self.group_reduce, self.sink_pages, self.recent_pages
-
-    def page_budgets(self, seq_lens: Tensor) -> Tensor | None:
-        """The pages that each sequence selects, for the argument ``budgets`` of the operators.
-
-        Args:
-            seq_lens: [B] int32, the step's tokens included.
-
-        Returns:
-            [B] int32: ``most_pages`` for a sequence of at most ``dense_below`` tokens, ``num_pages`` for others. None
-            where the budget holds ``dense_below`` tokens, so that no sequence differs.
-        """
-        if self.most_pages == self.num_pages:
-            return None
-        return page_budgets(seq_lens, self.dense_below, self.most_pages, self.num_pages)
+        """num_pages, group_reduce, sink_pages and recent_pages: the selection of :func:`quest_ops.decode_step`."""
+        return self.num_pages, self.group_reduce, self.sink_pages, self.recent_pages
 
     @property
     def is_window(self) -> bool:
@@ -312,7 +304,7 @@ class QuestConfig:
     @property
     def kept_pages(self) -> int:
         """Pages of the lists that a cache keeps for ``reselect_every``, over all layers; 0 where each step selects."""
-        return 0 if self.reselect_every == 1 else self._largest // self.page_size
+        return 0 if self.reselect_every == 1 else max(self._largest, self.dense_below) // self.page_size
 
     @property
     def reads_bounds(self) -> bool:
@@ -323,11 +315,6 @@ class QuestConfig:
     def in_one_call(self) -> bool:
         """Whether a step is a single :func:`quest_ops.decode_step`."""
         return self.reads_bounds and not self.candidates
-
-
-def page_budgets(seq_lens: Tensor, dense_below: int, most: int, few: int) -> Tensor:
-    """[B] int32: ``most`` pages for a sequence of at most ``dense_below`` tokens, ``few`` for others."""
-    return torch.where(seq_lens <= dense_below, most, few).int()
 
 
 def _is_whole(number: object) -> TypeGuard[int]:

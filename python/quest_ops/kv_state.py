@@ -14,10 +14,13 @@ from torch import Tensor
 
 from .bounds import BoundsKind, kind_of, new_bounds
 from .codes import new_codes
-from .config import QuestConfig, page_budgets
+from .config import QuestConfig
 from .kept_pages import KeptPages
 from .ops import GroupReduce, append_codes, append_kv, check_whole, decode_step, new_counters, update_bounds
 from .report import AttentionCounts
+
+# The selection of a dense layer: a num_pages of 0 reads every page.
+_EVERY_PAGE: tuple[int, GroupReduce, int, int] = (0, "max", 0, 0)
 
 
 class LayerCache(NamedTuple):
@@ -139,27 +142,23 @@ class KVState:
         v: Tensor,
         start_lens: Tensor,
         seq_lens: Tensor,
-        selection: tuple[int, GroupReduce, int, int],
+        config: QuestConfig | None,
         scale: float | None,
-        budgets: Tensor | None = None,
-        reselect_every: int = 1,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The step of one layer: :func:`quest_ops.decode_step`.
 
         Args:
             layer: its index.
             q, k, v, start_lens, seq_lens, scale: as in the operator.
-            selection: num_pages, group_reduce, sink_pages and recent_pages.
-            budgets: [B] int32, or None, as in the operator.
-            reselect_every: steps from one selection to the next. More than 1 needs ``kept``, and one new token.
+            config: of the selection in this layer, whose ``reselect_every`` needs ``kept``. None reads every page.
 
         Returns:
-            out and lse of the operator, and the pages read.
+            out and lse of the operator, and the pages read; None: all.
         """
-        kept = self.kept if reselect_every > 1 and q.shape[1] == 1 else None
+        every, short = (1, 0) if config is None else (config.reselect_every, config.dense_below)
+        kept = self.kept if every > 1 and q.shape[1] == 1 else None
         k_cache, v_cache, k_bounds, k_scales = self.layer(layer)
-        num_pages, group_reduce, sink_pages, recent_pages = selection
-        results = decode_step(
+        out, lse, pages = decode_step(
             q,
             k,
             v,
@@ -169,23 +168,26 @@ class KVState:
             self.page_table,
             start_lens,
             seq_lens,
-            num_pages,
-            group_reduce,
-            sink_pages,
-            recent_pages,
+            *(_EVERY_PAGE if config is None else config.selection),
             scale,
             k_scales,
-            budgets=budgets,
             std_factor=self.std_factor,
             counters=self.counters,
             kept_pages=None if kept is None else kept.lists[layer],
             kept_steps=None if kept is None else kept.steps,
-            reselect_every=reselect_every,
+            reselect_every=every,
+            dense_below=short,
         )
         self._append_codes(layer, k, start_lens)
-        if kept is None:
-            return results
-        return *results[:2], kept.lists[layer][:, None, :, :num_pages]
+        if config is None:
+            return out, lse, None
+        return out, lse, pages if kept is None else kept.lists[layer][:, None, :, : config.most_pages]
+
+    def selects(self, config: QuestConfig | None, num_new: int) -> Tensor | None:
+        """Bool [B], the sequences that read bounds in a step of ``num_new`` tokens; None: all."""
+        if self.kept is None or config is None or config.reselect_every == 1 or num_new > 1:
+            return None
+        return self.kept.selects(config.reselect_every)
 
     def update_bounds(self, layer: int, first_token: Tensor) -> None:
         """Recompute one layer's bounds from the page of ``first_token`` [B] on: :func:`quest_ops.update_bounds`."""
@@ -287,9 +289,6 @@ class StepCache:
         self.device = state.k_cache.device
         self.start_lens, self.new_lens = state.seq_lens.clone(), torch.zeros_like(state.seq_lens)
         self.ragged = self.starts_empty = False
-        # The results of page_budgets by their numbers. A step renews them in place, so captured code may read them.
-        self._page_budgets: dict[tuple[int, int, int], Tensor] = {}
-        self._advanced_unseen = False
 
     @property
     def k_cache(self) -> Tensor:
@@ -360,39 +359,11 @@ class StepCache:
         self.seq_lens.add_(self.new_lens)
         for steps, values in self._kept_steps(self.seq_lens if num_new == 1 and new_lens is None else None):
             steps.copy_(values)
-        if self._host_is_blind():
-            self._advanced_unseen = True
-        for budgets, values in self._renewed_budgets(self.seq_lens):
-            budgets.copy_(values)
 
     def _kept_steps(self, seq_lens: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """The write of the steps of the kept lists: as :meth:`KeptPages.after`."""
         kept = self.state.kept
         return [] if kept is None else [(kept.steps, kept.after(seq_lens, self.page_size))]
-
-    def page_budgets(self, config: QuestConfig) -> Tensor | None:
-        """``config.page_budgets`` of this step's lengths, computed once a step and not in each layer.
-
-        Args:
-            config: of one layer.
-        """
-        numbers = (config.dense_below, config.most_pages, config.num_pages)
-        if config.most_pages == config.num_pages:
-            return None
-        if torch.compiler.is_compiling():  # compiled code merges equal computations
-            return page_budgets(self.seq_lens, *numbers)
-        if numbers in self._page_budgets:
-            return self._page_budgets[numbers]
-        budgets = page_budgets(self.seq_lens, *numbers)
-        # Memory of a capture belongs to its graph. An advance that was captured before would not renew a new tensor.
-        if not self._host_is_blind() and not self._advanced_unseen:
-            with torch.inference_mode(False):  # a normal tensor, since later steps may run outside inference mode
-                self._page_budgets[numbers] = budgets.clone()
-        return budgets
-
-    def _renewed_budgets(self, seq_lens: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The page budgets in use, each with its values for the lengths [B] of another step."""
-        return [(budgets, page_budgets(seq_lens, *numbers)) for numbers, budgets in self._page_budgets.items()]
 
     def _host_is_blind(self) -> bool:
         """Whether this call is traced or captured, so that the host will not see it again when it runs."""

@@ -198,6 +198,7 @@ def topk_pages(
     scale: float = 1.0,
     new_lens: Tensor | None = None,
     budgets: Tensor | None = None,
+    dense_below: int = 0,
 ) -> Tensor:
     """The k best pages of each row: exact, ties to the lower page, NaN above everything.
 
@@ -205,7 +206,7 @@ def topk_pages(
         scores: [B, Hq, P] or [B, T, Hq, P] float32, from :func:`estimate`.
         seq_lens: [B] int32, tokens in the cache.
         page_size: S.
-        k: K, pages to select, forced ones included. A sequence of at most k pages gets them all.
+        k: pages to select, forced ones included. A sequence of at most k pages gets them all.
         num_kv_heads: Hkv.
         group_reduce: how the heads of a group agree on one list.
             "max" and "sum" reduce their scores.
@@ -217,9 +218,11 @@ def topk_pages(
         new_lens: as in :func:`estimate`. Padding selects no page.
         budgets: [B] int32, pages to select in each sequence; k for all by default. They are clamped to
             ``sink_pages + recent_pages`` and k.
+        dense_below: a sequence of at most this number of tokens selects all its pages.
 
     Returns:
-        int32 [B, Hs, K] or [B, T, Hs, K]: logical pages, ascending, unique, -1 at the end where there are fewer.
+        int32 [B, Hs, K] or [B, T, Hs, K]: logical pages, ascending, unique, -1 at the end where there are fewer. K is
+        k, or the pages of ``dense_below`` tokens where they are more.
 
     Raises:
         ValueError: an unknown ``group_reduce``.
@@ -227,10 +230,10 @@ def topk_pages(
     """
     how = _group_reduce(group_reduce)
     forced = (sink_pages, recent_pages)
-    names = "page_size k num_kv_heads sink_pages recent_pages scale"
-    _check_numbers(names, page_size, k, num_kv_heads, sink_pages, recent_pages, scale)
+    names = "page_size k num_kv_heads sink_pages recent_pages scale dense_below"
+    _check_numbers(names, page_size, k, num_kv_heads, sink_pages, recent_pages, scale, dense_below)
     pages: Tensor = _ops.topk_pages(
-        scores, seq_lens, page_size, k, num_kv_heads, how, *forced, scale, new_lens, budgets
+        scores, seq_lens, page_size, k, num_kv_heads, how, *forced, scale, new_lens, budgets, dense_below
     )
     return pages
 
@@ -365,6 +368,7 @@ def decode_step(
     kept_pages: Tensor | None = None,
     kept_steps: Tensor | None = None,
     reselect_every: int = 1,
+    dense_below: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's whole step: append_kv, estimate, topk_pages and sparse_decode, with their results bit for bit.
 
@@ -372,8 +376,9 @@ def decode_step(
     a row.
 
     - One new token in float16 or bfloat16, and at most 256 sequences.
-    - At most 16 query heads a KV head. ``group_reduce`` "max" or "sum", or "none" with one query head a KV head.
-    - ``recent_pages`` of at least 1.
+    - At most 16 query heads a KV head.
+    - ``group_reduce`` "max" or "sum", or "none" with one query head a KV head, and ``recent_pages`` of at least 1. Or a
+      ``num_pages`` of 0.
     - All tensors aligned to 16 bytes, rows of k_bounds too, and 768 bytes of shared memory a head dimension.
 
     Args:
@@ -384,7 +389,8 @@ def decode_step(
         start_lens: [B] int32, tokens in the cache before the call.
         seq_lens: [B] int32, ``start_lens + T``, or ``start_lens + new_lens``. A sequence whose start_lens and seq_lens
             are 0 is idle, such as the unused rows of a CUDA graph's batch. Nothing is written for it, and out is 0.
-        num_pages: K, pages to read, as ``k`` of :func:`topk_pages`.
+        num_pages: pages to read, as ``k`` of :func:`topk_pages`. 0 reads every page: dense attention, as
+            :func:`sparse_decode` without lists.
         group_reduce, sink_pages, recent_pages: as in :func:`topk_pages`.
         scale: of the scores before the softmax, 1 / sqrt(D) by default.
         new_lens: [B] int32, how many of the T tokens of each sequence are real, as in speculation with drafts of
@@ -403,17 +409,18 @@ def decode_step(
             in the list's last places. Other places are read where they have a page before those. A sequence must
             select in its first step, and after a step in which it was idle.
         reselect_every: steps from one selection to the next.
+        dense_below: as in :func:`topk_pages`. With ``kept_pages``, a sequence must select in its first step beyond.
 
     Returns:
         out and lse of :func:`sparse_decode`, and the pages that :func:`topk_pages` selected. With ``kept_pages``, which
-        has the pages then, the third tensor has no element: [B, Hs, 0].
+        has the pages then, and with a ``num_pages`` of 0 the third tensor has no element: [B, Hs, 0].
 
     Raises:
         ValueError: an unknown ``group_reduce``.
         RuntimeError: an argument that is not supported, as the module says.
     """
-    names = "num_pages sink_pages recent_pages scale std_factor reselect_every"
-    _check_numbers(names, num_pages, sink_pages, recent_pages, scale, std_factor, reselect_every)
+    names = "num_pages sink_pages recent_pages scale std_factor reselect_every dense_below"
+    _check_numbers(names, num_pages, sink_pages, recent_pages, scale, std_factor, reselect_every, dense_below)
     out, lse, pages = _ops.decode_step(
         q,
         k,
@@ -437,6 +444,7 @@ def decode_step(
         kept_pages,
         kept_steps,
         reselect_every,
+        dense_below,
     )
     return out, lse, pages
 

@@ -348,20 +348,25 @@ def topk_pages(
     scale: float = 1.0,
     new_lens: Tensor | None = None,
     budgets: Tensor | None = None,
+    dense_below: int = 0,
 ) -> Tensor:
-    """The k best pages for each token and selection head: int32 [B, Hs, k] or [B, T, Hs, k], ascending, -1 at the end.
+    """The k best pages for each token and selection head: int32 [B, Hs, K] or [B, T, Hs, K], ascending, -1 at the end.
 
     The first ``sink_pages`` and the last ``recent_pages`` pages are always among them. Ties go to the lower page, and
-    NaN ranks above everything. ``budgets`` [B] replaces k in a sequence, between the forced pages and k.
+    NaN ranks above everything. ``budgets`` [B] replaces k in a sequence, between the forced pages and k. A sequence of
+    at most ``dense_below`` tokens selects all its pages, for which K may exceed k.
     """
     if scores.dim() == 3:
-        args = (seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale, new_lens, budgets)
-        return topk_pages(scores[:, None], *args)[:, 0]
+        args = (seq_lens, page_size, k, num_kv_heads, group_reduce, sink_pages, recent_pages, scale, new_lens)
+        return topk_pages(scores[:, None], *args, budgets, dense_below)[:, 0]
     B, T, Hq, _ = scores.shape
     heads = Hq if group_reduce == "none" else num_kv_heads
-    pages = torch.full((B, T, heads, k), -1, dtype=torch.int32, device=scores.device)
+    places = max(k, num_pages(dense_below, page_size))
+    pages = torch.full((B, T, heads, places), -1, dtype=torch.int32, device=scores.device)
     for b, visible in enumerate(visible_by_token(seq_lens, T, new_lens)):
         most = k if budgets is None else min(k, max(sink_pages + recent_pages, int(budgets[b])))
+        if seq_lens[b] <= dense_below:
+            most = places
         for t in range(T):
             n = num_pages(visible[t], page_size)
             if n == 0:

@@ -45,7 +45,7 @@ struct RowAttender {
   // Lists entries [first, end) of the row's pages, in shared and device memory. Every block of the row selects for
   // itself: a list from another block would arrive no earlier.
   __device__ void list_pages(const Split& split, int first, int end) const {
-    const int n = scheduler.pages_of(split), K = p.pages_to_select(split.b);
+    const int n = scheduler.pages_of(split), K = scheduler.selected(split.b);
     const bool scored = scheduler.is_scored(split.b, n, K), last = split.index == split.count - 1;
     Selector row{
         .keys = params.keys + scored_row(split) * params.keys_stride,
@@ -67,7 +67,7 @@ struct RowAttender {
       const int first_scored = scored_row(split) - (kv_head(split) & (scheduler.tile_heads() - 1));
       if (scheduler.is_first())
         wait_until_at_least(
-            &params.rows[first_scored].scored, scheduler.score_splits(split.b, n, K), scheduler.shared.odd);
+            &params.rows[first_scored].scored, scheduler.shared.score_splits[split.b], scheduler.shared.odd);
       __syncthreads();
     }
     if (scored) {
@@ -77,7 +77,7 @@ struct RowAttender {
     } else {
       const bool kept = n > K && scheduler.shared.keeps[split.b];
 #pragma unroll 1
-      for (int i = first + threadIdx.x; i < (last ? p.K : end); i += kStepThreads) {
+      for (int i = first + threadIdx.x; i < (last && !p.dense ? p.K : end); i += kStepThreads) {
         if (i >= min(n, K))
           row.pages[i] = -1;
         else if (kept && i < K - p.recent_pages)
@@ -110,7 +110,7 @@ struct RowAttender {
 
   __device__ void attend_split(const Split& split, Attend& attend, const Softmax& softmax) const {
     const int split_tiles = scheduler.shared.attend_split_tiles, partial_tiles = params.partials.tiles;
-    const int pages = scheduler.pages_of(split), K = p.pages_to_select(split.b);
+    const int pages = scheduler.pages_of(split), K = scheduler.selected(split.b);
     const int entries = min(pages, K), first_tile = split.index * split_tiles;
     const int tiles = min(split_tiles, scheduler.attend_tiles(pages, K) - first_tile);
     const int first_token = first_tile * kTileTokens, first = first_token >> p.paging.page_shift;
@@ -137,7 +137,7 @@ struct RowAttender {
   }
 
   __device__ void combine(const Split& split) const {
-    const int tiles = scheduler.attend_tiles(scheduler.pages_of(split), p.pages_to_select(split.b));
+    const int tiles = scheduler.attend_tiles(scheduler.pages_of(split), scheduler.selected(split.b));
     const int partial_tiles = params.partials.tiles;
     const int64_t head = int64_t{split.b} * p.size.Hq + kv_head(split) * group + first_head(split);
     Combiner::template run<kMmaHeads>(

@@ -20,8 +20,9 @@ bool fits_one_launch(const DecodeStepParams& p) {
   const bool one_list =
       p.reduce == GroupReduce::max || p.reduce == GroupReduce::sum || (p.reduce == GroupReduce::none && group == 1);
   // Where the page being written is not always read, its new bounds matter to the scores and must be there first.
-  return aligned && one_list && p.size.T == 1 && p.append.dtype != DType::f32 && group <= kMaxHeadTiles * kMmaHeads &&
-         p.size.B <= kMaxSequences && p.recent_pages > 0;
+  const bool reads = p.dense || (one_list && p.recent_pages > 0);
+  return aligned && reads && p.size.T == 1 && p.append.dtype != DType::f32 && group <= kMaxHeadTiles * kMmaHeads &&
+         p.size.B <= kMaxSequences;
 }
 
 template <class T>
@@ -61,43 +62,53 @@ std::tuple<Tensor, Tensor, Tensor> decode_step(
     Tensor seq_lens, int64_t num_pages, int64_t group_reduce, int64_t sink_pages, int64_t recent_pages,
     std::optional<double> scale, std::optional<Tensor> k_scales, std::optional<Tensor> new_lens,
     std::optional<Tensor> budgets, std::optional<double> std_factor, std::optional<Tensor> counters,
-    std::optional<Tensor> kept_pages, std::optional<Tensor> kept_steps, int64_t reselect_every) {
+    std::optional<Tensor> kept_pages, std::optional<Tensor> kept_steps, int64_t reselect_every, int64_t dense_below) {
   DecodeStepParams p = check_decode_step(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
-      recent_pages, scale, k_scales, new_lens, budgets, std_factor, counters, kept_pages, kept_steps, reselect_every);
+      recent_pages, scale, k_scales, new_lens, budgets, std_factor, counters, kept_pages, kept_steps, reselect_every,
+      dense_below);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
   check_values_if_requested(p, stream);
   if (counters) mark_written({{"counters", *counters}});
   if (kept_pages) mark_written({{"kept_pages", *kept_pages}});
+  const auto empty = [&](std::vector<int64_t> shape, ScalarType dtype) {
+    return torch::stable::empty(shape, dtype, std::nullopt, q.device());
+  };
+  const std::vector<int64_t> shape(q.sizes().begin(), q.sizes().end());
+  const auto empty_lists = [&] {
+    std::vector<int64_t> lists = shape;
+    lists[lists.size() - 2] = p.Hs, lists.back() = p.dense || kept_pages ? 0 : p.K;
+    return empty(lists, ScalarType::Int);
+  };
   if (fits_one_launch(p)) {
     mark_written({{"k_cache", k_cache}, {"v_cache", v_cache}, {"k_bounds", k_bounds}}, k_scales);
     const NvtxRange range("decode_step");
-    const auto empty = [&](std::vector<int64_t> shape, ScalarType dtype) {
-      return torch::stable::empty(shape, dtype, std::nullopt, q.device());
-    };
-    std::vector<int64_t> shape(q.sizes().begin(), q.sizes().end());
     Tensor out = empty(shape, q.scalar_type());
     Tensor lse = empty({shape.begin(), shape.end() - 1}, ScalarType::Float);
-    shape[shape.size() - 2] = p.size.Hkv, shape.back() = kept_pages ? 0 : p.K;
-    Tensor pages = empty(shape, ScalarType::Int);
+    Tensor pages = empty_lists();
     if (lse.numel() == 0) return {out, lse, pages};
     p.out = out.mutable_data_ptr();
     p.lse = static_cast<float*>(lse.mutable_data_ptr());
-    p.pages = kept_pages ? p.kept.pages : static_cast<int32_t*>(pages.mutable_data_ptr());
-    p.pages_stride = kept_pages ? p.kept.stride : p.K;
+    if (!p.dense) {
+      p.pages = kept_pages ? p.kept.pages : static_cast<int32_t*>(pages.mutable_data_ptr());
+      p.pages_stride = kept_pages ? p.kept.stride : p.K;
+    }
     if (p.append.dtype == DType::f16 ? launch_with_bounds<__half>(p, q, stream)
                                      : launch_with_bounds<__nv_bfloat16>(p, q, stream))
       return {out, lse, pages};
   }
+  if (p.dense) {
+    append_until(k, v, k_cache, v_cache, k_bounds, page_table, start_lens, new_lens, k_scales, std_factor, seq_lens);
+    auto [out, lse] = sparse_decode(q, k_cache, v_cache, page_table, seq_lens, std::nullopt, p.scale, new_lens);
+    return {out, lse, empty_lists()};
+  }
   return four_operators(
       q, k, v, k_cache, v_cache, k_bounds, page_table, start_lens, seq_lens, num_pages, group_reduce, sink_pages,
-      recent_pages, p.scale, k_scales, new_lens, budgets, std_factor, [&](const Tensor& pages) {
+      recent_pages, p.scale, k_scales, new_lens, budgets, std_factor, dense_below, [&](const Tensor& pages) {
         if (!kept_pages) return pages;
         if (pages.numel() > 0) launch_keep_pages(p, static_cast<int32_t*>(pages.mutable_data_ptr()), stream);
-        std::vector<int64_t> none(pages.sizes().begin(), pages.sizes().end());
-        none.back() = 0;
-        return torch::stable::empty(none, ScalarType::Int, std::nullopt, pages.device());
+        return empty_lists();
       });
 }
 

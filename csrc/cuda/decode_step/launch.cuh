@@ -68,11 +68,13 @@ bool launch_kernel(const DecodeStepParams& p, const Tensor& q, cudaStream_t stre
   DecodeStepKernelParams params{.op = p, .partials = {.count = plan.partials, .tiles = plan.partial_tiles}};
   while (2 << params.score_heads_log2 <= kStepWarps && p.size.Hkv % (2 << params.score_heads_log2) == 0)
     ++params.score_heads_log2;
-  const int64_t score_tiles = p.paging.P > p.K ? (p.paging.P + kMmaRows - 1) / kMmaRows : 1;
+  const int64_t score_tiles = p.paging.P > p.num_pages ? (p.paging.P + kMmaRows - 1) / kMmaRows : 1;
   // Some blocks have no split, and so renew the bounds of the newest pages meanwhile.
   const int64_t renewing = (rows + kStepWarps - 1) / kStepWarps;
   const int64_t blocks =
       std::min(resident, std::max((rows * score_tiles + kStepWarps - 1) / kStepWarps, attend_rows * tiles) + renewing);
+  // Rows of one length get equally many splits. With more splits than blocks, the last ones would run alone.
+  params.attend_splits = static_cast<int32_t>(attend_rows <= blocks ? blocks / attend_rows * attend_rows : blocks);
   const Tensor scratch = allocate_scratch<kHeadTiles>(params, q, stream);
   launch_in_order(
       decode_step_kernel<T, Bound, D, kHeadTiles>, static_cast<unsigned>(blocks), kStepThreads, kShared, stream,

@@ -40,6 +40,7 @@ struct RowCounters {
 struct DecodeStepKernelParams {
   DecodeStepParams op;
   int32_t score_heads_log2 = 0;  // KV heads that one split scores: a power of two that divides Hkv, 8 at most
+  int32_t attend_splits = 1;     // of all rows, about: no more than blocks
   TakenSplits* taken = nullptr;
   RowCounters* rows = nullptr;  // [B * Hkv * head tiles]
   int32_t max_rows = 0;         // B * Hkv, or more that other steps use

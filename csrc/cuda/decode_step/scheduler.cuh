@@ -19,7 +19,9 @@ template <int kHeadTiles>
 struct Scheduler {
   struct Shared {
     int lengths[kMaxSequences], starts[kMaxSequences];          // with the new token, and before it
+    int selected[kMaxSequences];                                // pages, if it has as many
     bool keeps[kMaxSequences];                                  // its lists of an earlier step
+    int score_splits[kMaxSequences];                            // of a row
     int score_ends[kMaxSequences], attend_ends[kMaxSequences];  // splits of all sequences up to this one
     int2 sums[kStepWarps];
     TakenSplits first;
@@ -57,6 +59,8 @@ struct Scheduler {
   __device__ int tile_heads() const { return 1 << params.score_heads_log2; }
   __device__ int head_tiles() const { return p.size.Hkv >> params.score_heads_log2; }
   __device__ int tile_pages() const { return kStepWarps * kMmaRows >> params.score_heads_log2; }
+  // K: a sequence's selected pages.
+  __device__ int selected(int b) const { return shared.selected[b]; }
   // Whether scores decide which K pages are selected.
   __device__ bool is_scored(int b, int pages, int K) const {
     return pages > K && p.sink_pages + p.recent_pages < K && !shared.keeps[b];
@@ -64,9 +68,6 @@ struct Scheduler {
   __device__ int score_tiles(int b, int pages, int K) const {
     const int row_tiles = (pages + kMmaRows - 1) / kMmaRows;
     return is_scored(b, pages, K) ? ((row_tiles << params.score_heads_log2) + kStepWarps - 1) / kStepWarps : 1;
-  }
-  __device__ int score_splits(int b, int pages, int K) const {
-    return (score_tiles(b, pages, K) + score_split_tiles - 1) / score_split_tiles;
   }
 
   // Attention: a tile is kTileTokens tokens of a row's list.
@@ -82,21 +83,27 @@ struct Scheduler {
     const int b = threadIdx.x;
     int tiles_to_score = 0, tiles_to_attend = 0;
     if (b < p.size.B) {
-      const int length = g.visible(b, 0, 1), pages = g.pages_of(length), K = p.pages_to_select(b);
-      shared.lengths[b] = length, shared.starts[b] = p.append.paging.length(b), shared.keeps[b] = p.kept.keeps(b);
+      const int length = g.visible(b, 0, 1), pages = g.pages_of(length), K = pages_to_select(p, b, length);
+      shared.lengths[b] = length, shared.starts[b] = p.append.paging.length(b);
+      shared.selected[b] = K, shared.keeps[b] = p.kept.keeps(b);
       tiles_to_score = score_tiles(b, pages, K), tiles_to_attend = attend_tiles(pages, K);
     }
     const int2 all = sum(tiles_to_score * head_tiles(), tiles_to_attend * attend_heads(), true);
     const int blocks = gridDim.x;
     score_split_tiles = min((all.x + blocks - 1) / blocks, kMaxScoreTiles);
     // A split is whole partials, and no longer than the list that shared memory holds.
-    const int partial_tiles = params.partials.tiles, each = partial_tiles * blocks;
-    const int attend_split_tiles =
+    const int partial_tiles = params.partials.tiles, each = partial_tiles * params.attend_splits;
+    int attend_split_tiles =
         min((all.y + each - 1) / each * partial_tiles, (kMaxListedPages << p.paging.page_shift) / kTileTokens);
-    const int2 ends =
-        sum(head_tiles() * ((tiles_to_score + score_split_tiles - 1) / score_split_tiles),
-            attend_heads() * ((tiles_to_attend + attend_split_tiles - 1) / attend_split_tiles), false);
-    if (b < p.size.B) shared.score_ends[b] = ends.x, shared.attend_ends[b] = ends.y;
+    // A dense split selects nothing, so it begins soon. Short splits keep all blocks busy to the end.
+    if (p.dense && attend_split_tiles > 2 * kSupertile) attend_split_tiles = kSupertile;
+    const int score_splits = (tiles_to_score + score_split_tiles - 1) / score_split_tiles;
+    const int attend_splits = (tiles_to_attend + attend_split_tiles - 1) / attend_split_tiles;
+    const int2 ends = sum(head_tiles() * score_splits, attend_heads() * attend_splits, false);
+    if (b < p.size.B) {
+      shared.score_splits[b] = score_splits;
+      shared.score_ends[b] = ends.x, shared.attend_ends[b] = ends.y;
+    }
     if (is_first()) {
       shared.odd = taken.score & kOddStep, taken.score &= ~kOddStep;
       shared.first = taken, shared.attend_split_tiles = attend_split_tiles;

@@ -123,7 +123,7 @@ struct PageScorer {
     // Of the four lanes of a row pair, lanes c = 0, 1 take pages r and r + 8.
     const float score = c & 1 ? reduced[1] : reduced[0];
     const bool invalid = __shfl_sync(kFullMask, physical, r + c % 2 * 8) < 0;
-    const int n = scheduler.pages_of(split), K = p.pages_to_select(split.b), page = first + r + c * 8;
+    const int n = scheduler.pages_of(split), K = scheduler.selected(split.b), page = first + r + c * 8;
     const bool candidate = page >= p.sink_pages && page < n - p.recent_pages;
     const uint32_t key = page >= n ? kNoKey : candidate ? sort_key(invalid ? NAN : score) : kForcedKey;
     uint32_t* const keys = params.keys + (split.b * p.size.Hkv + head_of_warp(split)) * params.keys_stride;
@@ -140,7 +140,7 @@ struct PageScorer {
   }
 
   __device__ void score_split(const Split& split) const {
-    const int n = scheduler.pages_of(split), K = p.pages_to_select(split.b);
+    const int n = scheduler.pages_of(split), K = scheduler.selected(split.b);
     const int tiles = scheduler.is_scored(split.b, n, K)
                           ? min(scheduler.score_split_tiles,
                                 scheduler.score_tiles(split.b, n, K) - split.index * scheduler.score_split_tiles)

@@ -75,7 +75,7 @@ struct PageSelector {
     const int number = page < P ? table[page] : -1;
     const int tokens = min(1 << page_shift, length - (page << page_shift));
     Memory::get().pages[place - first] = {number < 0 || number >= N ? kInvalidPage : number, tokens};
-    pages[place] = page;
+    if (pages) pages[place] = page;
   }
   // The page of an earlier step. The list may have any numbers. The newest pages have places of their own, and their
   // new token may not be there yet.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Decision, choose_pages, decide
-from ..config import LayerPages
+from ..config import LayerPages, QuestConfig
 from ..dense import Features, Past, attend_by_position, past_of_pages, prefill
 from ..kv_state import KVState
 from ..ops import HEAD_DIMS, MAX_NEW_TOKENS, check_choice, sparse_decode
@@ -89,11 +89,12 @@ class PagedLayer(QuestCacheLayer):
             if self.settings.counts is not None:
                 self.settings.counts.record_prefill(self.index)
             return self._prefill(q, k, v, real, features, visible)
-        if path == "sparse" and self.config.in_one_call and (real is None or tokens == 1):
-            return self._decode_step(q, k, v, real, features)
-        self._append(k, v, real)
         if self._lacking is not None:
+            self._append(k, v, real)
             return self._decode_densely(q, features)
+        if (path == "dense" or self.config.in_one_call) and (real is None or tokens == 1):
+            return self._decode_step(q, k, v, real, features, self.config if path == "sparse" else None)
+        self._append(k, v, real)
         return self._decode(q, features, path == "sparse")
 
     def reorder_rows(self, rows: Tensor) -> None:
@@ -151,19 +152,21 @@ class PagedLayer(QuestCacheLayer):
         self.advance(tokens, real)
         self._select_next()
 
-    def _decode_step(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features) -> Tensor:
+    def _decode_step(
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, config: QuestConfig | None
+    ) -> Tensor:
+        """A step in one call. Dense layers have no config."""
         tokens, start = q.shape[2], self.seq_lens.clone()
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         # A padding token too is written after its row's end. The row's next real token overwrites it.
         lens = (start, start + tokens)
-        budgets, every, kept = self.config.page_budgets(lens[1]), self.config.reselect_every, self.state.kept
+        kept = self.state.kept if config is not None else None
         if kept is not None:
             kept.steps.copy_(kept.after(lens[1] if tokens == 1 else None, self.config.page_size))
-        selection = self.config.selection
-        out, lse, selected = self.state.decode_step(0, q, k, v, *lens, selection, features.scale, budgets, every)
+        out, lse, selected = self.state.decode_step(0, q, k, v, *lens, config, features.scale)
         self.advance(tokens, real)
         self._observe(selected)
-        self._count(selected, tokens, None if kept is None or every == 1 or tokens > 1 else kept.selects(every))
+        self._count(selected, tokens, self.state.selects(config, tokens))
         return _with_sinks(out, lse, features.sinks)
 
     def _decode(self, q: Tensor, features: Features, sparse: bool) -> Tensor:

@@ -305,8 +305,8 @@ class QuestImpl:
             self.scale,
             k_scales,
             rows.new_lens,
-            self.quest.config.page_budgets(rows.seq_lens),
-            self.quest.config.std_factor,
+            std_factor=self.quest.config.std_factor,
+            dense_below=self.quest.config.dense_below,
         )
         rows.unpack(out, output)
         self._count(rows, pages)
@@ -321,9 +321,8 @@ class QuestImpl:
         num_pages, group_reduce, sink_pages, recent_pages = self.quest.config.selection
         q, table, lens = rows.pack(query), rows.page_table, rows.seq_lens
         scores = estimate(q, k_bounds, table, lens, S, k_scales, rows.new_lens)
-        forced = (sink_pages, recent_pages)
-        limits = (rows.new_lens, self.quest.config.page_budgets(lens))
-        pages = topk_pages(scores, lens, S, num_pages, Hkv, group_reduce, *forced, self.scale, *limits)
+        how = (group_reduce, sink_pages, recent_pages, self.scale, rows.new_lens)
+        pages = topk_pages(scores, lens, S, num_pages, Hkv, *how, dense_below=self.quest.config.dense_below)
         out, _ = sparse_decode(q, k_cache, v_cache, table, lens, pages, self.scale, rows.new_lens)
         rows.unpack(out, output)
         self._count(rows, pages)
