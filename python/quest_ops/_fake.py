@@ -168,8 +168,7 @@ def _decode_step(  # type: ignore[no-untyped-def]
     _written(k_cache=k_cache, v_cache=v_cache, k_bounds=k_bounds, k_scales=k_scales)
     _written(counters=counters, kept_pages=kept_pages)
     heads = q.shape[-2] if group_reduce == 0 else k_cache.shape[1]
-    places = (
-        max(num_pages, check.pages_of(dense_below, k_cache.shape[2])) if num_pages != 0 and kept_pages is None else 0
-    )
+    has_lists = num_pages != 0 and kept_pages is None
+    places = max(num_pages, check.pages_of(dense_below, k_cache.shape[2])) if has_lists else 0
     pages = q.new_empty((*q.shape[:-2], heads, places), dtype=torch.int32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32), pages

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from quest_ops import (
     append_kv,
     attention,
     attention_path,
+    decode_step,
     dense,
     estimate,
     kv_state,
@@ -161,9 +164,12 @@ def test_a_cache_no_larger_than_the_budget_selects_nothing(device: str, monkeypa
     config = QuestConfig(24, S, dense_layers=0)
     assert attention_path(model.cache, 1, config) == "dense"
     monkeypatch.setattr(attention, "select_pages", None)
-    monkeypatch.setattr(kv_state, "decode_step", None)
+    steps = Mock(wraps=kv_state.decode_step)
+    monkeypatch.setattr(kv_state, "decode_step", steps)
     model.attend(12, config)
     model.assert_right(model.attend(5, config), config)
+    num_pages = list(inspect.signature(decode_step).parameters).index("num_pages")
+    assert [call.args[num_pages] for call in steps.call_args_list] == [0, 0]  # of two layers
 
 
 def test_the_paths_have_names(device: str) -> None:

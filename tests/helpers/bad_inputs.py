@@ -843,9 +843,16 @@ TABLE: list[BadInput] = [
                 {"kept_pages": lens(2, 4, 3)},
             ),
             (
-                "kept_pages must have shape [B, Hs, K or more] with num_pages, 2, or more in dimension 2, "
-                "got [2, 2, 1]",
+                "kept_pages must have shape [B, Hs, K or more] with K = 2 in dimension 2, got [2, 2, 1]",
                 {"kept_pages": lens(2, 2, 1)},
+            ),
+            (
+                "kept_pages must have shape [B, Hs, K or more] with K = 4 in dimension 2, got [2, 2, 3]",
+                {"dense_below": 49},
+            ),
+            (
+                "kept_pages must be left out with a num_pages of 0, which reads every page",
+                {"num_pages": 0},
             ),
             (
                 "kept_pages must be contiguous, got strides that are not",
@@ -859,7 +866,6 @@ TABLE: list[BadInput] = [
             ),
         )
     ),
-    bad("decode_step", "num_pages must be at least 1, got 0", num_pages=0),
     bad("decode_step", "num_pages must fit in 32 bits, got -1", num_pages=-1),
     bad("decode_step", "num_pages must fit in 32 bits, got 2147483648", num_pages=2**31),
     bad(
@@ -878,6 +884,25 @@ TABLE: list[BadInput] = [
         "decode_step",
         "num_pages must hold the forced pages: sink_pages + recent_pages is 0 + 3, got num_pages = 2",
         recent_pages=3,
+    ),
+    bad(
+        "decode_step",
+        "budgets must be left out with a num_pages of 0, which reads every page",
+        num_pages=0,
+        budgets=lens(2),
+    ),
+    bad("decode_step", "sink_pages must be at least 0, got -1", num_pages=0, sink_pages=-1),
+    bad("decode_step", "recent_pages must be at least 0, got -1", num_pages=0, recent_pages=-1),
+    bad("decode_step", "dense_below must fit in 32 bits, got -1", num_pages=0, dense_below=-1),
+    *(
+        bad(name, f"dense_below {sentence}", dense_below=tokens)
+        for name in ("topk_pages", "decode_step")
+        for sentence, tokens in (
+            ("must fit in 32 bits, got -1", -1),
+            ("must fit in 32 bits, got 2147483648", 2**31),
+            ("in whole pages must fit in 32 bits, got 2147483648", 2**31 - 1),
+            ("in whole pages must fit in 32 bits, got 2147483648", 2**31 - 15),
+        )
     ),
     bad_values(
         "decode_step",
@@ -993,6 +1018,7 @@ NUMBERS = [
     ("update_bounds", "std_factor", "Optional[float]"),
     ("estimate", "page_size", "int"),
     *(("topk_pages", key, "int") for key in ("page_size", "k", "num_kv_heads", "sink_pages", "recent_pages")),
+    *((name, "dense_below", "int") for name in ("topk_pages", "decode_step")),
     ("topk_pages", "scale", "float"),
     ("rerank_pages", "scale", "float"),
     ("sparse_decode", "scale", "Optional[float]"),
@@ -1346,4 +1372,16 @@ ACCEPTED: list[BadInput] = [
     *(bad("decode_step", "", counters=lens(count)) for count in (48, 100)),
     *(bad("decode_step", "", kept_pages=lens(2, 2, room), kept_steps=lens(2), reselect_every=2) for room in (2, 7)),
     bad("decode_step", "", reselect_every=2**31 - 1),
+    *(
+        bad("decode_step", "", num_pages=0, **more)
+        for more in (
+            {},
+            {"counters": lens(48)},
+            {"group_reduce": "none", "sink_pages": 3, "recent_pages": 0},
+            {"sink_pages": 2**31 - 2},
+            {"dense_below": 2**31 - 16},
+        )
+    ),
+    *(bad(name, "", dense_below=tokens) for name in ("topk_pages", "decode_step") for tokens in (1, 36, 37, 10**6)),
+    bad("decode_step", "", dense_below=48, kept_pages=lens(2, 2, 3), kept_steps=lens(2)),
 ]

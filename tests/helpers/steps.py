@@ -1,4 +1,4 @@
-"""Cases of decode_step: tensors before a step, the step in one call, and as four operators."""
+"""Cases of decode_step: tensors before a step, the step in one call, and as the operators in a row."""
 
 from __future__ import annotations
 
@@ -77,15 +77,20 @@ def four_steps(
     recent_pages: int = 1,
     scale: float | None = None,
     budgets: Tensor | None = None,
+    dense_below: int = 0,
 ) -> Results:
+    """append_kv, estimate, topk_pages and sparse_decode; append_kv and dense sparse_decode for a num_pages of 0."""
     S, D, Hkv = x.k_cache.shape[2], x.shape.head_dim, x.shape.kv_heads
     if scale is None:
         scale = (1 / torch.tensor(float(D)).sqrt()).item()  # in float32, as in the operators
     caches = (x.k_cache, x.v_cache, x.k_bounds, x.page_table)
     ops.append_kv(x.k, x.v, *caches, x.start_lens, x.new_lens, x.k_scales, x.shape.kind.std_factor)
+    if num_pages == 0:
+        no_lists = x.seq_lens.new_empty(*x.q.shape[:-2], x.shape.heads if group_reduce == "none" else Hkv, 0)
+        return *ops.sparse_decode(*x.attention, None, scale, x.new_lens), no_lists
     scores = ops.estimate(*x.scoring, S, x.k_scales, x.new_lens)
-    forced = (sink_pages, recent_pages)
-    pages = ops.topk_pages(scores, x.seq_lens, S, num_pages, Hkv, group_reduce, *forced, scale, x.new_lens, budgets)
+    how = (group_reduce, sink_pages, recent_pages, scale, x.new_lens, budgets, dense_below)
+    pages = ops.topk_pages(scores, x.seq_lens, S, num_pages, Hkv, *how)
     return *ops.sparse_decode(*x.attention, pages, scale, x.new_lens), pages
 
 
