@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from quest_ops import ops
 from torch import Tensor
 
 from .operator_cases import LAYOUTS, UNREAD_BYTE, Case, Shape, assert_same_bits, place
 
 Results = tuple[Tensor, Tensor, Tensor]
+
+
+def limits_around(lengths: Sequence[int]) -> st.SearchStrategy[int]:
+    """Values of dense_below that lengths lie on both sides of."""
+    edges = {max(0, n + off) for n in lengths for off in (-1, 0, 1)}
+    return st.sampled_from(sorted(edges | {max(edges) + 100}))
 
 
 def before_step(shape: Shape, new_lens: tuple[int, ...] | None = None) -> Case:

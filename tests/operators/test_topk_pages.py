@@ -1,12 +1,14 @@
 """topk_pages: equal to the reference for exact scores, and as good within rounding for inexact ones."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from helpers.operator_cases import LAYOUTS, assert_same_bits, place, place_far_apart
 from helpers.selection_rule import EXACT_SUMS, KINDS, assert_list_is_as_good, random_scores, slack
+from helpers.steps import limits_around
 from hypothesis import given
 from hypothesis import strategies as st
 from quest_ops import ops, reference
@@ -29,6 +31,26 @@ class Selection:
     spare_pages: int = 1
     layout: int = 0
     seed: int = 0
+    new_lens: tuple[int, ...] | None = None
+    budgets: tuple[int, ...] | None = None
+    dense_below: int = 0
+
+    @property
+    def visible(self) -> list[list[int]]:
+        """Tokens that each new token of each sequence sees."""
+        lens = numbers(self.new_lens)
+        return reference.visible_by_token(torch.tensor(self.lengths), max(1, self.new_tokens), lens)
+
+    @property
+    def places(self) -> int:
+        """Of a list."""
+        return max(self.k, reference.num_pages(self.dense_below, self.page_size))
+
+    def pages_of(self, b: int) -> int:
+        """The most that sequence b selects."""
+        if self.lengths[b] <= self.dense_below:
+            return self.places
+        return self.k if self.budgets is None else min(self.k, max(self.sink + self.recent, self.budgets[b]))
 
     def scores(self) -> Tensor:
         """NaN, which ranks above everything, in scores past the visible pages."""
@@ -36,13 +58,20 @@ class Selection:
         P = max(reference.num_pages(n, self.page_size) for n in self.lengths) + self.spare_pages
         T = max(1, self.new_tokens)
         scores = random_scores(self.kind, (len(self.lengths), T, self.kv_heads * self.group, P), random)
-        for b, length in enumerate(self.lengths):
-            for t in range(T):
-                scores[b, t, :, reference.num_pages(max(0, length - T + 1 + t), self.page_size) :] = math.nan
+        for b, row in enumerate(self.visible):
+            for t, tokens in enumerate(row):
+                scores[b, t, :, reference.num_pages(tokens, self.page_size) :] = math.nan
         return scores if self.new_tokens else scores[:, 0]
 
-    def arguments(self) -> tuple:
-        return (self.page_size, self.k, self.kv_heads, self.reduce, self.sink, self.recent, self.scale)
+    def arguments(self, device: str = "cpu") -> tuple[Any, ...]:
+        """Those behind the lengths."""
+        numbers_of = (numbers(x, device) for x in (self.new_lens, self.budgets))
+        how = (self.page_size, self.k, self.kv_heads, self.reduce, self.sink, self.recent, self.scale)
+        return (*how, *numbers_of, self.dense_below)
+
+
+def numbers(values: tuple[int, ...] | None, device: str = "cpu") -> Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.int32, device=device)
 
 
 @st.composite
@@ -73,10 +102,25 @@ def selections(draw: st.DrawFn) -> Selection:
     )
 
 
+@st.composite
+def ragged_selections(draw: st.DrawFn) -> Selection:
+    """Sequences that differ in their new tokens and budgets, and in the side of dense_below on which they lie."""
+    s = draw(selections())
+    T = max(1, s.new_tokens)
+    news = tuple(draw(st.integers(0, min(T, length))) for length in s.lengths)
+    budgets = tuple(draw(st.integers(-1, s.k + 2)) for _ in s.lengths)
+    return replace(
+        s,
+        new_lens=draw(st.sampled_from((None, news))),
+        budgets=draw(st.sampled_from((None, budgets))),
+        dense_below=draw(limits_around(s.lengths)),
+    )
+
+
 def check(s: Selection, device: str) -> None:
     scores, seq_lens = s.scores(), torch.tensor(s.lengths, dtype=torch.int32)
     actual = ops.topk_pages(
-        place(scores, LAYOUTS[s.layout], device), place(seq_lens, "unaligned", device), *s.arguments()
+        place(scores, LAYOUTS[s.layout], device), place(seq_lens, "unaligned", device), *s.arguments(device)
     )
     assert actual.dtype == torch.int32
     assert actual.is_contiguous()
@@ -87,16 +131,49 @@ def check(s: Selection, device: str) -> None:
     assert actual.shape == expected.shape
     T = max(1, s.new_tokens)
     scores = scores.view(len(s.lengths), T, s.kv_heads * s.group, -1).double()
-    for b, rows in enumerate(actual.cpu().view(len(s.lengths), T, -1, s.k).tolist()):
+    for b, rows in enumerate(actual.cpu().view(len(s.lengths), T, -1, s.places).tolist()):
+        rule = replace(s, k=s.pages_of(b))
         for t, lists in enumerate(rows):
-            n = reference.num_pages(max(0, s.lengths[b] - T + 1 + t), s.page_size)
+            n = reference.num_pages(s.visible[b][t], s.page_size)
             for h, padded in enumerate(lists):
-                assert_list_is_as_good(padded, h, scores[b, t, :, :n], s)
+                assert_list_is_as_good(padded, h, scores[b, t, :, :n], rule)
 
 
 @given(selections())
 def test_selection_meets_the_reference(device: str, s: Selection) -> None:
     check(s, device)
+
+
+@given(ragged_selections())
+def test_sequences_that_differ_meet_the_reference(device: str, s: Selection) -> None:
+    check(s, device)
+
+
+@pytest.mark.parametrize("reduce", ["none", "max", "sum", "soft"])
+@pytest.mark.parametrize("new_tokens", [0, 3])
+def test_short_sequences_select_every_page(device: str, new_tokens: int, reduce: str) -> None:
+    """The other sequences select as they do without dense_below, budgets included. 100 tokens are in 7 pages."""
+    lengths = (99, 100, 101, 700, 0, 16)
+    few = Selection(
+        "normal", lengths, 3, reduce, new_tokens=new_tokens, sink=1, budgets=(2,) * len(lengths), new_lens=(1,) * 6
+    )
+    s = replace(few, dense_below=100)
+    scores, seq_lens = s.scores().to(device), torch.tensor(lengths, dtype=torch.int32, device=device)
+    pages = ops.topk_pages(scores, seq_lens, *s.arguments(device))
+    others = ops.topk_pages(scores, seq_lens, *few.arguments(device))
+    assert pages.shape == (*others.shape[:-1], 7)
+    assert_same_bits(pages[[2, 3]], torch.nn.functional.pad(others[[2, 3]], (0, 4), value=-1))
+    for b, n in ((0, 7), (1, 7), (4, 0), (5, 1)):
+        lists = pages[b, 0] if new_tokens else pages[b]
+        assert lists.tolist() == [[*range(n), *[-1] * (7 - n)]] * len(lists)
+
+
+@pytest.mark.parametrize("reduce", ["max", "soft"])
+@pytest.mark.parametrize("dense_below", [16 * 8_193, 16 * 20_000, 16 * 30_000])
+def test_long_sequences_select_every_page(device: str, dense_below: int, reduce: str) -> None:
+    """Rows that may be split select without scores, beside one that needs them."""
+    lengths = (16 * 20_000, 16 * 8_193 - 5, 16 * 8_193 + 1, 500, 0)
+    check(Selection("equal", lengths, 40, reduce, kv_heads=1, dense_below=dense_below), device)
 
 
 @pytest.mark.parametrize("kind", KINDS)
