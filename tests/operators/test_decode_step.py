@@ -1,4 +1,7 @@
-"""decode_step: the bits of append_kv, estimate, topk_pages and sparse_decode in a row, in results and caches."""
+"""decode_step: the bits of append_kv, estimate, topk_pages and sparse_decode in a row, in results and caches.
+
+A num_pages of 0 is append_kv and dense sparse_decode.
+"""
 
 import itertools
 import math
@@ -20,13 +23,15 @@ from helpers.operator_cases import (
     assert_same_bits,
     shapes,
 )
-from helpers.steps import assert_same_step, before_step, caches, four_steps, on, one_step
+from helpers.steps import assert_same_step, before_step, caches, four_steps, limits_around, on, one_step
 from hypothesis import given
 from hypothesis import strategies as st
 from quest_ops import ops
 
 HALF = (torch.float16, torch.bfloat16)
 REDUCES = ("none", "max", "sum", "soft")
+# Pages by scores, by scores in long sequences, and all of them. Dense below: of the tests' lengths, some lie beyond.
+OPTIONS: list[dict[str, Any]] = [{"num_pages": 6}, {"num_pages": 6, "dense_below": 100}, {"num_pages": 0}]
 MAIN_KINDS = ("minmax", "minmax-8-bit", "mean-std", "mean-std-4-bit")
 ALL_BOUNDS = pytest.mark.parametrize("kind", [KINDS[name] for name in MAIN_KINDS], ids=MAIN_KINDS)
 
@@ -65,6 +70,47 @@ def test_a_step_is_the_four_operators(device: str, drawn: tuple[Shape, dict[str,
         used = Case(shape).page_table.flatten()
         used = used[(used >= 0) & (used < len(expected))].long()
         assert_same_bits(actual.cpu()[used], expected[used])
+
+
+@given(steps(), st.data())
+def test_sequences_on_both_sides_of_dense_below(
+    device: str, drawn: tuple[Shape, dict[str, Any]], data: st.DataObject
+) -> None:
+    shape, options = drawn
+    assert_same_step(before_step(shape), device, **options, dense_below=data.draw(limits_around(shape.lengths)))
+
+
+@given(steps())
+def test_every_page(device: str, drawn: tuple[Shape, dict[str, Any]]) -> None:
+    """The numbers of the selection and dense_below have no effect."""
+    shape, options = drawn
+    dense_below = options["num_pages"] * shape.page_size
+    assert_same_step(before_step(shape), device, **options | {"num_pages": 0}, dense_below=dense_below)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("group", [1, 5, 8, 9, 16, 17])
+def test_every_page_for_all_heads(device: str, group: int, head_dim: int, dtype: torch.dtype) -> None:
+    lengths = (330, 33, 16, 1)
+    for i, kind in enumerate(MAIN_KINDS):
+        page_size = PAGE_SIZES[(i + group) % len(PAGE_SIZES)]
+        case = before_step(Shape(dtype, head_dim, page_size, 2, group, lengths=lengths, kind=KINDS[kind], seed=19))
+        assert_same_step(case, device, 0, group_reduce=REDUCES[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize(
+    "lengths", [(20_000,), (12_345, 0, 1, 700, 4096, 16), (3000,) * 4], ids=["one", "ragged", "even"]
+)
+def test_every_page_of_long_sequences(device: str, lengths: tuple[int, ...], kv_heads: int, dtype: torch.dtype) -> None:
+    """Rows of many splits beside rows of one, where no score or page list exists. A length of 0 is idle."""
+    kind = KINDS["minmax-8-bit"]
+    shape = Shape(dtype, 128, 16, kv_heads, 8 // kv_heads, lengths=lengths, kind=kind, seed=20)
+    case = before_step(shape, tuple(min(1, n) for n in lengths))
+    assert_same_step(case, device, 0, recent_pages=0)
+    assert_same_step(case, device, 40, dense_below=4096)
 
 
 @ALL_BOUNDS
@@ -126,15 +172,16 @@ def test_batches_and_layouts(device: str, batch: int, layouts: tuple[int, int, i
     assert_same_step(before_step(shape), device, 8, group_reduce="sum")
 
 
+@pytest.mark.parametrize("options", [{"num_pages": 4}, {"num_pages": 0}, {"num_pages": 4, "dense_below": 50}], ids=str)
 @pytest.mark.parametrize("batch", [256, 257])
-def test_as_many_sequences_as_one_launch_takes_and_one_more(device: str, batch: int) -> None:
+def test_as_many_sequences_as_one_launch_takes_and_one_more(device: str, batch: int, options: dict[str, Any]) -> None:
     lengths = tuple(1 + 7 * b % 90 for b in range(batch))
     shape = Shape(torch.float16, 64, 8, 2, 1, lengths=lengths, kind=KINDS["minmax-8-bit"], seed=15)
-    assert_same_step(before_step(shape), device, 4)
+    assert_same_step(before_step(shape), device, **options)
 
 
 @ALL_BOUNDS
-@pytest.mark.parametrize("num_pages", [8, 400])
+@pytest.mark.parametrize("num_pages", [0, 8, 400])
 def test_a_capacity_of_20_000_pages(device: str, num_pages: int, kind: Kind) -> None:
     case = before_step(Shape(torch.bfloat16, 128, 16, 1, 8, lengths=(5000, 1), kind=kind, seed=7))
     more = 20_000 - case.page_table.shape[1]
@@ -143,9 +190,10 @@ def test_a_capacity_of_20_000_pages(device: str, num_pages: int, kind: Kind) -> 
 
 
 @ALL_BOUNDS
-def test_shared_pages(device: str, kind: Kind) -> None:
+@pytest.mark.parametrize("num_pages", [0, 7])
+def test_shared_pages(device: str, num_pages: int, kind: Kind) -> None:
     shape = Shape(torch.float16, 64, 16, 2, 4, lengths=(400, 321, 190), shared_pages=9, kind=kind, seed=8)
-    assert_same_step(before_step(shape), device, 7)
+    assert_same_step(before_step(shape), device, num_pages)
 
 
 @ALL_BOUNDS
@@ -189,25 +237,30 @@ def test_faults_show_as_in_the_four(device: str, dtype: torch.dtype, name: str, 
         assert out[0].isnan().any()
     if name == "k_cache" and (kind != KINDS["minmax"] or math.isnan(value)):
         assert 5 in pages[0, 1]
-    assert_same_step(case, device, 7)
+    for num_pages in (0, 7):
+        assert_same_step(case, device, num_pages)
 
 
 @ALL_BOUNDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_reruns(device: str, dtype: torch.dtype, kind: Kind) -> None:
+@pytest.mark.parametrize("num_pages", [0, 40])
+def test_reruns(device: str, num_pages: int, dtype: torch.dtype, kind: Kind) -> None:
     case = before_step(Shape(dtype, 128, 16, 2, 8, lengths=(3000, 64, 700), kind=kind, seed=11))
-    first = one_step(on(case, device), 40)
+    first = one_step(on(case, device), num_pages)
     for _ in range(10):
-        for actual, expected in zip(one_step(on(case, device), 40), first, strict=True):
+        for actual, expected in zip(one_step(on(case, device), num_pages), first, strict=True):
             assert_same_bits(actual, expected)
 
 
-def test_nothing_to_do(device: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "places"), [({"num_pages": 3}, 3), ({"num_pages": 0}, 0), ({"num_pages": 3, "dense_below": 65}, 5)]
+)
+def test_nothing_to_do(device: str, options: dict[str, Any], places: int) -> None:
     x = on(before_step(Shape(torch.float16, lengths=(20, 3))), device)
     none = {name: getattr(x, name)[:0] for name in ("q", "k", "v", "page_table", "start_lens", "seq_lens")}
     before = [t._base.clone() for t in caches(x)]
-    out, lse, pages = one_step(x.having(**none), 3)
-    assert (out.shape, lse.shape, pages.shape) == ((0, 4, 64), (0, 4), (0, 2, 3))
+    out, lse, pages = one_step(x.having(**none), **options)
+    assert (out.shape, lse.shape, pages.shape) == ((0, 4, 64), (0, 4), (0, 2, places))
     for actual, expected in zip(caches(x), before, strict=True):
         assert_same_bits(actual._base, expected)
 
@@ -261,12 +314,13 @@ class TestOnTheGPU:
             for heads, lengths in ((1, (6000,)), (16, (40,) * 40), (2, (3000, 1, 500)), (8, (9000,)), (4, (70, 2000)))
         ]
         cases[3].start_lens[:] = cases[3].seq_lens[:] = 0
-        expected = [one_step(on(case, "cuda"), 20) for case in cases]
-        inputs = [on(case, "cuda") for case in cases * 20]
+        steps = [(case, options) for options in OPTIONS for case in cases]
+        expected = [one_step(on(case, "cuda"), **options) for case, options in steps]
+        inputs = [(on(case, "cuda"), options) for case, options in steps * 10]
         torch.cuda.synchronize()
-        results = [one_step(x, 20, counters=counters) for x in inputs]
+        results = [one_step(x, **options, counters=counters) for x, options in inputs]
         for i, result in enumerate(results):
-            for actual, value in zip(result, expected[i % len(cases)], strict=True):
+            for actual, value in zip(result, expected[i % len(steps)], strict=True):
                 assert_same_bits(actual, value)
 
     def test_steps_on_two_streams_do_not_wait_for_each_other(self) -> None:
@@ -290,13 +344,25 @@ class TestOnTheGPU:
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     @pytest.mark.parametrize("kv_heads", [8, 2])
     @pytest.mark.parametrize("counted", [True, False])
-    def test_one_launch(self, dtype: torch.dtype, kv_heads: int, counted: bool, kind: Kind) -> None:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"num_pages": 64},
+            {"num_pages": 64, "dense_below": 2000},
+            {"num_pages": 0},
+            {"num_pages": 0, "group_reduce": "soft", "recent_pages": 0},
+        ],
+        ids=str,
+    )
+    def test_one_launch(
+        self, options: dict[str, Any], dtype: torch.dtype, kv_heads: int, counted: bool, kind: Kind
+    ) -> None:
         """The documented conditions; without a single launch the tests above would compare nothing."""
         counters = ops.new_counters(2, kv_heads, "cuda") if counted else None
         x = on(before_step(Shape(dtype, 128, 16, kv_heads, 32 // kv_heads, lengths=(3000, 700), kind=kind)), "cuda")
-        one_step(x, 64, counters=counters)
+        one_step(x, **options, counters=counters)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            one_step(x, 64, counters=counters)
+            one_step(x, **options, counters=counters)
             torch.cuda.synchronize()
         on_the_gpu = torch.autograd.DeviceType.CUDA
         kernels = [event.name for event in profile.events() if event.device_type == on_the_gpu]
@@ -315,14 +381,16 @@ class TestOnTheGPU:
         page = len(case.k_cache) if page == "N" else page
         table = case.page_table.clone()
         table[0, 7] = table[1, 0] = table[2, 12] = table[2, 5] = table[4, 0] = page
-        for num_pages in (5, 30):
-            for recent_pages in (0, 1):
-                assert_same_step(case.having(page_table=table), "cuda", num_pages, recent_pages=recent_pages)
+        for num_pages in (0, 5, 30):
+            for recent_pages, dense_below in ((0, 0), (1, 0), (1, 200)):
+                options = {"recent_pages": recent_pages, "dense_below": dense_below}
+                assert_same_step(case.having(page_table=table), "cuda", num_pages, **options)
 
     @ALL_BOUNDS
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_graph_replays_follow_the_lengths(self, dtype: torch.dtype, kind: Kind) -> None:
-        """Captured once and replayed across page boundaries and past the budget, equal to eager mode."""
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    def test_graph_replays_follow_the_lengths(self, options: dict[str, Any], dtype: torch.dtype, kind: Kind) -> None:
+        """Captured once and replayed across page boundaries and past the budget or dense_below, equal to eager mode."""
         case = Case(Shape(dtype, 64, 8, 2, 4, lengths=(150, 140), kind=kind, seed=13))
         buffers = {
             "q": torch.zeros_like(case.q, device="cuda"),
@@ -341,14 +409,15 @@ class TestOnTheGPU:
                 buffers["v"][b, 0].copy_(case.values[b][start])
 
         load((0, 10))
-        one_step(replayed, 6)  # warm up with the first step
+        one_step(replayed, **options)  # warm up with the first step
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = one_step(replayed, 6)
+            captured = one_step(replayed, **options)
         for length in range(130):
             load((length, length + 10))
             graph.replay()
-            for actual, plain, expected in zip(captured, one_step(eager, 6), four_steps(four, 6), strict=True):
+            results = (captured, one_step(eager, **options), four_steps(four, **options))
+            for actual, plain, expected in zip(*results, strict=True):
                 assert_same_bits(actual, plain)
                 assert_same_bits(actual, expected)
         for actual, plain, expected in zip(caches(replayed), caches(eager), caches(four), strict=True):

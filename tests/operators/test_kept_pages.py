@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.operator_cases import DTYPES, KINDS, PAGE_SIZES, Case, Shape, assert_same_bits
-from helpers.steps import before_step, caches, four_steps, on, one_step
+from helpers.steps import before_step, caches, four_steps, limits_around, on, one_step
 from hypothesis import given
 from hypothesis import strategies as st
 from quest_ops import ops
@@ -24,15 +24,22 @@ def kept_lists(case: Case, lists: int, room: int, seed: int) -> Tensor:
 
 
 def expected_lists(
-    case: Case, kept: Tensor, keeps: list[bool], selected: Tensor, recent: int, budgets: Tensor | None
+    case: Case,
+    kept: Tensor,
+    keeps: list[bool],
+    selected: Tensor,
+    num_pages: int,
+    recent: int,
+    budgets: Tensor | None,
+    dense_below: int,
 ) -> tuple[Tensor, Tensor]:
     """The lists to read, [B, Hs, K], and kept_pages after the step."""
     most = selected.shape[-1]
     to_read, after = selected.clone(), kept.clone()
     after[..., :most] = selected
     for b, length in enumerate(case.shape.lengths):
-        n, K = math.ceil(length / case.shape.page_size), most if budgets is None else int(budgets[b])
-        if keeps[b] and n > K:
+        n, K = math.ceil(length / case.shape.page_size), num_pages if budgets is None else int(budgets[b])
+        if keeps[b] and n > K and length > dense_below:
             after[b, :, : K - recent] = kept[b, :, : K - recent]
             after[b, :, K - recent : K] = torch.arange(n - recent, n)
             after[b, :, K:most] = -1
@@ -47,10 +54,10 @@ def assert_keeps(
 ) -> None:
     four = on(case, device)
     selected = four_steps(four, num_pages, **options)[2].cpu()
-    kept = kept_lists(case, selected.shape[-2], num_pages + room, seed=num_pages)
-    budgets, recent = options.get("budgets"), options.get("recent_pages", 1)
+    kept = kept_lists(case, selected.shape[-2], selected.shape[-1] + room, seed=num_pages)
     flat = selected.flatten(0, -3) if selected.dim() == 4 else selected
-    to_read, after = expected_lists(case, kept, [step % every != 0 for step in steps], flat, recent, budgets)
+    rule = (num_pages, options.get("recent_pages", 1), options.get("budgets"), options.get("dense_below", 0))
+    to_read, after = expected_lists(case, kept, [step % every != 0 for step in steps], flat, *rule)
     scale = options.get("scale") or (1 / torch.tensor(float(case.shape.head_dim)).sqrt()).item()
     expected = ops.sparse_decode(*four.attention, to_read.view(selected.shape).to(device), scale, four.new_lens)
 
@@ -97,6 +104,7 @@ def cases(draw: st.DrawFn) -> tuple[Shape, dict[str, Any]]:
         "steps": tuple(draw(st.integers(0, 2 * every)) for _ in lengths),
         "every": every,
         "room": draw(st.sampled_from((0, 3))),
+        "dense_below": draw(st.just(0) | limits_around(lengths)),
     }
     return shape, options
 
@@ -113,15 +121,32 @@ def test_long_sequences(device: str, kind: str, group: int) -> None:
     """By superpages, in several splits, and with rows that select beside rows that keep."""
     shape = Shape(torch.bfloat16, 128, 4, 1, group, lengths=(40_000, 36_000, 900, 4), kind=KINDS[kind], seed=2)
     case = before_step(shape)
-    for steps in ((0, 1, 1, 1), (1, 0, 3, 2), (3, 3, 3, 3)):
-        assert_keeps(case, device, 128, steps, 4, sink_pages=1)
+    for steps, dense_below in (((0, 1, 1, 1), 0), ((1, 0, 3, 2), 0), ((3, 3, 3, 3), 0), ((3, 3, 3, 3), 36_000)):
+        assert_keeps(case, device, 128, steps, 4, sink_pages=1, dense_below=dense_below)
 
 
 def test_budgets(device: str) -> None:
     shape = Shape(torch.float16, 64, 16, 2, 4, lengths=(400, 500, 300, 90, 640), kind=KINDS["minmax-8-bit"], seed=3)
     budgets = torch.tensor([3, 8, 12, 8, 2], dtype=torch.int32)
     options = {"budgets": budgets.to(device), "sink_pages": 1}
-    assert_keeps(before_step(shape), device, 12, (1, 0, 1, 1, 1), 2, **options)
+    for dense_below in (0, 400):
+        assert_keeps(before_step(shape), device, 12, (1, 0, 1, 1, 1), 2, **options, dense_below=dense_below)
+
+
+def test_a_short_sequence_reads_all_its_pages_and_keeps_them(device: str) -> None:
+    """In every step, so that its list of the step before does not matter. A longer one reads its kept list."""
+    shape = Shape(torch.float16, 64, 16, 2, 4, lengths=(100, 101, 101), seed=6)
+    case, counters = before_step(shape), ops.new_counters(3, 2, device)
+    kept = torch.tensor([0, 3, 9, -1, 9, 9, 9], dtype=torch.int32, device=device).expand(3, 2, 7).contiguous()
+    steps = torch.tensor([1, 1, 2], dtype=torch.int32, device=device)
+    options = {"kept_pages": kept, "kept_steps": steps, "reselect_every": 2, "counters": counters}
+    out, *_ = one_step(on(case, device), 4, **options, dense_below=100)
+    every, _, selected = one_step(on(case, device), 4, dense_below=100)
+    assert_same_bits(out[[0, 2]], every[[0, 2]])
+    assert not torch.equal(out[1], every[1])
+    assert_same_bits(kept[[0, 2]], selected[[0, 2]])
+    assert kept[0].tolist() == [[0, 1, 2, 3, 4, 5, 6]] * 2
+    assert kept[1].tolist() == [[0, 3, 9, 6, -1, -1, -1]] * 2
 
 
 def test_an_idle_sequence_leaves_no_list(device: str) -> None:

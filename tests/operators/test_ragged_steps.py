@@ -1,4 +1,4 @@
-"""Steps in which sequences differ: new_lens of them are real, some are idle, and each has a budget of its own."""
+"""Steps in which sequences differ: in new_lens, which may be 0, in budgets, and in the side of dense_below."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import torch_baseline
 from helpers.operator_cases import KINDS, Case, Kind, Shape, assert_accurate, assert_exact, assert_same_bits, shapes
-from helpers.steps import assert_same_step, before_step, caches, four_steps, on, one_step
+from helpers.steps import assert_same_step, before_step, caches, four_steps, limits_around, on, one_step
 from hypothesis import given
 from hypothesis import strategies as st
 from quest_ops import ops, reference
@@ -111,6 +111,53 @@ def test_a_step_is_the_four_operators(
     )
 
 
+@given(ragged_shapes(), st.integers(1, 9), st.sampled_from(REDUCES), st.data())
+def test_a_step_of_sequences_on_both_sides_of_dense_below(
+    device: str, drawn: tuple[Shape, tuple[int, ...]], num_pages: int, group_reduce: Any, data: st.DataObject
+) -> None:
+    shape, news = drawn
+    budgets = torch.tensor([data.draw(st.integers(0, num_pages)) for _ in news], dtype=torch.int32, device=device)
+    assert_same_step(
+        before_step(shape, news),
+        device,
+        num_pages,
+        group_reduce=group_reduce,
+        budgets=budgets if data.draw(st.booleans()) else None,
+        dense_below=data.draw(limits_around(shape.lengths)),
+    )
+
+
+@given(ragged_shapes(), st.sampled_from(REDUCES), st.integers(0, 1))
+def test_a_step_over_every_page(
+    device: str, drawn: tuple[Shape, tuple[int, ...]], group_reduce: Any, recent_pages: int
+) -> None:
+    shape, news = drawn
+    assert_same_step(before_step(shape, news), device, 0, group_reduce=group_reduce, recent_pages=recent_pages)
+
+
+@pytest.mark.parametrize("new_tokens", [0, 1, 4, 8])
+@DTYPES
+@ALL_BOUNDS
+def test_a_short_sequence_has_the_bits_of_dense_attention(
+    device: str, kind: Kind, dtype: torch.dtype, new_tokens: int
+) -> None:
+    """The length with all new tokens decides, and the others are as without dense_below."""
+    T = max(1, new_tokens)
+    shape = Shape(dtype, 128, 16, 2, 4, new_tokens=new_tokens, lengths=(400, 401, 37, 999, T), kind=kind)
+    case = before_step(shape, (T, T, min(T, 2), 1, T))
+    every, few, mixed = (
+        one_step(on(case, device), **options)
+        for options in ({"num_pages": 0}, {"num_pages": 3}, {"num_pages": 3, "dense_below": 400})
+    )
+    for b, whole in enumerate((True, False, True, False, True)):
+        for actual, expected in zip(mixed[:2], (every if whole else few)[:2], strict=True):
+            assert_same_bits(actual[b], expected[b])
+    assert not torch.equal(mixed[0][0], few[0][0])
+    assert mixed[2].shape[-1] == 25
+    assert_same_bits(mixed[2][[1, 3]], torch.nn.functional.pad(few[2][[1, 3]], (0, 22), value=-1))
+    assert (mixed[2][0] == torch.arange(25, device=device)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @ALL_BOUNDS
 @pytest.mark.parametrize("group_reduce", ["max", "sum"])
@@ -119,28 +166,25 @@ def test_one_launch(device: str, dtype: torch.dtype, kind: Kind, group_reduce: A
     """A single kernel on a GPU: rows that pause, idle rows and budgets, in rows of one split and of many."""
     shape = Shape(dtype, 128, 16, 8, 4, lengths=(9000, 2100, 333, 0, 1, 4096), kind=kind)
     budgets = torch.tensor([64, 300, 5, 1, 0, 17], dtype=torch.int32, device=device)
-    for limits in (None, budgets):
-        step = assert_same_step(
-            before_step(shape, (1, 1, 0, 0, 1, 1)),
-            device,
-            128,
-            group_reduce=group_reduce,
-            sink_pages=sinks,
-            budgets=limits,
-        )
-        assert step is not None
+    case = before_step(shape, (1, 1, 0, 0, 1, 1))
+    for limits, dense_below in ((None, 0), (budgets, 0), (budgets, 3000)):
+        options = {"budgets": limits, "dense_below": dense_below}
+        assert_same_step(case, device, 128, group_reduce=group_reduce, sink_pages=sinks, **options)
 
 
 @pytest.mark.parametrize("new_tokens", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_idle_rows_are_neither_written_nor_read(device: str, new_tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("options", [{"num_pages": 2}, {"num_pages": 2, "dense_below": 40}, {"num_pages": 0}], ids=str)
+def test_idle_rows_are_neither_written_nor_read(
+    device: str, options: dict[str, Any], new_tokens: int, dtype: torch.dtype
+) -> None:
     """Rows of length 0, which a padded CUDA graph has, need no new_lens."""
     T = max(1, new_tokens)
     shape = Shape(dtype, 64, 16, 2, 2, new_tokens=new_tokens, lengths=(50, T, 37), kind=KINDS["minmax-8-bit"])
     x = on(before_step(shape), device)
     x.seq_lens[1] = x.start_lens[1] = 0
     before = [t.clone() for t in caches(x)]
-    out, lse, pages = one_step(x, 2)
+    out, lse, pages = one_step(x, **options)
     assert (out[1] == 0).all()
     assert (lse[1] == -math.inf).all()
     assert (pages[1] == -1).all()
@@ -227,18 +271,26 @@ def test_wrong_tensors(device: str, name: str, value: Tensor, message: str) -> N
 
 @pytest.mark.gpu
 @ALL_BOUNDS
-def test_graph_replays_with_idle_rows_and_budgets(kind: Kind) -> None:
+@pytest.mark.parametrize(("num_pages", "dense_below"), [(16, 0), (16, 600), (0, 0)])
+def test_graph_replays_with_idle_rows_and_budgets(num_pages: int, dense_below: int, kind: Kind) -> None:
     """One graph serves batches of any composition: who is idle, lengths and budgets change between replays."""
     device = "cuda"
     shape = Shape(torch.bfloat16, 128, 16, 8, 4, lengths=(900, 500, 700), kind=kind)
     case = before_step(shape)
     x = on(case, device)
     budgets = torch.full((3,), 8, dtype=torch.int32, device=device)
-    one_step(x, 16, budgets=budgets)
+    options = {"budgets": budgets if num_pages else None, "dense_below": dense_below}
+    one_step(x, num_pages, **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = one_step(x, 16, budgets=budgets)
-    for lengths, limits in (((900, 500, 700), (16, 3, 8)), ((900, 0, 700), (5, 8, 9)), ((0, 500, 0), (1, 1, 1))):
+        results = one_step(x, num_pages, **options)
+    for lengths, limits in (
+        ((900, 500, 700), (16, 3, 8)),
+        ((900, 0, 700), (5, 8, 9)),
+        ((0, 500, 0), (1, 1, 1)),
+        ((600, 20, 601), (2, 2, 2)),
+        ((601, 500, 600), (16, 16, 3)),
+    ):
         fresh = on(case, device)
         for t, length in ((x, lengths), (fresh, lengths)):
             lens = torch.tensor(length, dtype=torch.int32, device=device)
@@ -248,6 +300,6 @@ def test_graph_replays_with_idle_rows_and_budgets(kind: Kind) -> None:
             a.copy_(b)
         budgets.copy_(torch.tensor(limits, dtype=torch.int32))
         graph.replay()
-        expected = four_steps(fresh.having(new_lens=(fresh.seq_lens > 0).int()), 16, budgets=budgets)
+        expected = four_steps(fresh.having(new_lens=(fresh.seq_lens > 0).int()), num_pages, **options)
         for actual, value in zip(results, expected, strict=True):
             assert_same_bits(actual, value)
