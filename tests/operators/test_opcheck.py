@@ -67,6 +67,22 @@ def test_opcheck(device: str, name: str, dtype: torch.dtype, layout: str, full: 
     torch.library.opcheck(getattr(raw, name).default, args, kwargs)
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["short", "full"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "every_page", "dense_below"),
+    [("topk_pages", False, 36), ("decode_step", False, 36), ("decode_step", True, 0), ("decode_step", True, 36)],
+)
+def test_opcheck_of_dense_steps(
+    device: str, name: str, every_page: bool, dense_below: int, dtype: torch.dtype, full: bool
+) -> None:
+    args, kwargs = arguments(name, dtype, "contiguous", full, device)
+    kwargs = {**kwargs, "dense_below": dense_below}
+    if every_page:
+        args, kwargs = (*args[:-1], 0), {**kwargs, "budgets": None}
+    torch.library.opcheck(getattr(raw, name).default, args, kwargs)
+
+
 def pipeline(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_bounds: Tensor, table: Tensor, before: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,26 +102,43 @@ def step(dtype: torch.dtype, lengths: tuple[int, ...], device: str) -> list[Tens
     return [x.q.contiguous(), k, v, *caches, x.page_table.contiguous(), x.seq_lens - 2]
 
 
-def in_one(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_bounds: Tensor, table: Tensor, before: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def in_one(*inputs: Tensor, num_pages: int = 3, dense_below: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """The same step by decode_step."""
+    q, k, v, *caches, table, before = inputs
     lengths = before + k.shape[1]
-    out, lse, pages = ops.decode_step(q * 2, k * 1.5, v, k_cache, v_cache, k_bounds, table, before, lengths, 3)
+    out, lse, pages = ops.decode_step(
+        q * 2, k * 1.5, v, *caches, table, before, lengths, num_pages, dense_below=dense_below
+    )
     return pages, out + 1, lse
 
 
+def short_sequences_densely(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return in_one(*inputs, dense_below=40)
+
+
+def every_page(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return in_one(*inputs, num_pages=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("how", [pipeline, in_one])
+@pytest.mark.parametrize(
+    ("how", "eager"),
+    [
+        (pipeline, pipeline),
+        (in_one, pipeline),
+        (short_sequences_densely, short_sequences_densely),
+        (every_page, every_page),
+    ],
+)
 def test_compiled_whole_and_once_for_all_sizes(
-    device: str, how: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype
+    device: str, how: Callable[..., tuple[Tensor, ...]], eager: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype
 ) -> None:
     compiled = torch.compile(how, fullgraph=True, dynamic=True, backend="aot_eager")
 
     def check(*lengths: int) -> None:
         inputs = step(dtype, lengths, device)
         copies = [x.clone() for x in inputs]
-        for actual, expected in zip(compiled(*inputs), pipeline(*copies), strict=True):
+        for actual, expected in zip(compiled(*inputs), eager(*copies), strict=True):
             assert_same_bits(actual, expected)
         for actual, expected in zip(inputs, copies, strict=True):
             assert_same_bits(actual, expected)
@@ -128,8 +161,14 @@ def test_fake_tensors_have_the_shapes_of_real_ones(device: str, new_tokens: int,
         pages = ops.topk_pages(scores, paging[1], 16, 2, 2, reduce)
         k = torch.empty(2, max(1, new_tokens), 2, 64, dtype=q.dtype, device=q.device)
         before = paging[1] - k.shape[1]
-        step = ops.decode_step(q, k, k, k_cache, v_cache, k_bounds, paging[0], before, paging[1], 2, reduce)
-        return scores, pages, *ops.sparse_decode(q, k_cache, v_cache, *paging, pages), *step
+        more = ops.topk_pages(scores, paging[1], 16, 2, 2, reduce, dense_below=50)
+        step = (q, k, k, k_cache, v_cache, k_bounds, paging[0], before, paging[1])
+        steps = [
+            ops.decode_step(*step, num_pages, reduce, dense_below=dense_below)
+            for num_pages, dense_below in ((2, 0), (2, 50), (0, 0), (0, 50))
+        ]
+        attention = ops.sparse_decode(q, k_cache, v_cache, *paging, pages)
+        return scores, pages, more, *attention, *(result for results in steps for result in results)
 
     inputs = (x.q, x.k_cache, x.v_cache, x.k_bounds, x.page_table, x.seq_lens)
     with FakeTensorMode() as mode:
