@@ -188,6 +188,12 @@ def test_most_pages_of_a_list(device: str, page_size: int) -> None:
     message = r"num_pages' tokens a list \(num_pages \* page_size\) must fit in 32 bits, got 2147483648"
     with pytest.raises(RuntimeError, match=message):
         ops.decode_step(**{**good, "num_pages": most + 1})
+    for name, call in (("topk_pages", ops.topk_pages), ("decode_step", lambda **given: ops.decode_step(**given)[2])):
+        good = without_sequences(name, device, page_size)
+        for tokens in (most * page_size, (most - 1) * page_size + 1):
+            assert call(**good, dense_below=tokens).shape == (0, 1 if name == "topk_pages" else 2, most)
+        with pytest.raises(RuntimeError, match="dense_below in whole pages must fit in 32 bits, got 2147483648"):
+            call(**good, dense_below=most * page_size + 1)
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name != "topk_pages"])

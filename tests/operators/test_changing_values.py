@@ -127,7 +127,9 @@ def test_sparse_decode_with_a_changing_page_list() -> None:
         repeat(lambda: ops.sparse_decode(q, keys, values, TABLES[0], lens, pages.view(1, HKV, -1))[0], check)
 
 
-@pytest.mark.parametrize("name", ["topk_pages", "append_kv", "update_bounds", "decode_step"])
+@pytest.mark.parametrize(
+    "name", ["topk_pages", "append_kv", "update_bounds", "decode_step", "dense topk_pages", "dense decode_step"]
+)
 def test_other_operators_with_changing_numbers(name: str) -> None:
     lens, table = torch.tensor([16], dtype=torch.int32), TABLES[0].clone()
     memory = [torch.zeros(2 * P + 2, *size) for size in ((HKV, S, D), (HKV, S, D), (HKV, 2, D))]
@@ -138,6 +140,8 @@ def test_other_operators_with_changing_numbers(name: str) -> None:
         "append_kv": lambda: ops.append_kv(k, k, *caches, table, lens),
         "update_bounds": lambda: ops.update_bounds(caches[0], caches[2], table, lens, lens),
         "decode_step": lambda: ops.decode_step(q, k, k, *caches, table, lens, lens + 1, 4)[2],
+        "dense topk_pages": lambda: ops.topk_pages(scores, lens, S, 4, HKV, dense_below=16 * S),
+        "dense decode_step": lambda: ops.decode_step(q, k, k, *caches, table, lens, lens + 1, 0)[2],
     }[name]
 
     def check(pages: Tensor) -> bool:

@@ -14,7 +14,7 @@ HKV, S, D = 2, 16, 64
 
 
 class Step(nn.Module):
-    """All six operators over caches of their own."""
+    """Six operators over caches of their own."""
 
     def forward(
         self, q: Tensor, k: Tensor, caches: list[Tensor], page_table: Tensor, start_lens: Tensor
@@ -26,8 +26,11 @@ class Step(nn.Module):
         scores = ops.estimate(q, k_bounds, page_table, lens, S)
         pages = ops.topk_pages(scores, lens, S, 2, HKV)
         out, _ = ops.sparse_decode(q, k_cache, v_cache, page_table, lens, pages)
-        step, _, _ = ops.decode_step(q, k, k, *caches, page_table, start_lens, lens, 2)
-        return scores, pages, out, step
+        steps = [
+            ops.decode_step(q, k, k, *caches, page_table, start_lens, lens, num_pages, dense_below=dense_below)
+            for num_pages, dense_below in ((2, 0), (2, 100), (0, 0))
+        ]
+        return scores, pages, out, *(result for step in steps for result in step)
 
 
 def inputs(B: int, N: int, P: int, device: str) -> tuple[Any, ...]:

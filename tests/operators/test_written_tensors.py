@@ -63,6 +63,18 @@ def test_versions_of_written_tensors_rise(device: str, name: str, int8: bool, mo
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("int8", [False, True], ids=["cache", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_versions_rise_in_a_step_over_every_page(device: str, dtype: torch.dtype, int8: bool, mode: str) -> None:
+    given = {**arguments("decode_step", device, int8, dtype), "num_pages": 0, "kept_pages": None, "kept_steps": None}
+    before = {key: x._version for key, x in given.items() if isinstance(x, Tensor)}
+    with MODES[mode]():
+        call("decode_step", given)
+    for key, version in before.items():
+        assert (given[key]._version > version) == (key in WRITES["decode_step"]), key
+
+
+@pytest.mark.parametrize("mode", MODES)
 @EACH
 def test_a_gradient_through_a_saved_tensor_raises(device: str, name: str, key: str, mode: str) -> None:
     given = arguments(name, device)
