@@ -61,16 +61,13 @@ struct RowAttender {
         .N = p.paging.N,
         .page_shift = p.paging.page_shift,
         .length = split.length};
-    if (scored) row.fetch_table();
-    // A row that is not scored waits for its new token alone, which is in the last page.
-    if (scored || last) {
+    if (scored) {
+      row.fetch_table();
       const int first_scored = scored_row(split) - (kv_head(split) & (scheduler.tile_heads() - 1));
       if (scheduler.is_first())
         wait_until_at_least(
             &params.rows[first_scored].scored, scheduler.shared.score_splits[split.b], scheduler.shared.odd);
       __syncthreads();
-    }
-    if (scored) {
       Selector::select(row);
 #pragma unroll 1
       for (int i = K + threadIdx.x; last && i < p.K; i += kStepThreads) row.pages[i] = -1;
@@ -87,6 +84,15 @@ struct RowAttender {
       }
     }
     __syncthreads();
+  }
+
+  // Appends the new token of a row that is not scored. Only the last split reads its page. Splits of a group's other
+  // head tile write the same. A warp that rarely lists pages does it.
+  __device__ void append_token(const Split& split) const {
+    if (split.index != split.count - 1 || scheduler.warp != kStepWarps - 1) return;
+    if (scheduler.is_scored(split.b, scheduler.pages_of(split), scheduler.selected(split.b))) return;
+    const int start = scheduler.shared.starts[split.b];
+    NewToken<T, D>::load(p, start, split, kv_head(split), true).store(p, start, kv_head(split));
   }
 
   // The physical page of a token of the split's list of `entries` pages.
@@ -109,12 +115,13 @@ struct RowAttender {
   }
 
   __device__ void attend_split(const Split& split, Attend& attend, const Softmax& softmax) const {
-    const int split_tiles = scheduler.shared.attend_split_tiles, partial_tiles = params.partials.tiles;
+    const int split_tiles = scheduler.shared.attend_split_tiles, partial_tiles = scheduler.shared.partial_tiles;
     const int pages = scheduler.pages_of(split), K = scheduler.selected(split.b);
     const int entries = min(pages, K), first_tile = split.index * split_tiles;
     const int tiles = min(split_tiles, scheduler.attend_tiles(pages, K) - first_tile);
     const int first_token = first_tile * kTileTokens, first = first_token >> p.paging.page_shift;
     const int end = min(entries, (first_token + tiles * kTileTokens) >> p.paging.page_shift);
+    append_token(split);
     list_pages(split, first, end);
     const QueryTile<T> query{
         .data = static_cast<const T*>(p.q.data) + split.b * p.q.stride_b +
@@ -138,10 +145,12 @@ struct RowAttender {
 
   __device__ void combine(const Split& split) const {
     const int tiles = scheduler.attend_tiles(scheduler.pages_of(split), scheduler.selected(split.b));
-    const int partial_tiles = params.partials.tiles;
+    const int partial_tiles = scheduler.shared.partial_tiles;
+    Partials partials = params.partials;
+    partials.tiles = partial_tiles;
     const int64_t head = int64_t{split.b} * p.size.Hq + kv_head(split) * group + first_head(split);
     Combiner::template run<kMmaHeads>(
-        {.partials = params.partials,
+        {.partials = partials,
          .first_head = int64_t{scored_row(split)} * group + first_head(split),
          .heads = heads(split),
          .count = partial_tiles == 1 ? tiles : (tiles + kSupertile - 1) / kSupertile,

@@ -66,9 +66,13 @@ bool launch_kernel(const DecodeStepParams& p, const Tensor& q, cudaStream_t stre
   const int64_t tiles = std::max<int64_t>(1, (list_tokens + kTileTokens - 1) / kTileTokens);
   const SplitPlan plan(attend_rows, tiles, resident);
   DecodeStepKernelParams params{.op = p, .partials = {.count = plan.partials, .tiles = plan.partial_tiles}};
+  // Lists that are shorter than the cache may have partials of a tile: room for them, where there are not too many.
+  if (plan.partial_tiles > 1)
+    params.partials.count =
+        std::max(plan.partials, static_cast<int32_t>(std::min(tiles, kSupertile * resident / attend_rows + 1)));
   while (2 << params.score_heads_log2 <= kStepWarps && p.size.Hkv % (2 << params.score_heads_log2) == 0)
     ++params.score_heads_log2;
-  const int64_t score_tiles = p.paging.P > p.num_pages ? (p.paging.P + kMmaRows - 1) / kMmaRows : 1;
+  const int64_t score_tiles = p.paging.P > p.num_pages ? (p.paging.P + kMmaRows - 1) / kMmaRows : 0;
   // Some blocks have no split, and so renew the bounds of the newest pages meanwhile.
   const int64_t renewing = (rows + kStepWarps - 1) / kStepWarps;
   const int64_t blocks =

@@ -1,6 +1,7 @@
 // The scheduler: cuts a step's work into splits by the live lengths, and hands them to the blocks.
 #pragma once
 
+#include "../host/split.h"
 #include "params.cuh"
 
 namespace quest::cuda {
@@ -26,6 +27,7 @@ struct Scheduler {
     int2 sums[kStepWarps];
     TakenSplits first;
     int attend_split_tiles;     // at most; in shared memory, as the kernel has no register to spare
+    int partial_tiles;          // of each partial: 1 or kSupertile
     Split score[2], attend[2];  // the current split, and the next
     uint32_t odd;               // kOddStep or 0
   };
@@ -67,7 +69,7 @@ struct Scheduler {
   }
   __device__ int score_tiles(int b, int pages, int K) const {
     const int row_tiles = (pages + kMmaRows - 1) / kMmaRows;
-    return is_scored(b, pages, K) ? ((row_tiles << params.score_heads_log2) + kStepWarps - 1) / kStepWarps : 1;
+    return is_scored(b, pages, K) ? ((row_tiles << params.score_heads_log2) + kStepWarps - 1) / kStepWarps : 0;
   }
 
   // Attention: a tile is kTileTokens tokens of a row's list.
@@ -90,13 +92,20 @@ struct Scheduler {
     }
     const int2 all = sum(tiles_to_score * head_tiles(), tiles_to_attend * attend_heads(), true);
     const int blocks = gridDim.x;
-    score_split_tiles = min((all.x + blocks - 1) / blocks, kMaxScoreTiles);
-    // A split is whole partials, and no longer than the list that shared memory holds.
-    const int partial_tiles = params.partials.tiles, each = partial_tiles * params.attend_splits;
-    int attend_split_tiles =
-        min((all.y + each - 1) / each * partial_tiles, (kMaxListedPages << p.paging.page_shift) / kTileTokens);
-    // A dense split selects nothing, so it begins soon. Short splits keep all blocks busy to the end.
-    if (p.dense && attend_split_tiles > 2 * kSupertile) attend_split_tiles = kSupertile;
+    score_split_tiles = max(1, min((all.x + blocks - 1) / blocks, kMaxScoreTiles));
+    // Short lists get partials of a tile, as the host does not know the lengths.
+    int partial_tiles = params.partials.tiles;
+    if (partial_tiles > 1) {
+      const bool fits = !__syncthreads_or(tiles_to_attend > params.partials.count);
+      if (fits && !SplitPlan::is_large(all.y, blocks)) partial_tiles = 1;
+    }
+    // A split is whole partials. A list that is too long for shared memory is cut into several rounds of splits.
+    const int longest = (kMaxListedPages << p.paging.page_shift) / kTileTokens;
+    int each = partial_tiles * params.attend_splits, attend_split_tiles = (all.y + each - 1) / each * partial_tiles;
+    if (attend_split_tiles > longest) {
+      each *= (attend_split_tiles + longest - 1) / longest;
+      attend_split_tiles = min(longest, (all.y + each - 1) / each * partial_tiles);
+    }
     const int score_splits = (tiles_to_score + score_split_tiles - 1) / score_split_tiles;
     const int attend_splits = (tiles_to_attend + attend_split_tiles - 1) / attend_split_tiles;
     const int2 ends = sum(head_tiles() * score_splits, attend_heads() * attend_splits, false);
@@ -106,7 +115,7 @@ struct Scheduler {
     }
     if (is_first()) {
       shared.odd = taken.score & kOddStep, taken.score &= ~kOddStep;
-      shared.first = taken, shared.attend_split_tiles = attend_split_tiles;
+      shared.first = taken, shared.attend_split_tiles = attend_split_tiles, shared.partial_tiles = partial_tiles;
     }
     __syncthreads();
     if (is_first()) describe_score(shared.first.score, 0);

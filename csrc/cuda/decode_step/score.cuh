@@ -141,10 +141,8 @@ struct PageScorer {
 
   __device__ void score_split(const Split& split) const {
     const int n = scheduler.pages_of(split), K = scheduler.selected(split.b);
-    const int tiles = scheduler.is_scored(split.b, n, K)
-                          ? min(scheduler.score_split_tiles,
-                                scheduler.score_tiles(split.b, n, K) - split.index * scheduler.score_split_tiles)
-                          : 0;
+    const int tiles = min(
+        scheduler.score_split_tiles, scheduler.score_tiles(split.b, n, K) - split.index * scheduler.score_split_tiles);
     const int head = head_of_warp(split), r = lane / 4;
     const T* const heads = static_cast<const T*>(p.q.data) + split.b * p.q.stride_b + head * group * p.q.stride_h;
     SignedQuery<T, Bound, D> query[kHeadTiles];
