@@ -62,6 +62,11 @@ def kernels() -> dict[str, Call]:
         shape = Shape(torch.bfloat16, 128, 16, 2, group, T, (300, 37, 8), seed=T)
         news = (T, 0, min(T, 3))
         add(f"ragged {T} {group} {reduce}", shape, 5, news=news, group_reduce=reduce, sink_pages=1)
+    for i, (dtype, page_size) in enumerate(itertools.product((*HALF, torch.float32), PAGE_SIZES)):
+        j = i + i // len(PAGE_SIZES)
+        kind, group, T = MAIN_KINDS[j % 3], (4, 12)[i // 2 % 2], (0, 8)[j % 2]
+        shape = Shape(dtype, 64, page_size, 2, group, T, (300, 37, 8), kind=KINDS[kind], seed=i // 2)
+        add(f"dense below {str(dtype)[6:]} {page_size}", shape, 2, dense_below=40)  # one sequence selects
     for i, (dtype, D, layout) in enumerate(itertools.product((*HALF, torch.float32), HEAD_DIMS, (0, 3))):
         shape = Shape(dtype, D, PAGE_SIZES[i % len(PAGE_SIZES)], 2, 4, 1, LENGTHS, layouts=(layout,) * 4, seed=i)
         add(f"codes {str(dtype)[6:]} {D} {LAYOUTS[layout]}", shape, "max", call=codes)
@@ -81,7 +86,7 @@ def kernels() -> dict[str, Call]:
 
 
 def steps(shape: Shape, num_pages: int, news: tuple[int, ...] | None = None, **options: Any) -> None:
-    """decode_step, the four operators, and dense attention."""
+    """decode_step, the four operators, and dense attention in one call and alone."""
     case = before_step(shape, news)
     budgets = None if news is None else torch.tensor([num_pages, 2, 1], dtype=torch.int32, device="cuda")
     y = on(case, "cuda")
@@ -89,8 +94,10 @@ def steps(shape: Shape, num_pages: int, news: tuple[int, ...] | None = None, **o
     xs = [on(case, "cuda") for _ in range(1 if counters is None else 2)]  # an even and an odd step of the counters
     ones = [one_step(x, num_pages, budgets=budgets, counters=counters, **options) for x in xs]
     four = four_steps(y, num_pages, budgets=budgets, **options)
-    ops.sparse_decode(*y.attention, new_lens=y.new_lens)
-    for a, b in ((a, b) for one in ones for a, b in zip(one, four, strict=True)):
+    dense = ops.sparse_decode(*y.attention, new_lens=y.new_lens)
+    every_page = one_step(on(case, "cuda"), 0, counters=counters, **options)
+    pairs = [*zip(every_page, dense, strict=False), *((a, b) for one in ones for a, b in zip(one, four, strict=True))]
+    for a, b in pairs:
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
     if news is not None or shape.new_tokens > 1 or options.get("recent_pages", 1) == 0:
         return

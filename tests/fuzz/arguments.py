@@ -131,7 +131,19 @@ def _selection(plan: Plan) -> Arguments:
     return {
         **{name: plan[name] for name in ("group_reduce", "sink_pages", "recent_pages")},
         "budgets": None if budgets is None else torch.tensor(budgets, dtype=torch.int32),
+        **({"dense_below": plan["dense_below"]} if "dense_below" in plan else {}),  # a plan may be older
     }
+
+
+def pages_to_select(a: Arguments | Plan) -> int:
+    """topk_pages' k, or decode_step's num_pages. Its k is a tensor."""
+    k: int = a["num_pages"] if "num_pages" in a else a["k"]
+    return k
+
+
+def places(a: Arguments | Plan, page_size: int) -> int:
+    """K, of the lists that topk_pages or decode_step selects."""
+    return max(pages_to_select(a), reference.num_pages(a.get("dense_below", 0), page_size))
 
 
 #: Factors of normal keys.
@@ -235,7 +247,7 @@ def _kept_lists(plan: Plan, x: Case) -> Arguments:
     if kept is None:
         return {"kept_pages": None, "kept_steps": None, **every}
     heads = x.q.shape[-2] if plan["group_reduce"] == "none" else plan["kv_heads"]
-    size = (len(plan["lengths"]), heads, plan["k"] + kept["room"])
+    size = (len(plan["lengths"]), heads, places(plan, plan["page_size"]) + kept["room"])
     counts = torch.tensor([reference.num_pages(n, plan["page_size"]) for n in plan["lengths"]])[:, None, None]
     pages = (torch.rand(size, generator=x.random) * (counts + 2)).int() - 1  # and the numbers beside those of pages
     numbers = torch.randint(-(2**31), 2**31, size, generator=x.random).int()

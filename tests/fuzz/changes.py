@@ -14,7 +14,7 @@ from helpers.operator_cases import GARBAGE
 from quest_ops import ops
 from torch import Tensor
 
-from .arguments import ANY_STRIDES, Arguments
+from .arguments import ANY_STRIDES, Arguments, places
 from .plans import ANY_NEW_TOKENS, APPENDING, Plan
 
 #: Arguments that may be None, where an operator does not require them.
@@ -29,6 +29,7 @@ NUMBERS = {
     "sink_pages": (-1, 41, 2**31, 2**62, None),
     "recent_pages": (-1, 0, 41, 2**31, 2**62, None),
     "reselect_every": (0, -1, 2**31, 2**62, 2.5, None),
+    "dense_below": (-1, 2**31 - 1, 2**31, 2**62, 2.5, None, 40, 700),
     "group_reduce": ("mean", 4, -1, None),
     "scale": ("1", math.nan),
     "std_factor": (-1.0, math.inf, math.nan, 1e39, "1"),
@@ -55,6 +56,8 @@ def changed(plan: Plan, given: Arguments) -> tuple[Arguments, str, bool | None]:
     names = [name for name, x in given.items() if x is not None or name in (*OPTIONAL, *KEPT)]
     if "counters" in given:
         names += ["counters"] * 6  # more often, for the case of their own below
+    if given.get("num_pages") == 0:
+        names += ["budgets", *KEPT] * 6  # which a step over every page must refuse
     name = r.choice(names)
     x = given[name]
     if name == "counters" and r.random() < 0.5:
@@ -73,7 +76,11 @@ def changed(plan: Plan, given: Arguments) -> tuple[Arguments, str, bool | None]:
             refused = None
         if name == "recent_pages" and value == 0 and given.get("kept_pages") is not None:
             refused = True
+        if (name, value) in (("num_pages", 0), ("dense_below", 40), ("dense_below", 700)):
+            refused = _contradicts({**given, name: value})
         return {**given, name: value}, name, refused
+    if name == "budgets" and given.get("num_pages") == 0 and x is None:
+        return {**given, name: torch.zeros_like(given["seq_lens"])}, name, True
     if x is None:  # a tensor where none was
         size = r.choice(((), (2,), (3, 4), (2, 3, 4), tuple(given[_first(given)].shape[:1])))
         dtype = r.choice((torch.int32, torch.int64, torch.float32))
@@ -90,9 +97,17 @@ def _counters_needed(given: Arguments) -> int:
     return ops.new_counters(len(given["q"]), given["k"].shape[2], "meta").numel()
 
 
+def _contradicts(given: Arguments) -> bool:
+    """Whether a step must refuse numbers that are valid by themselves."""
+    kept = given.get("kept_pages")
+    if given.get("num_pages") == 0:
+        return kept is not None or given["budgets"] is not None
+    return kept is not None and kept.shape[2] < places(given, given["k_cache"].shape[2])
+
+
 def _changed_lists(r: random.Random, name: str, given: Arguments) -> tuple[Arguments, bool]:
     """One of the tensors of kept lists, or both where the step has none; and whether that must be refused."""
-    x, k = given[name], given["num_pages"]
+    x, k = given[name], places(given, given["k_cache"].shape[2])
     if x is None:
         q, kv_heads = given["q"], given["k"].shape[2]
         heads = q.shape[-2] if given["group_reduce"] == "none" else kv_heads
@@ -100,7 +115,7 @@ def _changed_lists(r: random.Random, name: str, given: Arguments) -> tuple[Argum
         lists = {key: torch.zeros(size, dtype=torch.int32, device=q.device) for key, size in new.items()}
         if r.random() < 0.5:
             return {name: lists[name]}, True
-        return lists, given["k"].shape[1] > 1 or given["recent_pages"] == 0
+        return lists, given["k"].shape[1] > 1 or given["recent_pages"] == 0 or given["num_pages"] == 0
     if name == "kept_pages" and r.random() < 0.2:
         value, refused = torch.cat([x, x], -1)[..., : x.shape[-1]], None
     else:

@@ -21,7 +21,7 @@ from quest_ops._limits import HEAD_COUNTERS, SHARED_COUNTERS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .arguments import WRITTEN, Arguments, arguments, memory, other_step, placed
+from .arguments import WRITTEN, Arguments, arguments, memory, other_step, pages_to_select, placed, places
 from .changes import changed, corrupted, tensors_of_numbers, wrong_values
 from .plans import Plan
 
@@ -258,7 +258,8 @@ def _judge_topk_pages(a: Arguments, results: tuple[Tensor, ...], plan: Plan) -> 
 
 def _judge_selection(a: Arguments, pages: Tensor, exact: bool) -> None:
     names = ("scores", "seq_lens", "page_size", "k", "num_kv_heads", "group_reduce", "sink_pages", "recent_pages")
-    expected = reference.topk_pages(*(a[name] for name in names), a["scale"], a["new_lens"], a["budgets"])
+    limits = (a["new_lens"], a["budgets"], a.get("dense_below", 0))
+    expected = reference.topk_pages(*(a[name] for name in names), a["scale"], *limits)
     if exact:
         assert_exact(pages, expected)
         return
@@ -268,7 +269,7 @@ def _judge_selection(a: Arguments, pages: Tensor, exact: bool) -> None:
     visible = reference.visible_by_token(a["seq_lens"], T, a["new_lens"])
     sink, recent, heads = a["sink_pages"], a["recent_pages"], a["num_kv_heads"]
     for b, rows in enumerate(pages.view(B, T, *pages.shape[-2:]).tolist()):
-        k = a["k"] if a["budgets"] is None else min(a["k"], max(sink + recent, int(a["budgets"][b])))
+        k = _most_pages(a, b, a["page_size"])
         rule = _Selection(a["group_reduce"], heads, Hq // heads, k, sink, recent, a["scale"])
         for t, lists in enumerate(rows):
             n = reference.num_pages(visible[b][t], a["page_size"])
@@ -276,9 +277,23 @@ def _judge_selection(a: Arguments, pages: Tensor, exact: bool) -> None:
                 assert_list_is_as_good(padded, h, scores[b, t, :, :n].double(), rule)
 
 
+def _most_pages(a: Arguments, b: int, page_size: int) -> int:
+    """The most that sequence b selects, of topk_pages or decode_step."""
+    if int(a["seq_lens"][b]) <= a.get("dense_below", 0):
+        return places(a, page_size)
+    k = pages_to_select(a)
+    return k if a["budgets"] is None else min(k, max(a["sink_pages"] + a["recent_pages"], int(a["budgets"][b])))
+
+
 def _judge_decode_step(a: Arguments, results: tuple[Tensor, ...], plan: Plan) -> None:
     """By the caches after the step. The scores are the operator's own, whose bits the step promises to use."""
     out, lse, pages = results
+    if a["num_pages"] == 0:
+        assert pages.shape[-1] == 0
+        _judge_sparse_decode({**a, "pages": None}, (out, lse), plan)
+        for actual, expected in zip((out, lse), a["attention"], strict=True):
+            assert_same_bits(actual, expected)
+        return
     pages = a.get("selected", pages)
     where = {"page_size": a["k_cache"].shape[2], "k": a["num_pages"], "num_kv_heads": a["k_cache"].shape[1]}
     _judge_selection({**a, **where, "scale": _scale(a)}, pages, a["group_reduce"] in ("none", "max"))
@@ -302,19 +317,23 @@ def _scores_and_lists(given: Arguments, x: Arguments) -> Arguments:
         x: their copies on the device, after the step.
 
     Returns:
-        scores: of estimate. A step with kept lists also has the following.
-        selected: the lists of topk_pages.
-        kept_after: kept_pages after the step.
-        attention: out and lse of sparse_decode.
+        attention: out and lse of sparse_decode, for a step over every page, and for one with kept lists.
+        scores: of estimate, for a step that selects.
+        selected: the lists of topk_pages, for a step with kept lists.
+        kept_after: kept_pages after such a step.
     """
     page_size, kv_heads = x["k_cache"].shape[2], x["k_cache"].shape[1]
     where, news = (x["page_table"], x["seq_lens"]), x["new_lens"]
+    if x["num_pages"] == 0:
+        attention = ops.sparse_decode(x["q"], x["k_cache"], x["v_cache"], *where, None, x["scale"], news)
+        return {"attention": tuple(y.cpu() for y in attention)}
     scores = ops.estimate(x["q"], x["k_bounds"], *where, page_size, x["k_scales"], news)
     if x.get("kept_pages") is None:
         return {"scores": scores.cpu()}
     names = ("num_pages", "group_reduce", "sink_pages", "recent_pages")
     k, *rule = (x[name] for name in names)
-    selected = ops.topk_pages(scores, x["seq_lens"], page_size, k, kv_heads, *rule, _scale(x), news, x["budgets"])
+    limits = (news, x["budgets"], x.get("dense_below", 0))
+    selected = ops.topk_pages(scores, x["seq_lens"], page_size, k, kv_heads, *rule, _scale(x), *limits)
     after, read = _kept_lists(given, selected.cpu())
     attention = ops.sparse_decode(
         x["q"], x["k_cache"], x["v_cache"], *where, read.to(selected.device), x["scale"], news
@@ -329,12 +348,11 @@ def _scores_and_lists(given: Arguments, x: Arguments) -> Arguments:
 
 def _kept_lists(a: Arguments, selected: Tensor) -> tuple[Tensor, Tensor]:
     """The rule of kept lists, as decode_step documents it: kept_pages after the step, and the lists that it reads."""
-    k, sink, recent = a["num_pages"], a["sink_pages"], a["recent_pages"]
+    k, recent, page_size = selected.shape[-1], a["recent_pages"], a["k_cache"].shape[2]
     after, read = a["kept_pages"].clone(), selected.clone()
     lists = read.view(*after.shape[:2], k)
     for b, (visible,) in enumerate(reference.visible_by_token(a["seq_lens"], 1, a["new_lens"])):
-        n = reference.num_pages(visible, a["k_cache"].shape[2])
-        most = k if a["budgets"] is None else min(k, max(sink + recent, int(a["budgets"][b])))
+        n, most = reference.num_pages(visible, page_size), _most_pages(a, b, page_size)
         if n <= most or int(a["kept_steps"][b]) % a["reselect_every"] == 0:
             after[b, :, :k] = lists[b]
             continue

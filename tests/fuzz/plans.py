@@ -15,6 +15,8 @@ Plan = dict[str, Any]
 #: Operators that write new tokens, and those that take any number of them.
 APPENDING = ("append_kv", "append_codes", "decode_step")
 ANY_NEW_TOKENS = ("append_kv", "append_codes")
+#: Operators that select pages, but for short sequences.
+SELECTING = ("topk_pages", "decode_step")
 #: valid: supported arguments. invalid: one argument of any kind is changed. corrupt: numbers in device tensors are.
 MODES = ("valid", "invalid", "corrupt")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -73,6 +75,8 @@ def draw(seed: str, operator: str, mode: str) -> Plan:
     }
     if operator == "decode_step":
         plan |= _kept_lists(r, plan)
+    if operator in SELECTING:
+        plan |= _dense(r, plan)
     if mode != "valid":
         plan["change_seed"] = r.randrange(2**31)
     return plan
@@ -112,6 +116,15 @@ def _kept_lists(r: random.Random, plan: Plan) -> Plan:
     }
     k = max(forced, min(plan["k"], r.randint(1, max(1, longest))))
     return {"lengths": lengths, "k": k, "reselect_every": every, "kept_lists": lists}
+
+
+def _dense(r: random.Random, plan: Plan) -> Plan:
+    """Half of the cases have a dense_below, around a length. Some steps without kept lists read every page: k is 0."""
+    around = r.choice(plan["lengths"]) + r.choice((-1, 0, 1, -plan["page_size"], plan["page_size"]))
+    dense: Plan = {"dense_below": 0 if r.random() < 0.5 else max(0, around)}
+    if plan["operator"] == "decode_step" and plan["kept_lists"] is None and r.random() < 0.3:
+        dense |= {"k": 0, "budgets": None}
+    return dense
 
 
 def _options(operator: str, r: random.Random, batch: int) -> Plan:

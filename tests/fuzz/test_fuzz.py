@@ -43,7 +43,13 @@ KEPT_LISTS = ("kept_lists", "reselect_every")
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "missing", [KEPT_LISTS, ("counters", "earlier_steps", *KEPT_LISTS)], ids=lambda names: names[0]
+    "missing",
+    [
+        ("dense_below",),
+        (*KEPT_LISTS, "dense_below"),
+        ("counters", "earlier_steps", *KEPT_LISTS, "dense_below"),
+    ],
+    ids=lambda names: names[0],
 )
 def test_older_plans(device: str, missing: tuple[str, ...], mode: str) -> None:
     """They lack the arguments that an operator has taken since."""
@@ -251,6 +257,30 @@ def _refuses_kept_numbers(operator: Operator) -> Operator:
     return faulty
 
 
+def _reads_one_page(operator: Operator) -> Operator:
+    """Where all are to be read."""
+
+    def faulty(**named: Any) -> Any:
+        if named["num_pages"] != 0:
+            return operator(**named)
+        forced = {"sink_pages": 0, "recent_pages": 1, "dense_below": 0}
+        out, lse, pages = operator(**{**named, "num_pages": 1, **forced})
+        return out, lse, pages[..., :0].contiguous()
+
+    return faulty
+
+
+def _takes_lists_of_every_page(operator: Operator) -> Operator:
+    """Ignores budgets and kept lists, where it must refuse them."""
+
+    def faulty(**named: Any) -> Any:
+        if named["num_pages"] == 0:
+            named |= {"budgets": None, "kept_pages": None, "kept_steps": None}
+        return operator(**named)
+
+    return faulty
+
+
 def _ignores(argument: str, default: Any) -> Callable[[Operator], Operator]:
     def fault(operator: Operator) -> Operator:
         return lambda **named: operator(**{**named, argument: default})
@@ -295,6 +325,11 @@ def _ignores(argument: str, default: Any) -> Callable[[Operator], Operator]:
         (_writes_behind_lists, "decode_step", "valid"),
         (_takes_any_kept_lists, "decode_step", "invalid"),
         (_refuses_kept_numbers, "decode_step", "corrupt"),
+        (_ignores("dense_below", 0), "topk_pages", "valid"),
+        (_ignores("dense_below", 0), "decode_step", "valid"),
+        (_ignores("dense_below", 0), "topk_pages", "invalid"),
+        (_reads_one_page, "decode_step", "valid"),
+        (_takes_lists_of_every_page, "decode_step", "invalid"),
     ],
 )
 def test_planted_faults_are_found(
