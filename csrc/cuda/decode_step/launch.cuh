@@ -77,6 +77,7 @@ bool launch_kernel(const DecodeStepParams& p, const Tensor& q, cudaStream_t stre
   const int64_t renewing = (rows + kStepWarps - 1) / kStepWarps;
   const int64_t blocks =
       std::min(resident, std::max((rows * score_tiles + kStepWarps - 1) / kStepWarps, attend_rows * tiles) + renewing);
+  params.large_tiles = static_cast<int32_t>(SplitPlan::large_tiles(resident));
   // Rows of one length get equally many splits. With more splits than blocks, the last ones would run alone.
   params.attend_splits = static_cast<int32_t>(attend_rows <= blocks ? blocks / attend_rows * attend_rows : blocks);
   const Tensor scratch = allocate_scratch<kHeadTiles>(params, q, stream);

@@ -41,6 +41,7 @@ struct DecodeStepKernelParams {
   DecodeStepParams op;
   int32_t score_heads_log2 = 0;  // KV heads that one split scores: a power of two that divides Hkv, 8 at most
   int32_t attend_splits = 1;     // of all rows, about: no more than blocks
+  int32_t large_tiles = 0;       // of all lists, from which on a partial is a supertile
   TakenSplits* taken = nullptr;
   RowCounters* rows = nullptr;  // [B * Hkv * head tiles]
   int32_t max_rows = 0;         // B * Hkv, or more that other steps use

@@ -1,7 +1,6 @@
 // The scheduler: cuts a step's work into splits by the live lengths, and hands them to the blocks.
 #pragma once
 
-#include "../host/split.h"
 #include "params.cuh"
 
 namespace quest::cuda {
@@ -12,9 +11,6 @@ struct Split {
   int index, count;  // split `index` of the row's `count`; past the last split, index counts on from zero
   int length;        // of the sequence, with the new token; 0 if it is idle
 };
-
-// Score splits are short, so that blocks which memory serves sooner score more of them.
-constexpr int kMaxScoreTiles = 2;
 
 template <int kHeadTiles>
 struct Scheduler {
@@ -36,7 +32,7 @@ struct Scheduler {
   const DecodeStepParams& p;
   Shared& shared;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  int score_split_tiles;  // at most
+  int score_split_tiles;  // at most: 1 or 2, so that blocks which memory serves sooner score more splits
 
   __device__ Scheduler(const DecodeStepKernelParams& params, Shared& shared)
       : params(params), p(params.op), shared(shared) {}
@@ -91,22 +87,20 @@ struct Scheduler {
       tiles_to_score = score_tiles(b, pages, K), tiles_to_attend = attend_tiles(pages, K);
     }
     const int2 all = sum(tiles_to_score * head_tiles(), tiles_to_attend * attend_heads(), true);
-    const int blocks = gridDim.x;
-    score_split_tiles = max(1, min((all.x + blocks - 1) / blocks, kMaxScoreTiles));
+    score_split_tiles = all.x > gridDim.x ? 2 : 1;
     // Short lists get partials of a tile, as the host does not know the lengths.
     int partial_tiles = params.partials.tiles;
     if (partial_tiles > 1) {
       const bool fits = !__syncthreads_or(tiles_to_attend > params.partials.count);
-      if (fits && !SplitPlan::is_large(all.y, blocks)) partial_tiles = 1;
+      if (fits && all.y < params.large_tiles) partial_tiles = 1;
     }
-    // A split is whole partials. A list that is too long for shared memory is cut into several rounds of splits.
-    const int longest = (kMaxListedPages << p.paging.page_shift) / kTileTokens;
-    int each = partial_tiles * params.attend_splits, attend_split_tiles = (all.y + each - 1) / each * partial_tiles;
-    if (attend_split_tiles > longest) {
-      each *= (attend_split_tiles + longest - 1) / longest;
-      attend_split_tiles = min(longest, (all.y + each - 1) / each * partial_tiles);
-    }
-    const int score_splits = (tiles_to_score + score_split_tiles - 1) / score_split_tiles;
+    // A split is whole partials, and no longer than the list that shared memory holds. A dense split selects nothing,
+    // so it begins soon: short ones keep all blocks busy to the end of a long row.
+    const int each = partial_tiles * params.attend_splits, longest = (kMaxListedPages / kTileTokens)
+                                                                     << p.paging.page_shift;
+    int attend_split_tiles = min((all.y + each - 1) / each * partial_tiles, longest);
+    if (p.dense && attend_split_tiles > 4 * kSupertile) attend_split_tiles = kSupertile;
+    const int score_splits = (tiles_to_score + score_split_tiles - 1) >> (score_split_tiles - 1);
     const int attend_splits = (tiles_to_attend + attend_split_tiles - 1) / attend_split_tiles;
     const int2 ends = sum(head_tiles() * score_splits, attend_heads() * attend_splits, false);
     if (b < p.size.B) {

@@ -13,13 +13,11 @@ namespace quest::cuda {
 struct SplitPlan {
   int32_t splits, split_tiles;      // of a list
   int32_t partials, partial_tiles;  // of a list
-  // Whether `tiles` of all lists, cut into supertiles, keep the blocks busy.
-  static __host__ __device__ __forceinline__ bool is_large(int64_t tiles, int64_t blocks) {
-    return tiles >= blocks * kSupertile * 9 / 10;
-  }
+  // The tiles of all lists whose supertiles keep the blocks busy.
+  static int64_t large_tiles(int64_t blocks) { return blocks * 9 / 10 * kSupertile; }
   SplitPlan(int64_t lists, int64_t tiles, int64_t blocks) {
     const int64_t supertiles = (tiles + kSupertile - 1) / kSupertile;
-    const bool large = is_large(lists * supertiles * kSupertile, blocks);
+    const bool large = lists * supertiles * kSupertile >= large_tiles(blocks);
     const int64_t split = large ? kSupertile : std::max<int64_t>(1, (lists * tiles + blocks - 1) / blocks);
     split_tiles = static_cast<int32_t>(split), splits = static_cast<int32_t>((tiles + split - 1) / split);
     partial_tiles = large ? kSupertile : 1, partials = static_cast<int32_t>(large ? supertiles : tiles);
