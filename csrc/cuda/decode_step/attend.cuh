@@ -72,6 +72,12 @@ struct RowAttender {
 #pragma unroll 1
       for (int i = K + threadIdx.x; last && i < p.K; i += kStepThreads) row.pages[i] = -1;
     } else {
+      // No score split has appended the new token. Only the last split reads its page. Splits of a group's other head
+      // tile write the same. A warp that rarely lists pages does it.
+      if (last && scheduler.warp == kStepWarps - 1) {
+        const int start = scheduler.shared.starts[split.b];
+        NewToken<T, D>::load(p, start, split, kv_head(split), true).store(p, start, kv_head(split));
+      }
       const bool kept = n > K && scheduler.shared.keeps[split.b];
 #pragma unroll 1
       for (int i = first + threadIdx.x; i < (last && !p.dense ? p.K : end); i += kStepThreads) {
@@ -84,15 +90,6 @@ struct RowAttender {
       }
     }
     __syncthreads();
-  }
-
-  // Appends the new token of a row that is not scored. Only the last split reads its page. Splits of a group's other
-  // head tile write the same. A warp that rarely lists pages does it.
-  __device__ void append_token(const Split& split) const {
-    if (split.index != split.count - 1 || scheduler.warp != kStepWarps - 1) return;
-    if (scheduler.is_scored(split.b, scheduler.pages_of(split), scheduler.selected(split.b))) return;
-    const int start = scheduler.shared.starts[split.b];
-    NewToken<T, D>::load(p, start, split, kv_head(split), true).store(p, start, kv_head(split));
   }
 
   // The physical page of a token of the split's list of `entries` pages.
@@ -121,7 +118,6 @@ struct RowAttender {
     const int tiles = min(split_tiles, scheduler.attend_tiles(pages, K) - first_tile);
     const int first_token = first_tile * kTileTokens, first = first_token >> p.paging.page_shift;
     const int end = min(entries, (first_token + tiles * kTileTokens) >> p.paging.page_shift);
-    append_token(split);
     list_pages(split, first, end);
     const QueryTile<T> query{
         .data = static_cast<const T*>(p.q.data) + split.b * p.q.stride_b +
