@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
-from quest_ops import PagedKVCache, QuestConfig, quest_attention, select_pages
+from quest_ops import PagedKVCache, QuestConfig, attention_path, quest_attention, select_pages
 from quest_ops.bounds import bytes_of_bounds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +32,10 @@ class Nothing:
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:  # noqa: ARG002 - the others' arguments
         return q
+
+    def dense_layers(self) -> list[bool]:
+        """Whether each layer that ``decode_step`` serves is dense."""
+        return []
 
 
 class Contiguous(Nothing):
@@ -59,7 +63,7 @@ class Contiguous(Nothing):
 
 
 class Paged:
-    """Quest over a PagedKVCache: dense layers by ``sparse_decode(pages=None)``, the others by ``decode_step``.
+    """Quest over a PagedKVCache: a layer's step is one ``decode_step``, which reads every page in dense layers.
 
     Args:
         shape: of the model.
@@ -105,6 +109,10 @@ class Paged:
             k, v = kv.expand(batch, *kv.shape).chunk(2, 2)
             self.cache.append(layer, k, v)
         self.cache.reserve(steps)
+
+    def dense_layers(self) -> list[bool]:
+        """Whether each layer that ``decode_step`` serves is dense."""
+        return [attention_path(self.cache, layer, self.config) == "dense" for layer in range(self.shape.layers)]
 
     def rewind(self) -> None:
         """Go back to the tokens before the first step."""

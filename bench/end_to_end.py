@@ -24,10 +24,10 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from itertools import groupby, pairwise
+from itertools import cycle, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ BUDGETS = {"cuda": ["512", "1024", "2048", "4096", "full"], "cpu": ["512", "full
 ALL_SPARSE = ("512", "1024", "2048")  # budgets of the default without dense layers
 KEPT = ("1024", "2048")  # budgets of which a selection serves KEPT_STEPS steps as well
 KEPT_STEPS = 4
-DENSE_BELOW = 4096  # tokens; rows up to it are measured with it too
+DENSE_BELOW = 8192  # tokens; shorter rows are measured with it too
 LEAST_CAPACITY = 8192  # a serving cache is not made for short texts alone
 SPARE_BYTES = 3 << 30  # for activations, the graph and the making of keys
 #: The paper's: minimum and maximum in the cache's dtype, no page forced but the last one, two dense layers.
@@ -113,16 +113,28 @@ class Timer:
     def __init__(self, device: str, seconds: float) -> None:
         self.device, self.seconds = device, seconds
 
-    def __call__(self, step: Callable[[Tensor], Tensor], batch: int, profiled: bool, period: int = 1) -> dict[str, Any]:
+    def __call__(
+        self,
+        step: Callable[[Tensor], Tensor],
+        batch: int,
+        profiled: bool,
+        period: int = 1,
+        dense_layers: Sequence[bool] = (),
+    ) -> dict[str, Any]:
         """Milliseconds of a step, tokens a second, and by the profiler the kernels of a step and their stages.
 
-        Steps that differ with a period are averaged over it.
+        Args:
+            step: tokens [B] -> the next tokens [B].
+            batch: B.
+            profiled: whether the profiler runs.
+            period: of steps that differ, over which they are averaged.
+            dense_layers: whether each layer whose step is a single ``decode_step`` is dense.
         """
         tokens, stages = torch.arange(batch, device=self.device), {}
         with torch.no_grad():
             if self.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                times, stages = self._graph(step, tokens, profiled, period)
+                times, stages = self._graph(step, tokens, profiled, period, dense_layers)
             else:
                 times = self._eager(step, tokens, period)
         times = [statistics.fmean(times[i : i + period]) for i in range(0, len(times) - period + 1, period)]
@@ -148,7 +160,12 @@ class Timer:
         return [1e3 * seconds for seconds in times[WARM:]]
 
     def _graph(
-        self, step: Callable[[Tensor], Tensor], tokens: Tensor, profiled: bool, period: int
+        self,
+        step: Callable[[Tensor], Tensor],
+        tokens: Tensor,
+        profiled: bool,
+        period: int,
+        dense_layers: Sequence[bool],
     ) -> tuple[list[float], dict[str, Any]]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -169,7 +186,7 @@ class Timer:
                 return [before.elapsed_time(after) for before, after in pairwise(events[: count + 1])]
 
             times = replay(self._count(replay(WARM - 1)[-1] / 1e3, period))
-            stages = profile(graph, period) if profiled else {}
+            stages = profile(graph, period, dense_layers) if profiled else {}
         torch.cuda.current_stream().wait_stream(stream)
         return times, stages
 
@@ -177,7 +194,7 @@ class Timer:
         return max(5, 3 * period, min(MOST_STEPS - WARM - 1 - period, round(self.seconds / seconds_of_step)))
 
 
-def profile(graph: torch.cuda.CUDAGraph, replays: int) -> dict[str, Any]:
+def profile(graph: torch.cuda.CUDAGraph, replays: int, dense_layers: Sequence[bool]) -> dict[str, Any]:
     """The kernels, copies and fills of a replay: their number, and the milliseconds of each stage, as means."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
@@ -188,12 +205,16 @@ def profile(graph: torch.cuda.CUDAGraph, replays: int) -> dict[str, Any]:
             graph.replay()
         torch.cuda.synchronize()
     kernels = [event for event in found.events() if event.device_type == DeviceType.CUDA]
+    kernels.sort(key=lambda event: event.time_range.start)
+    dense = cycle(dense_layers)  # of the next decode_step: dense and sparse layers run the same kernel
     if not kernels:
         warnings.warn("the profiler saw no kernels, so there are no stages", stacklevel=2)
         return {}
     stages, small = dict.fromkeys(STAGES, 0.0), Counter[str]()
     for kernel in kernels:
         stage, ms = stage_of(kernel.name), kernel.time_range.elapsed_us() / 1e3 / replays
+        if "decode_step_kernel" in kernel.name and next(dense, False):
+            stage = "dense layers"
         stages[stage] += ms
         if stage == OTHER:
             small[kernel.name] += ms
@@ -218,7 +239,7 @@ def measure(row: Row, model: Model, timer: Timer, budgets: list[str], without: d
     placed = {"dtype": model.dtype, "device": model.device}
 
     def timed(attention: Contiguous | Paged, profiled: bool = True, period: int = 1) -> dict[str, Any]:
-        found = timer(lambda tokens: model.step(tokens, attention), batch, profiled, period)
+        found = timer(lambda tokens: model.step(tokens, attention), batch, profiled, period, attention.dense_layers())
         ms = found["milliseconds"]["median"]
         return {**found, "attention_share": 1 - without["milliseconds"]["median"] / ms}
 
@@ -249,7 +270,7 @@ def measure(row: Row, model: Model, timer: Timer, budgets: list[str], without: d
         attention.config = replace(DEFAULT, budget=tokens)
         quest[f"default, {budget}"] = timed(attention, profiled=budget in ("2048", "full"))
         attention.rewind()
-    if context <= DENSE_BELOW and "2048" in budgets:
+    if context < DENSE_BELOW and "2048" in budgets:
         attention.config = replace(DEFAULT, dense_below=DENSE_BELOW)
         quest[f"default, 2048, dense below {DENSE_BELOW >> 10}K"] = timed(attention, profiled=False)
         attention.rewind()

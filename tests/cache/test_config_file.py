@@ -13,7 +13,7 @@ from quest_ops.config_file import VERSION
 
 # No field has its default, so that a field left out shows.
 UNLIKE = QuestConfig(512, 32, 2, 3, 4, "sum", "cache", None, None, 999, 2048)
-KEPT = QuestConfig(reselect_every=4)  # which goes with neither candidates nor dense_below
+KEPT = QuestConfig(reselect_every=4)  # which does not go with candidates
 LISTED = QuestConfig([0, 512, 64], 8, std_factor=2.0)
 
 

@@ -148,7 +148,7 @@ def test_the_compiled_step_copies_no_cache(device: str, config: DecoderConfig) -
         assert torch.equal(out, model.step(token, expected))
     cache.sync_lengths()
     assert_same_cache(cache, expected)
-    assert [len(re.findall(rf"{name}\.default\(", code)) for name in ("append_kv", "decode_step")] == [1, 1]
+    assert [len(re.findall(rf"{name}\.default\(", code)) for name in ("append_kv", "decode_step")] == [0, 2]
     # A layer's bounds are the smallest tensor of the cache; compiled code allocates far less.
     sizes = [eval(size) for size in re.findall(r"empty_strided\w*\((\([\d, ]*\))", code)]
     assert sizes

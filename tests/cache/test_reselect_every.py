@@ -70,6 +70,23 @@ class Pair:
         self.rule.step = -1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_sequences_read_every_page(device: str, dtype: torch.dtype) -> None:
+    """With dense_below, and from its end on as without it: one sequence of two crosses the limit."""
+    short, config = 7 * S, replace(CONFIG, budget=2 * S)
+    configs = (replace(config, dense_below=short), config, QuestConfig(1024, S))
+    models = [Model(device, kept_pages=short // S, dtype=dtype) for _ in configs]
+    seen = set()
+    for T, lens in ((short - 4, [short - 4, 20]), *[(1, None)] * 20):
+        limited, sparse, dense = (m.attend(T, c, lens) for m, c in zip(models, configs, strict=True))
+        if T > 1:
+            continue
+        for b, length in enumerate(models[0].cache.seq_lens.tolist()):
+            assert_same_bits(limited[:, b], (dense if length <= short else sparse)[:, b])
+            seen.add((b, length <= short, torch.equal(sparse[:, b], dense[:, b])))
+    assert seen >= {(0, True, False), (0, False, False), (1, True, False)}
+
+
 @pytest.mark.parametrize("group_reduce", ["max", "sum", "soft"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_of_every_kind(device: str, group_reduce: Any, dtype: torch.dtype) -> None:
@@ -235,7 +252,7 @@ def test_the_report_counts_bounds_where_pages_were_selected(device: str) -> None
         ({"group_reduce": "none"}, "group_reduce must be max, sum or soft with reselect_every, 3, got 'none'"),
         ({"recent_pages": 0}, "recent_pages must be at least 1 with reselect_every, 3, got 0"),
         ({"candidates": 64}, "candidates must be 0 with reselect_every, 3, got 64"),
-        ({"dense_below": 64}, "dense_below must be 0 with reselect_every, 3, got 64"),
+        ({"dense_below": 65}, "dense_below must be a multiple of page_size, 8, with reselect_every, 3, got 65"),
         ({"selector": max}, "selector must be None with reselect_every, 3, got"),
     ],
 )
