@@ -14,17 +14,16 @@ struct NewToken {
   int physical = -1;  // page to write, or -1
   uint4 at[kCount];
 
-  // start: tokens before the step. Loads nothing where `appends` is false, or the row has no new token.
-  static __device__ __forceinline__ NewToken
-  load(const DecodeStepParams& p, int start, const Split& split, int head, bool appends) {
+  // Of a sequence of `start` tokens before the step and `length` with the new one. Loads nothing if there is none.
+  static __device__ __forceinline__ NewToken load(const DecodeStepParams& p, int start, int length, int b, int head) {
     NewToken token;
-    if (!appends || start >= split.length) return token;
-    token.physical = p.paging.physical(split.b, start >> p.paging.page_shift);
+    if (start >= length) return token;
+    token.physical = p.paging.physical(b, start >> p.paging.page_shift);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const int i = j * kWarpSize + threadIdx.x % kWarpSize;
       const NewTokens& from = i < kVecs ? p.append.k : p.append.v;
-      const T* const row = static_cast<const T*>(from.data) + split.b * from.stride_b + head * from.stride_h;
+      const T* const row = static_cast<const T*>(from.data) + b * from.stride_b + head * from.stride_h;
       token.at[j] = load_once(row + i % kVecs * 8, i < 2 * kVecs);
     }
     return token;

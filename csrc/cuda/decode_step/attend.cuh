@@ -74,22 +74,16 @@ struct RowAttender {
     } else {
       // No score split has appended the new token. Only the last split reads its page. Splits of a group's other head
       // tile write the same. A warp that rarely lists pages does it.
-      if (last && scheduler.warp == kStepWarps - 1) {
-        const int start = scheduler.shared.starts[split.b];
-        NewToken<T, D>::load(p, start, split, kv_head(split), true).store(p, start, kv_head(split));
-      }
-      const bool kept = n > K && scheduler.shared.keeps[split.b];
-#pragma unroll 1
-      for (int i = first + threadIdx.x; i < (last && !p.dense ? p.K : end); i += kStepThreads) {
-        if (i >= min(n, K))
-          row.pages[i] = -1;
-        else if (kept && i < K - p.recent_pages)
-          row.put_kept(i);
-        else
-          row.put(i, n > K && i >= p.sink_pages ? n - K + i : i);
-      }
+      if (last && scheduler.warp == kStepWarps - 1)
+        append_token(p, split.b, kv_head(split), scheduler.shared.starts[split.b], split.length);
+      Selector::list(row, scheduler.shared.keeps[split.b], last && !p.dense ? p.K : end);
     }
     __syncthreads();
+  }
+
+  // A function of its own: cold code between hot code stalls on instruction fetch.
+  static __device__ __noinline__ void append_token(const DecodeStepParams& p, int b, int head, int start, int length) {
+    NewToken<T, D>::load(p, start, length, b, head).store(p, start, head);
   }
 
   // The physical page of a token of the split's list of `entries` pages.

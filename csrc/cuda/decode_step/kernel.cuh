@@ -33,7 +33,7 @@ struct DecodeStep {
 
 template <class T, class Bound, int D, int kHeadTiles>
 __global__ void __launch_bounds__(kStepThreads, D <= 128 ? 2 : 1)
-    decode_step_kernel(const DecodeStepKernelParams params) {
+    decode_step_kernel(const __grid_constant__ DecodeStepKernelParams params) {
   using Step = DecodeStep<T, Bound, D, kHeadTiles>;
   extern __shared__ __align__(16) std::byte dynamic[];
   auto& memory = *reinterpret_cast<typename Step::Memory*>(dynamic);

@@ -154,7 +154,8 @@ struct PageScorer {
     // The block that has the last split of its rows appends their new token. Its loads are in flight while bounds are
     // scored.
     const bool appends = warp < scheduler.tile_heads() && split.index == split.count - 1;
-    const NewToken<T, D> token = NewToken<T, D>::load(p, scheduler.shared.starts[split.b], split, head, appends);
+    const NewToken<T, D> token =
+        NewToken<T, D>::load(p, scheduler.shared.starts[split.b], appends ? split.length : 0, split.b, head);
     int pages[kAhead + 1];  // of the tiles being copied, the latest last
 #pragma unroll
     for (int i = 0; i <= kAhead; ++i) pages[i] = -1;
