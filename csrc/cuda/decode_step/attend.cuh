@@ -72,18 +72,30 @@ struct RowAttender {
 #pragma unroll 1
       for (int i = K + threadIdx.x; last && i < p.K; i += kStepThreads) row.pages[i] = -1;
     } else {
-      // No score split has appended the new token. Only the last split reads its page. Splits of a group's other head
-      // tile write the same. A warp that rarely lists pages does it.
-      if (last && scheduler.warp == kStepWarps - 1)
-        append_token(p, split.b, kv_head(split), scheduler.shared.starts[split.b], split.length);
-      Selector::list(row, scheduler.shared.keeps[split.b], last && !p.dense ? p.K : end);
+      list_unscored(
+          row, p, kv_head(split), scheduler.shared.starts[split.b], split.b, scheduler.shared.keeps[split.b], last);
     }
     __syncthreads();
   }
 
-  // A function of its own: cold code between hot code stalls on instruction fetch.
-  static __device__ __noinline__ void append_token(const DecodeStepParams& p, int b, int head, int start, int length) {
-    NewToken<T, D>::load(p, start, length, b, head).store(p, start, head);
+  // Lists the entries of a row that is not scored: every page, the list that it keeps, or forced pages. The last split
+  // appends the new token, as no score split has, and no other split reads its page. Splits of a group's other head
+  // tile write the same. A function of its own, as cold code between hot code stalls on instruction fetch.
+  static __device__ __noinline__ void list_unscored(
+      Selector row, const DecodeStepParams& p, int head, int start, int b, bool keeps, bool last) {
+    // By a warp that rarely lists pages.
+    if (last && threadIdx.x / kWarpSize == kStepWarps - 1)
+      NewToken<T, D>::load(p, start, row.length, b, head).store(p, start, head);
+    const int until = last && !p.dense ? p.K : row.end;
+#pragma unroll 1
+    for (int i = row.first + threadIdx.x; i < until; i += kStepThreads) {
+      if (i >= min(row.n, row.K))
+        row.pages[i] = -1;
+      else if (keeps && row.n > row.K && i < row.K - row.recent_pages)
+        row.put_kept(i);
+      else
+        row.put(i, row.n > row.K && i >= row.sink_pages ? row.n - row.K + i : i);
+    }
   }
 
   // The physical page of a token of the split's list of `entries` pages.

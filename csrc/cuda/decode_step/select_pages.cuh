@@ -87,20 +87,6 @@ struct PageSelector {
       Memory::get().pages[place - first] = {kInvalidPage, 0};
   }
 
-  // Lists entries [first, until) of a row that is not scored: every page, the list that it keeps, or forced pages. A
-  // function of its own, as cold code between hot code stalls on instruction fetch.
-  static __device__ __noinline__ void list(PageSelector row, bool keeps, int until) {
-#pragma unroll 1
-    for (int i = row.first + threadIdx.x; i < until; i += kStepThreads) {
-      if (i >= min(row.n, row.K))
-        row.pages[i] = -1;
-      else if (keeps && row.n > row.K && i < row.K - row.recent_pages)
-        row.put_kept(i);
-      else
-        row.put(i, row.n > row.K && i >= row.sink_pages ? row.n - row.K + i : i);
-    }
-  }
-
   // A vector of keys that shared memory does not hold.
   static __device__ __noinline__ uint4 load_keys(const uint4* keys, bool exists) {
     static_assert(kNoKey == 0);
