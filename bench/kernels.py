@@ -21,7 +21,19 @@ from pathlib import Path
 
 import torch
 from dense_peers import time_peers
-from layers import DEVICE, append, attend, check, cold_layers, four_operators, kept_step, one_call, score, select
+from layers import (
+    DEVICE,
+    append,
+    attend,
+    check,
+    cold_layers,
+    dense_step,
+    four_operators,
+    kept_step,
+    one_call,
+    score,
+    select,
+)
 from quest_ops import topk_pages
 from rich.console import Console
 from rich.table import Table
@@ -57,10 +69,13 @@ def measure(w: Workload, with_peers: bool, with_flex: bool) -> dict[str, object]
         "pipeline": time_calls([lambda x=x: one_call(w, x) for x in layers]),
         "kept": time_calls([lambda x=x, p=p: kept_step(w, x, p, odd) for x, p in zip(layers, kept, strict=True)]),
         "pages=None": time_calls([lambda x=x: (append(x), attend(x, None)) for x in layers]),
+        "dense step": time_calls([lambda x=x: dense_step(w, x) for x in layers]),
         "limit": time_calls(reads),
         **(time_peers(w, layers, with_flex) if with_peers else {}),
     }
-    dense = min((name for name in times if name in ("pages=None", *DENSE)), key=lambda name: times[name].median)
+    dense = min(
+        (name for name in times if name in ("pages=None", "dense step", *DENSE)), key=lambda name: times[name].median
+    )
     return {
         "workload": {
             **asdict(w),
@@ -120,6 +135,7 @@ def print_rows(rows: list[dict[str, object]]) -> None:
         "kept",
         "limit",
         "pages=None",
+        "dense step",
         *DENSE,
     ]
     headings = {"four": "four operators", "pipeline": "decode_step", "kept": "kept pages", "limit": "read roofline"}

@@ -95,12 +95,17 @@ def four_operators(w: Workload, x: Layer) -> Tensor:
     return attend(x, select(w, x))
 
 
+def dense_step(w: Workload, x: Layer) -> Tensor:
+    """A dense layer's step by decode_step."""
+    return one_call(w, x, num_pages=0)
+
+
 def one_call(w: Workload, x: Layer, **lists: Any) -> Tensor:
-    """The step by decode_step; lists: its arguments for kept pages."""
+    """The step by decode_step; lists: its arguments for kept pages, or for every page."""
     caches = (x.k_cache, x.v_cache, x.k_bounds)
     lengths = (x.page_table, x.before, x.after)
-    options = {"k_scales": x.k_scales, **std_factor(x), **counters(x), **lists}
-    return decode_step(x.q, x.k_new, x.v_new, *caches, *lengths, w.selected, **options)[0]
+    options = {"num_pages": w.selected, "k_scales": x.k_scales, **std_factor(x), **counters(x), **lists}
+    return decode_step(x.q, x.k_new, x.v_new, *caches, *lengths, **options)[0]
 
 
 def kept_step(w: Workload, x: Layer, kept: Tensor, steps: Tensor) -> Tensor:
@@ -115,6 +120,7 @@ def check(w: Workload, x: Layer) -> None:
     odd = torch.ones_like(x.after)
     assert torch.equal(kept_step(w, x, pages.clone(), odd), out), f"{w}: kept pages are not those of the selection"
     group, dense = w.heads // w.kv_heads, attend(x, None)
+    assert torch.equal(dense_step(w, x), dense), f"{w}: the step over every page is not sparse_decode's"
     b, h = w.batch - 1, w.kv_heads - 1
     heads = slice(h * group, (h + 1) * group)
     one = [x.q[b : b + 1, heads], x.k_cache[:, h : h + 1], x.v_cache[:, h : h + 1], x.page_table[b : b + 1]]

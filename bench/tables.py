@@ -117,7 +117,7 @@ def in_full(rows: list[dict[str, Any]]) -> Table:
         step, dense = median(row, "pipeline"), fastest_peer(row)
         cells = [f"{median(row, name):.1f}" for name in ("pipeline", "kept", "four")]
         cells += [f"{dense:.1f}", f"{dense / step:.2f}x"]
-        cells += [f"{median(row, 'pages=None'):.1f}", f"{median(row, 'limit'):.1f}", f"{row['over_limit']:.2f}x"]
+        cells += [f"{median(row, 'dense step'):.1f}", f"{median(row, 'limit'):.1f}", f"{row['over_limit']:.2f}x"]
         table.append([label(row["workload"]), *cells])
     return table
 

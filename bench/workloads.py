@@ -114,6 +114,7 @@ def all_workloads() -> list[Workload]:
         for s in (8, 16)
         for b in (512, 1024, 2048)
     ]
+    more += [replace(MHA, bounds="int4", std_factor=1.0, budget=b) for b in (1536, 1792)]
     more += [replace(w, std_factor=1.0) for w in (MHA, GQA)]
     default = {"bounds": "int4", "std_factor": 1.0, "budget": 1024}
     more += [replace(WIDE, context=c, **default) for c in (32768, 131072)]
