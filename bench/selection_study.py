@@ -100,8 +100,8 @@ SUITES = {
     # Selections kept for several steps, on SmolLM2 and on the bundled model.
     "reselect": Suite(
         _LOSS,
-        _budgets(("quest-default", "quest-default,reselect_every=2"), 512, 1024, 2048)
-        | _budgets(("quest-default,reselect_every=4",), 512, 1024, 1536, 1792, 2048)
+        _budgets(("quest-default",), 512, 1024, 2048)
+        | _budgets(("quest-default,reselect_every=2", "quest-default,reselect_every=4"), 512, 1024, 1536, 1792, 2048)
         | _budgets(
             (
                 "quest-int8",
