@@ -153,7 +153,10 @@ def targets(rows: Rows, generated: Rows) -> Table:
         if SAME_AS_GRAPH in found:
             graph = ms(found[SAME_AS_GRAPH]["quest"][DEFAULT])
             add("`generate()`, of the time of the CUDA graph", 1.1, ms(quest) / graph, most=True)
-    if slower := [row for row in rows if gain(row, DEFAULT) < 1]:
-        worst = min(slower, key=lambda row: gain(row, DEFAULT))
-        add(f"below the break-even, of dense: {worst['name']}", 1.02, 1 / gain(worst, DEFAULT), most=True)
+    slower = [row for row in rows if gain(row, DEFAULT) < 1]
+    for choice, what in ((DEFAULT, "default"), (DENSE_BELOW, "with `dense_below`")):
+        if measured := [row for row in slower if choice in row["quest"]]:
+            worst = min(measured, key=lambda row: gain(row, choice))
+            name = f"below the break-even, of dense, {what}: {worst['name']}"
+            add(name, 1.02, 1 / gain(worst, choice), most=True)
     return table

@@ -37,7 +37,7 @@ from layers import (
 from quest_ops import topk_pages
 from rich.console import Console
 from rich.table import Table
-from targets import DENSE, targets
+from targets import DENSE, OWN_DENSE, targets
 from timing import read_call, time_calls
 from workloads import GQA, MHA, TOPK, WITH_TARGETS, TopK, Workload, all_workloads, named
 
@@ -74,7 +74,7 @@ def measure(w: Workload, with_peers: bool, with_flex: bool) -> dict[str, object]
         **(time_peers(w, layers, with_flex) if with_peers else {}),
     }
     dense = min(
-        (name for name in times if name in ("pages=None", "dense step", *DENSE)), key=lambda name: times[name].median
+        (name for name in times if name in (*OWN_DENSE, *DENSE)), key=lambda name: times[name].median
     )
     return {
         "workload": {

@@ -21,7 +21,7 @@ import cpu
 import end_to_end_tables as whole
 from nsight_metrics import METRICS, STALL
 from selection_study import CHOICES
-from targets import DENSE, median, targets
+from targets import DENSE, OWN_DENSE, median, targets
 from workloads import GQA, MHA
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +75,11 @@ def label(workload: dict[str, Any]) -> str:
     return ", ".join(cells)
 
 
+def own_dense(row: dict[str, Any]) -> float:
+    """The faster of decode_step over every page, and of sparse_decode after append_kv."""
+    return min(median(row, name) for name in OWN_DENSE)
+
+
 def fastest_peer(row: dict[str, Any]) -> float:
     return min(median(row, name) for name in DENSE if name in row["microseconds"])
 
@@ -117,7 +122,7 @@ def in_full(rows: list[dict[str, Any]]) -> Table:
         step, dense = median(row, "pipeline"), fastest_peer(row)
         cells = [f"{median(row, name):.1f}" for name in ("pipeline", "kept", "four")]
         cells += [f"{dense:.1f}", f"{dense / step:.2f}x"]
-        cells += [f"{median(row, 'dense step'):.1f}", f"{median(row, 'limit'):.1f}", f"{row['over_limit']:.2f}x"]
+        cells += [f"{own_dense(row):.1f}", f"{median(row, 'limit'):.1f}", f"{row['over_limit']:.2f}x"]
         table.append([label(row["workload"]), *cells])
     return table
 

@@ -77,6 +77,11 @@ def make_model(name="qwen3", device="cpu", **changes):
     return model
 
 
+def new_model(name="qwen3", device="cpu"):
+    """A model that no other test has changed."""
+    return _model.__wrapped__(name, device, ())
+
+
 def prompt(tokens, device="cpu", seed=1, padding=(0,)):
     """Token numbers and their mask, [len(padding), tokens] each, the rows padded on the left."""
     random = torch.Generator().manual_seed(seed)

@@ -9,7 +9,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from helpers.hf_models import COMMON, compiled, generate, make_model, prompt, step
+from helpers.hf_models import COMMON, compiled, generate, make_model, new_model, prompt, step
 from quest_ops import QuestConfig
 from quest_ops.transformers import QuestCache, disable_quest, enable_quest
 from quest_ops.transformers.generation import CACHE_NAME
@@ -159,7 +159,7 @@ def test_a_call_that_asks_for_another_cache_gets_it(device):
 
 
 def test_disable_quest_leaves_the_model_as_it_was(device):
-    model, inputs = make_model("qwen3", device), prompt(50, device)
+    model, inputs = new_model("qwen3", device), prompt(50, device)
     before, implementation = set(vars(model)), model.config._attn_implementation
     expected = tokens(model, inputs)
     enable_quest(model, FULL)

@@ -8,6 +8,8 @@
 
 namespace quest::cuda {
 
+constexpr int kMaxDensePartials = 512;  // of the query heads of a KV head, at the cache's capacity
+
 struct ClearParams {
   int* counters;
   int64_t count;
@@ -65,6 +67,8 @@ bool launch_kernel(const DecodeStepParams& p, const Tensor& q, cudaStream_t stre
   const int64_t list_tokens = int64_t{std::min(p.K, p.paging.P)} << p.paging.page_shift;
   const int64_t tiles = std::max<int64_t>(1, (list_tokens + kTileTokens - 1) / kTileTokens);
   const SplitPlan plan(attend_rows, tiles, resident);
+  // One block combines a row. The kernels of sparse_decode combine many partials sooner, and dense rows select nothing.
+  if (p.dense && plan.partials * p.size.group() > kMaxDensePartials) return false;
   DecodeStepKernelParams params{.op = p, .partials = {.count = plan.partials, .tiles = plan.partial_tiles}};
   // Lists that are shorter than the cache may have partials of a tile: room for them, where there are not too many.
   if (plan.partial_tiles > 1)
