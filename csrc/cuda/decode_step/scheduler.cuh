@@ -96,8 +96,8 @@ struct Scheduler {
     }
     // A split is whole partials, and no longer than the list that shared memory holds. A dense split selects nothing,
     // so it begins soon: short ones keep all blocks busy to the end of a long row.
-    const int each = partial_tiles * params.attend_splits, longest = (kMaxListedPages / kTileTokens)
-                                                                     << p.paging.page_shift;
+    const int longest = (kMaxListedPages / kTileTokens) << p.paging.page_shift;
+    const int each = partial_tiles * params.attend_splits;
     int attend_split_tiles = min((all.y + each - 1) / each * partial_tiles, longest);
     if (p.dense && attend_split_tiles > 4 * kSupertile) attend_split_tiles = kSupertile;
     const int score_splits = (tiles_to_score + score_split_tiles - 1) >> (score_split_tiles - 1);
