@@ -32,7 +32,13 @@ TESTS = {
         "test_bad_arguments.py",
         "test_candidates.py",
     ),
-    "config": ("test_bad_arguments.py", "test_layer_budgets.py", "test_dense_below.py", "test_candidates.py"),
+    "config": (
+        "test_bad_arguments.py",
+        "test_layer_budgets.py",
+        "test_dense_below.py",
+        "test_candidates.py",
+        "test_reselect_every.py",
+    ),
     "attention": (
         "test_attention.py",
         "test_selector.py",
@@ -41,6 +47,7 @@ TESTS = {
         "test_layer_budgets.py",
         "test_dense_below.py",
         "test_candidates.py",
+        "test_reselect_every.py",
     ),
 }
 #: Tests of torch.compile would trace mutmut's own code.

@@ -275,6 +275,7 @@ def test_tables_of_whole_models(bench, monkeypatch, tmp_path):
         ("at least 2.8x", "2.50x", "missed"),
         ("at most 1.1x", "1.25x", "missed"),
         ("at most 1.02x", "1.05x", "missed"),
+        ("at most 1.02x", "1.10x", "missed"),
     ]
 
 
