@@ -15,6 +15,7 @@ from helpers.attention_model import BOUNDS, HKV, D, Model, S
 from helpers.cache_model import same_snapshot, snapshot
 from helpers.operator_cases import DTYPES, assert_accurate, assert_same_bits
 from quest_ops import (
+    PagedKVCache,
     QuestConfig,
     append_kv,
     attention,
@@ -176,6 +177,22 @@ def test_the_paths_have_names(device: str) -> None:
     cache, config = Model(device).cache, QuestConfig(16, S, sink_pages=0, dense_layers=1)
     assert attention_path(cache, 0, config, 9) == attention_path(cache, 1, config, 9) == "prefill"
     assert [attention_path(cache, layer, config, 8) for layer in (0, 1)] == ["dense", "sparse"]
+    rules = [
+        attention.decide(config, layer, cache.pages_per_sequence, num_new).rule for layer, num_new in ((0, 9), (1, 8))
+    ]
+    assert rules == ["many new tokens", "over the budget"]
+
+
+def test_one_query_head(device: str) -> None:
+    cache = PagedKVCache(1, 1, D, max_tokens=32, page_size=S, dtype=torch.float32, device=device)
+    config = QuestConfig(16, S, dense_layers=0)
+    q, k, v = (torch.randn(1, 20, 1, D, device=device) for _ in range(3))
+    cache.advance(20)
+    quest_attention(q, k, v, cache, 0, config)
+    cache.advance(1)
+    assert quest_attention(q[:, :1], k[:, :1], v[:, :1], cache, 0, config).shape == (1, 1, 1, D)
+    with pytest.raises(ValueError, match=r"q must have shape \[1, 1, a multiple of 1, 64\] to go with the cache, got"):
+        quest_attention(q[:, :1, :0], k[:, :1], v[:, :1], cache, 0, config)
 
 
 @pytest.mark.parametrize("chunks", [[40, 40], [9, 30, 1, 20, 3, 17], [79, 1]])

@@ -10,6 +10,7 @@ import torch
 from helpers.attention_model import BOUNDS, HKV, D, Model, S
 from helpers.operator_cases import assert_same_bits
 from quest_ops import LayerPages, QuestConfig, attention_path, attention_report, quest_attention, select_pages
+from quest_ops.attention import choose_pages
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -83,6 +84,20 @@ def test_ragged_steps_decide_for_each_token(device: str) -> None:
     assert_same_bits(mixed[:, 1, :2], dense[:, 1, :2])  # tokens 44 and 45
     assert_same_bits(mixed[:, 1, 2:], sparse[:, 1, 2:])
     assert (mixed[:, 2] == 0).all()
+
+
+def test_lists_of_a_selector(device: str) -> None:
+    """A short row lists the pages that each of its tokens sees, a longer one those of the selector."""
+    model = Model(device, batch=2)
+    model.attend(52, QuestConfig(2 * S, S), [39, 52])
+    k_cache, v_cache, k_bounds, k_scales = model.cache.layer(0)
+    chosen = torch.tensor([1, 4], dtype=torch.int32, device=device).expand(2, 3, HKV, 2)
+    config = QuestConfig(2 * S, S, dense_below=6 * S, selector=lambda *_: chosen)
+    pages = LayerPages(k_cache, v_cache, k_bounds, k_scales, model.cache.page_table, model.cache.seq_lens, 1.0)
+    found = choose_pages(0, torch.zeros(2, 3, 4, D, device=device), pages, config)
+    # 39 tokens are 5 pages; the last three tokens see 37, 38 and 39.
+    assert found[0].tolist() == [[[0, 1, 2, 3, 4, -1]] * HKV] * 3
+    assert found[1].tolist() == [[[1, 4, -1, -1, -1, -1]] * HKV] * 3
 
 
 def test_a_cache_that_stays_below_is_dense(device: str) -> None:

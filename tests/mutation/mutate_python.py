@@ -31,12 +31,14 @@ TESTS = {
         "test_cache_failures.py",
         "test_bad_arguments.py",
         "test_candidates.py",
+        "test_reselect_every.py",
     ),
     "config": (
         "test_bad_arguments.py",
         "test_layer_budgets.py",
         "test_dense_below.py",
         "test_candidates.py",
+        "test_config_file.py",
         "test_reselect_every.py",
     ),
     "attention": (
