@@ -73,9 +73,7 @@ def measure(w: Workload, with_peers: bool, with_flex: bool) -> dict[str, object]
         "limit": time_calls(reads),
         **(time_peers(w, layers, with_flex) if with_peers else {}),
     }
-    dense = min(
-        (name for name in times if name in (*OWN_DENSE, *DENSE)), key=lambda name: times[name].median
-    )
+    dense = min((name for name in times if name in (*OWN_DENSE, *DENSE)), key=lambda name: times[name].median)
     return {
         "workload": {
             **asdict(w),

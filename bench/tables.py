@@ -21,7 +21,7 @@ import cpu
 import end_to_end_tables as whole
 from nsight_metrics import METRICS, STALL
 from selection_study import CHOICES
-from targets import DENSE, OWN_DENSE, median, targets
+from targets import DENSE, OWN_DENSE, fastest, median, targets
 from workloads import GQA, MHA
 
 ROOT = Path(__file__).parents[1]
@@ -77,11 +77,11 @@ def label(workload: dict[str, Any]) -> str:
 
 def own_dense(row: dict[str, Any]) -> float:
     """The faster of decode_step over every page, and of sparse_decode after append_kv."""
-    return min(median(row, name) for name in OWN_DENSE)
+    return fastest(row, OWN_DENSE)
 
 
 def fastest_peer(row: dict[str, Any]) -> float:
-    return min(median(row, name) for name in DENSE if name in row["microseconds"])
+    return fastest(row, DENSE)
 
 
 def nine(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
