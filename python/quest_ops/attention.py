@@ -320,7 +320,7 @@ def _decode_step(
 
 
 def _decode(q: Tensor, cache: StepCache, layer: int, config: QuestConfig | None, scale: float | None) -> Tensor:
-    """Decoding over tokens that the cache already has: ragged rows, windows, and dense layers, which have no config."""
+    """Decoding over tokens that the cache already has: ragged rows and windows. Dense layers have no config."""
     k_cache, v_cache, k_bounds, k_scales = cache.layer(layer)
     page_table, seq_lens, rows, num_new = cache.page_table, cache.seq_lens, q, q.shape[1]
     if cache.ragged:

@@ -155,7 +155,7 @@ class KVState:
         Returns:
             out and lse of the operator, and the pages read; None: all.
         """
-        every, short = (1, 0) if config is None else (config.reselect_every, config.dense_below)
+        every, dense_below = (1, 0) if config is None else (config.reselect_every, config.dense_below)
         kept = self.kept if every > 1 and q.shape[1] == 1 else None
         k_cache, v_cache, k_bounds, k_scales = self.layer(layer)
         out, lse, pages = decode_step(
@@ -176,7 +176,7 @@ class KVState:
             kept_pages=None if kept is None else kept.lists[layer],
             kept_steps=None if kept is None else kept.steps,
             reselect_every=every,
-            dense_below=short,
+            dense_below=dense_below,
         )
         self._append_codes(layer, k, start_lens)
         if config is None:

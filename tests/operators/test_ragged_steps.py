@@ -96,25 +96,17 @@ def test_a_padded_row_has_the_bits_of_the_row_alone(device: str, dtype: torch.dt
         assert_same_bits(lse[row, :n], expected[1])
 
 
+@pytest.mark.parametrize("limited", [False, True], ids=["budgets", "dense_below"])
 @given(ragged_shapes(), st.integers(1, 9), st.sampled_from(REDUCES), st.data())
 def test_a_step_is_the_four_operators(
-    device: str, drawn: tuple[Shape, tuple[int, ...]], num_pages: int, group_reduce: Any, data: st.DataObject
+    device: str,
+    limited: bool,
+    drawn: tuple[Shape, tuple[int, ...]],
+    num_pages: int,
+    group_reduce: Any,
+    data: st.DataObject,
 ) -> None:
-    shape, news = drawn
-    budgets = torch.tensor([data.draw(st.integers(0, num_pages)) for _ in news], dtype=torch.int32, device=device)
-    assert_same_step(
-        before_step(shape, news),
-        device,
-        num_pages,
-        group_reduce=group_reduce,
-        budgets=budgets if num_pages % 2 else None,
-    )
-
-
-@given(ragged_shapes(), st.integers(1, 9), st.sampled_from(REDUCES), st.data())
-def test_a_step_of_sequences_on_both_sides_of_dense_below(
-    device: str, drawn: tuple[Shape, tuple[int, ...]], num_pages: int, group_reduce: Any, data: st.DataObject
-) -> None:
+    """With dense_below, sequences lie on both sides of it."""
     shape, news = drawn
     budgets = torch.tensor([data.draw(st.integers(0, num_pages)) for _ in news], dtype=torch.int32, device=device)
     assert_same_step(
@@ -123,7 +115,7 @@ def test_a_step_of_sequences_on_both_sides_of_dense_below(
         num_pages,
         group_reduce=group_reduce,
         budgets=budgets if data.draw(st.booleans()) else None,
-        dense_below=data.draw(limits_around(shape.lengths)),
+        dense_below=data.draw(limits_around(shape.lengths)) if limited else 0,
     )
 
 

@@ -3,8 +3,8 @@
 // A row is a sequence and KV head. The scheduler cuts the rows into score splits and attend splits, about as many of
 // the latter as there are resident blocks. Blocks take score splits until none is left, then attend splits. An attend
 // split waits for its row's score splits, selects the row's pages, and leaves partials. The block that finishes a row's
-// last attend split combines them. A block waits only for splits that running blocks have taken, so the kernel cannot
-// deadlock, however few blocks are resident.
+// last attend split combines them. A row that reads all its pages, or an earlier list, has no score splits. A block
+// waits only for splits that running blocks have taken, so the kernel cannot deadlock, however few blocks are resident.
 //
 // The pieces are those of estimate, topk_pages and sparse_decode, and so are the bits. Cold code stalls on instruction
 // fetch, so there is one copy of each piece, and loops stay rolled.
