@@ -128,6 +128,11 @@ def prefill(
     return torch.cat(outs, 1)
 
 
+def last_positions(seq_lens: Tensor, tokens: int) -> Tensor:
+    """[B, T]: the positions of the last ``tokens`` tokens of each sequence."""
+    return seq_lens[:, None] - torch.arange(tokens, 0, -1, device=seq_lens.device)
+
+
 def attend_by_position(q: Tensor, past: Past, position: Tensor, features: Features) -> Tensor:
     """Causal attention of tokens that the cache already holds.
 

@@ -189,10 +189,10 @@ class KVState:
             return None
         return self.kept.selects(config.reselect_every)
 
-    def update_bounds(self, layer: int, first_token: Tensor) -> None:
+    def update_bounds(self, layer: int, first_token: Tensor, seq_lens: Tensor) -> None:
         """Recompute one layer's bounds from the page of ``first_token`` [B] on: :func:`quest_ops.update_bounds`."""
         k_cache, _, k_bounds, k_scales = self.layer(layer)
-        paging = (self.page_table, self.seq_lens)
+        paging = (self.page_table, seq_lens)
         update_bounds(k_cache, k_bounds, *paging, first_token, k_scales, self.std_factor)
 
     # Pages, as the host assigns them

@@ -54,6 +54,23 @@ def cache_of_eager(model, inputs, config):
     return cache
 
 
+def test_a_compiled_step_moves_the_lengths_once(device):
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    model, inputs = make_model("qwen3", device), prompt(90, device, padding=(0, 37))
+    cache = enable_quest(model, SPARSE, max_tokens=160)
+    model._compiled_call = model._last_compile_config = None
+    generate(model, inputs, cache, new=4, **compiled(keep, device))
+    (graph,) = graphs
+    writes = [node for node in graph.graph.nodes if node.target in ("add_", "copy_", "fill_", "zero_")]
+    assert len(cache.layers) == 3
+    assert len(writes) == 3  # seq_lens, next_lens and cumulative_length
+
+
 def test_a_cache_that_runs_full_is_an_error_in_compiled_decoding_too(device):
     model, inputs = make_model("qwen3", device), prompt(40, device, padding=(0, 7))
     cache = enable_quest(model, SPARSE, max_tokens=48)

@@ -87,6 +87,32 @@ def test_a_copy_of_the_cache_is_a_cache_of_its_own(bounds, device):
     assert int(cache.get_seq_length()) == 151
 
 
+# Lengths
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_layers_share_their_lengths_after_a_first_step(name, device):
+    model = make_model(name, device)
+    cache = enable_quest(model, SPARSE, max_tokens=256)
+    step(model, prompt(100, device)["input_ids"], cache)
+    first = cache.layers[0].seq_lens
+    for tokens, length in ((1, 101), (4, 105)):
+        step(model, prompt(tokens, device)["input_ids"], cache)
+        *others, last = cache.layers
+        assert last.moves_lengths
+        assert last.seq_lens.tolist() == [length]
+        assert last.next_lens.tolist() == [length + 1]
+        assert not any(layer.moves_lengths for layer in others)
+        assert all(layer.seq_lens is last.seq_lens for layer in others)
+    assert first is not last.seq_lens
+    cache.crop(-5)
+    assert (last.seq_lens.item(), last.next_lens.item(), int(cache.get_seq_length())) == (100, 101, 100)
+    cache.prepare(2, 256)
+    step(model, prompt(9, device)["input_ids"].repeat(2, 1), cache)
+    assert [layer.seq_lens.tolist() for layer in cache.layers] == [[9, 9]] * 3
+    assert all(layer.moves_lengths for layer in cache.layers)
+
+
 # Memory
 
 

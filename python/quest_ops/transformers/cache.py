@@ -70,6 +70,7 @@ class QuestCache(Cache):  # type: ignore[misc]
         self._text_config = text_config
         self._prompt: Tensor | None = None  # the sequences of the last generate()
         self._replaced: str | None = None
+        self._shares = False  # whether the layers share their lengths
         layers = _make_layers(text_config, self._capacity(max_tokens), self._settings)
         quest_config.check_num_layers(len(layers))
         shapes = check_model(model_config, layer_kinds(text_config)[0])
@@ -113,9 +114,32 @@ class QuestCache(Cache):  # type: ignore[misc]
         if held and held[0].batch_size == batch_size and held[0].max_cache_len >= max_tokens:
             return self.reset()
         self._prompt = self._replaced = None
+        self._shares = False
         self.layers = []  # before the new ones: both need not lie in memory
         self.layers = _make_layers(self._text_config, self._capacity(max_tokens), self._settings)
         return None
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which calls it before the layers of each step."""
+        if not (self._shares or torch.compiler.is_compiling()):
+            self._share()
+        return super().get_mask_sizes(*args, **kwargs)
+
+    def _share(self) -> None:
+        """Let the layers of each device share their lengths, once all have held the same tokens.
+
+        So a step moves them once, not in a kernel or two of each layer.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, QuestCacheLayer)]
+        if not all(layer.has_counted for layer in layers):
+            return
+        columns = {layer.columns for layer in layers}
+        if len(columns) != 1 or columns == {0}:
+            return
+        last = {layer.device: layer for layer in layers}
+        for layer in layers:
+            layer.share(last[layer.device])
+        self._shares = True
 
     def check_prompt(self, ids: Tensor | None, embeds: Tensor | None, attention_mask: Tensor | None) -> None:
         """Refuse a prompt that does not continue the tokens of this cache. Synchronises if it holds any.

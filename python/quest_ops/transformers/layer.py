@@ -53,7 +53,9 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
     Attributes:
         keys, values: the storage.
         seq_lens: int32 [B], on the device: tokens of each row, without padding.
+        next_lens: int32 [B], on the device: ``seq_lens + 1``. Kept, so that not every layer of a step adds.
         cumulative_length: int64 [], on the device: columns, padding included.
+        moves_lengths: whether a step of this layer moves both. Layers that share them leave it to the last one.
     """
 
     is_compileable = True
@@ -61,7 +63,7 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
 
     def __init__(self, index: int, max_tokens: int, settings: Settings) -> None:
         super().__init__(max_cache_len=max_tokens)
-        self.index, self.settings = index, settings
+        self.index, self.settings, self.moves_lengths = index, settings, True
         self._columns = 0  # by the host's count
         self._unseen = 0  # columns announced since that count; compiled steps add no more than these
         self._stale = False  # a compiled step moved the lengths unseen by the host
@@ -81,17 +83,21 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         """Make the storage. Returns the buffers whose addresses stay."""
         raise NotImplementedError
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, visible: Tensor | None = None
+    def attend_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        real: Tensor | None,
+        lens: Tensor,
+        features: Features,
+        visible: Tensor | None,
     ) -> Tensor:
-        """Store the step's keys and values, and attend.
+        """Store the step's keys and values behind ``seq_lens`` tokens, and attend.
 
         Args:
-            q: [B, Hq, T, D].
-            k, v: [B, Hkv, T, D].
-            real: int32 [B], the number of each row's real tokens, its last ones; None: all.
-            features: of the layer.
-            visible: bool [B or 1, 1, T, T], the new tokens that each one sees; None: causal. Such a step is dense.
+            lens: int32 [B], tokens of each row after the step.
+            q, k, v, real, features, visible: of :meth:`attend`.
 
         Returns:
             [B, T, Hq, D].
@@ -103,7 +109,7 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         raise NotImplementedError
 
     def reorder_rows(self, rows: Tensor) -> None:
-        """Let row b be row ``rows[b]`` of before, in place."""
+        """Let row b of the storage be row ``rows[b]`` of before, in place."""
         raise NotImplementedError
 
     def decide(self, num_new: int = 1) -> Decision:
@@ -114,8 +120,31 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         """How this layer decodes, and why."""
         raise NotImplementedError
 
-    def _forget_cropped(self) -> None:
-        """Repair the storage after a crop, which has already changed the lengths."""
+    def forget_cropped(self, lens: Tensor) -> None:
+        """Repair the storage after a crop to ``lens`` [B] tokens."""
+
+    # Called by the attention function
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, visible: Tensor | None = None
+    ) -> Tensor:
+        """Store the step's keys and values, attend, and move the lengths.
+
+        Args:
+            q: [B, Hq, T, D].
+            k, v: [B, Hkv, T, D].
+            real: int32 [B], the number of each row's real tokens, its last ones; None: all.
+            features: of the layer.
+            visible: bool [B or 1, 1, T, T], the new tokens that each one sees; None: causal. Such a step is dense.
+
+        Returns:
+            [B, T, Hq, D].
+        """
+        tokens = q.shape[2]
+        lens = self.seq_lens + (tokens if real is None else real)
+        out = self.attend_and_store(q, k, v, real, lens, features, visible)
+        self._advance(tokens, lens)
+        return out
 
     # Called by transformers
 
@@ -134,10 +163,11 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         with torch.inference_mode(False):
             self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
             self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=self.device)
+            self.next_lens = torch.ones_like(self.seq_lens)
             buffers = self.allocate(batch, heads, head_dim, self.dtype, self.device)
         # The mask function checks a mask against the lengths, and gets nothing of the cache but this number.
         self.cumulative_length._quest_lengths = self.seq_lens  # type: ignore[attr-defined]
-        for buffer in (*buffers, self.cumulative_length, self.seq_lens):
+        for buffer in (*buffers, self.cumulative_length, self.seq_lens, self.next_lens):
             torch._dynamo.mark_static_address(buffer)
         self.settings.begin_counting(heads, head_dim, self.dtype, self.device)
         self.is_initialized = True
@@ -237,16 +267,21 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         if -tokens_to_remove > columns:
             raise ValueError(f"cannot remove {-tokens_to_remove} tokens from a cache of {columns}")
         self._columns += tokens_to_remove
-        self.cumulative_length.add_(tokens_to_remove)
-        self.seq_lens.add_(tokens_to_remove).clamp_(min=0)
-        self._forget_cropped()
+        lens = (self.seq_lens + tokens_to_remove).clamp_(min=0)
+        self.forget_cropped(lens)
+        if self.moves_lengths:
+            self.cumulative_length.add_(tokens_to_remove)
+            self._set_lens(lens)
         if self._next is not None:
             self._next.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row b be row ``beam_idx[b]`` of before, in place."""
         if self.is_initialized:
-            self.reorder_rows(beam_idx.to(self.device))
+            rows = beam_idx.to(self.device)
+            self.reorder_rows(rows)
+            if self.moves_lengths:
+                self._set_lens(self.seq_lens.index_select(0, rows))
         if self._next is not None:
             self._next.reorder_cache(beam_idx)
 
@@ -257,11 +292,16 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         self._calls = 0
         if self.is_initialized:
             self.cumulative_length.zero_()
-            self.seq_lens.zero_()
+            self._set_lens(torch.zeros_like(self.seq_lens))
         if self._next is not None:
             self._next.reset()
 
     # Lengths
+
+    @property
+    def has_counted(self) -> bool:
+        """Whether ``columns`` needs no look at the device."""
+        return self.is_initialized and not self._stale
 
     @property
     def columns(self) -> int:
@@ -275,18 +315,24 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         """Whether the host knows that the cache is empty; in compiled code it never knows."""
         return not torch.compiler.is_compiling() and self.columns == 0
 
-    def last_positions(self, tokens: int) -> Tensor:
-        """[B, T]: the positions of each row's last ``tokens`` tokens."""
-        return self.seq_lens[:, None] - torch.arange(tokens, 0, -1, device=self.seq_lens.device)
+    def share(self, last: QuestCacheLayer) -> None:
+        """Take what layers have in common from ``last``, the last one of a step, which moves the lengths for all."""
+        self.seq_lens, self.next_lens, self.cumulative_length = last.seq_lens, last.next_lens, last.cumulative_length
+        self.moves_lengths = self is last
 
-    def advance(self, tokens: int, real: Tensor | None) -> None:
-        """Move the lengths past a step of ``tokens`` columns, of which ``real`` [B] are no padding; None: all."""
+    def _advance(self, tokens: int, lens: Tensor) -> None:
+        """Move the lengths past a step of ``tokens`` columns, to ``lens`` [B] tokens."""
         if torch.compiler.is_compiling():
             self._stale = True
         else:
             self._columns, self._unseen = self.columns + tokens, 0
-        self.cumulative_length.add_(tokens)
-        self.seq_lens.add_(tokens if real is None else real)
+        if self.moves_lengths:
+            self.cumulative_length.add_(tokens)
+            self._set_lens(lens)
+
+    def _set_lens(self, lens: Tensor) -> None:
+        self.seq_lens.copy_(lens)
+        self.next_lens.copy_(lens + 1)
 
     def _reserve(self, tokens: int) -> None:
         """Raise if a step of ``tokens`` does not fit."""

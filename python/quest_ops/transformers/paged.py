@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attention import Decision, choose_pages, decide
 from ..config import LayerPages, QuestConfig
-from ..dense import Features, Past, attend_by_position, past_of_pages, prefill
+from ..dense import Features, Past, attend_by_position, last_positions, past_of_pages, prefill
 from ..kv_state import KVState
 from ..ops import HEAD_DIMS, MAX_NEW_TOKENS, check_choice, sparse_decode
 from ..report import LayerPlan
@@ -77,8 +77,15 @@ class PagedLayer(QuestCacheLayer):
     def twin(self) -> PagedLayer:
         return PagedLayer(self.index, self.max_cache_len, self.settings)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, visible: Tensor | None = None
+    def attend_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        real: Tensor | None,
+        lens: Tensor,
+        features: Features,
+        visible: Tensor | None,
     ) -> Tensor:
         if features.window is not None and features.window >= self.max_cache_len:
             features = features._replace(window=None)
@@ -91,18 +98,17 @@ class PagedLayer(QuestCacheLayer):
             return self._prefill(q, k, v, real, features, visible)
         if self._lacking is not None:
             self._append(k, v, real)
-            return self._decode_densely(q, features)
+            return self._decode_densely(q, lens, features)
         if (path == "dense" or self.config.in_one_call) and (real is None or tokens == 1):
-            return self._decode_step(q, k, v, real, features, self.config if path == "sparse" else None)
+            return self._decode_step(q, k, v, lens, features, self.config if path == "sparse" else None)
         self._append(k, v, real)
-        return self._decode(q, features, path == "sparse")
+        return self._decode(q, lens, features, path == "sparse")
 
     def reorder_rows(self, rows: Tensor) -> None:
         used = self._used_pages(self.columns)
         for pool in self.state.pools:
             pages = pool[0].unflatten(0, (self.batch_size, -1))[:, :used]
             pages.copy_(pages.index_select(0, rows))
-        self.seq_lens.copy_(self.seq_lens.index_select(0, rows))
         self._select_next()
 
     def _select_next(self) -> None:
@@ -115,10 +121,16 @@ class PagedLayer(QuestCacheLayer):
         if self.is_initialized:
             self._select_next()
 
-    def _forget_cropped(self) -> None:
+    def share(self, last: QuestCacheLayer) -> None:
+        super().share(last)
+        self.state.seq_lens = self.seq_lens
+        if isinstance(last, PagedLayer) and last.num_heads == self.num_heads:
+            self.state.page_table, self.state.counters = last.state.page_table, last.state.counters
+
+    def forget_cropped(self, lens: Tensor) -> None:
         self._select_next()
         # The bounds of a last page still cover its cropped tokens.
-        self.state.update_bounds(0, (self.seq_lens - 1).clamp_(min=0))
+        self.state.update_bounds(0, (lens - 1).clamp_(min=0), lens)
 
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, visible: Tensor | None
@@ -132,16 +144,20 @@ class PagedLayer(QuestCacheLayer):
                     f"For assisted decoding set num_assistant_tokens to at most {MAX_NEW_TOKENS - 1}",
                     logging.INFO,
                 )
-            past = self._past()
+            past = self._past(self.seq_lens)
         out = prefill(q, k, v, real, features, past, visible)
         self._append(k, v, real)
         return out
 
-    def _past(self) -> Past:
-        """The cached tokens: in compiled code the whole capacity, since the host knows no length there."""
-        pages = self.pages_per_row if torch.compiler.is_compiling() else self._used_pages(self.columns)
+    def _past(self, lens: Tensor, new: int = 0) -> Past:
+        """The first ``lens`` [B] tokens, of which the last ``new`` columns are this step's.
+
+        In compiled code the whole capacity, since the host knows no length there.
+        """
+        compiling = torch.compiler.is_compiling()
+        pages = self.pages_per_row if compiling else self._used_pages(self.columns + new)
         rows = (pool.unflatten(0, (self.batch_size, -1))[:, :pages] for pool in self.state.layer(0)[:2])
-        return past_of_pages(rows, self.seq_lens)
+        return past_of_pages(rows, lens)
 
     def _append(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
         tokens = k.shape[2]
@@ -149,56 +165,54 @@ class PagedLayer(QuestCacheLayer):
         if real is not None and tokens > 1:
             k, v = (_padding_last(x, real) for x in (k, v))
         self.state.append(0, k, v, self.seq_lens, real)
-        self.advance(tokens, real)
         self._select_next()
 
     def _decode_step(
-        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, config: QuestConfig | None
+        self, q: Tensor, k: Tensor, v: Tensor, lens: Tensor, features: Features, config: QuestConfig | None
     ) -> Tensor:
         """A step in one call. Dense layers have no config."""
-        tokens, start = q.shape[2], self.seq_lens.clone()
+        tokens = q.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         # A padding token too is written after its row's end. The row's next real token overwrites it.
-        lens = (start, start + tokens)
+        written = self.next_lens if tokens == 1 else self.seq_lens + tokens
         kept = self.state.kept if config is not None else None
         if kept is not None:
-            kept.steps.copy_(kept.after(lens[1] if tokens == 1 else None, self.config.page_size))
-        out, lse, selected = self.state.decode_step(0, q, k, v, *lens, config, features.scale)
-        self.advance(tokens, real)
-        self._observe(selected)
-        self._count(selected, tokens, self.state.selects(config, tokens))
+            kept.steps.copy_(kept.after(written if tokens == 1 else None, self.config.page_size))
+        out, lse, selected = self.state.decode_step(0, q, k, v, self.seq_lens, written, config, features.scale)
+        self._observe(selected, tokens)
+        self._count(selected, lens, tokens, self.state.selects(config, tokens))
         return _with_sinks(out, lse, features.sinks)
 
-    def _decode(self, q: Tensor, features: Features, sparse: bool) -> Tensor:
+    def _decode(self, q: Tensor, lens: Tensor, features: Features, sparse: bool) -> Tensor:
         k_cache, v_cache, k_bounds, k_scales = self.state.layer(0)
         config, queries, selected = self.config, q.transpose(1, 2), None
-        paging = (self.state.page_table, self.seq_lens)
+        paging = (self.state.page_table, lens)
         if sparse:
             scale = q.shape[-1] ** -0.5 if features.scale is None else features.scale
             view = LayerPages(k_cache, v_cache, k_bounds, k_scales, *paging, scale)
             selected = choose_pages(self.index, queries, view, config, self.state.codes(0))
-        self._observe(selected)
-        self._count(selected, q.shape[2])
+        self._observe(selected, q.shape[2])
+        self._count(selected, lens, q.shape[2])
         out, lse = sparse_decode(queries, k_cache, v_cache, *paging, selected, features.scale)
         return _with_sinks(out, lse, features.sinks)
 
-    def _decode_densely(self, q: Tensor, features: Features) -> Tensor:
+    def _decode_densely(self, q: Tensor, lens: Tensor, features: Features) -> Tensor:
         tokens = q.shape[2]
         if not torch.compiler.is_compiling():
-            self._observe(None)
-        self._count(None, tokens)
-        return attend_by_position(q, self._past(), self.last_positions(tokens), features)
+            self._observe(None, tokens)
+        self._count(None, lens, tokens)
+        return attend_by_position(q, self._past(lens, tokens), last_positions(lens, tokens), features)
 
-    def _observe(self, selected: Tensor | None) -> None:
+    def _observe(self, selected: Tensor | None, new: int) -> None:
         if self.settings.observer is not None:
             if selected is not None and self.state.kept is not None:
                 selected = selected.clone()  # later steps write the kept lists
-            self.settings.observer(self.index, selected, self.columns)
+            self.settings.observer(self.index, selected, self.columns + new)
 
-    def _count(self, selected: Tensor | None, tokens: int, selects: Tensor | None = None) -> None:
+    def _count(self, selected: Tensor | None, lens: Tensor, tokens: int, selects: Tensor | None = None) -> None:
         if self.settings.counts is not None:
             how = (self.config.reads_bounds, self.config.candidate_pages, selects)
-            self.settings.counts.record(self.index, selected, self.seq_lens, tokens, *how)
+            self.settings.counts.record(self.index, selected, lens, tokens, *how)
 
     def _note_features(self, features: Features) -> None:
         """Note a feature that makes this layer dense under any configuration, and log it once."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Decision, decide
-from ..dense import Features, Past, attend_by_position, prefill
+from ..dense import Features, Past, attend_by_position, last_positions, prefill
 from ..ops import MAX_NEW_TOKENS
 from ..report import LayerPlan
 from .layer import QuestCacheLayer, Settings
@@ -43,8 +43,15 @@ class SlidingLayer(QuestCacheLayer):
     def twin(self) -> SlidingLayer:
         return SlidingLayer(self.index, self.max_cache_len, self.settings, self.window)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, visible: Tensor | None = None
+    def attend_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        real: Tensor | None,
+        lens: Tensor,
+        features: Features,
+        visible: Tensor | None,
     ) -> Tensor:
         if features.window is None:
             # Moshi, for one, attends to the whole prompt, and later to what the cache has left of it.
@@ -58,15 +65,15 @@ class SlidingLayer(QuestCacheLayer):
             count = counts.record_prefill if is_prefill else counts.record_step
             count(self.index)
         if is_prefill:
-            past = None if self.known_empty else self._past()
+            past = None if self.known_empty else self._past(self.seq_lens)
             out = prefill(q, k, v, real, features, past, visible)
             self._append(k, v, real)
             return out
         self._append(k, v, real)
-        return attend_by_position(q, self._past(), self.last_positions(q.shape[2]), features)
+        return attend_by_position(q, self._past(lens), last_positions(lens, q.shape[2]), features)
 
     def reorder_rows(self, rows: Tensor) -> None:
-        for buffer in (self.keys, self.values, self.seq_lens):
+        for buffer in (self.keys, self.values):
             buffer.copy_(buffer.index_select(0, rows))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -79,15 +86,16 @@ class SlidingLayer(QuestCacheLayer):
             )
         super().crop(tokens_to_remove)
 
-    def _position(self) -> Tensor:
-        """[B, C]: the position of the token in each slot of the ring, -1 where there is none."""
-        last = self.seq_lens[:, None].long() - 1
-        place = torch.arange(self.ring, device=self.seq_lens.device)
-        return (last - torch.remainder(last - place, self.ring)).clamp(min=-1)
-
-    def _past(self) -> Past:
+    def _past(self, lens: Tensor) -> Past:
+        """The tokens of the ring where each row has ``lens`` [B]."""
         ring = slice(0, self.ring)
-        return Past(self.keys[:, :, ring], self.values[:, :, ring], self._position(), self.seq_lens)
+        return Past(self.keys[:, :, ring], self.values[:, :, ring], self._position(lens), lens)
+
+    def _position(self, lens: Tensor) -> Tensor:
+        """[B, C]: the position of the token in each slot of the ring, -1 where there is none."""
+        last = lens[:, None].long() - 1
+        place = torch.arange(self.ring, device=lens.device)
+        return (last - torch.remainder(last - place, self.ring)).clamp(min=-1)
 
     def _append(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
         tokens = k.shape[2]
@@ -101,4 +109,3 @@ class SlidingLayer(QuestCacheLayer):
         row = torch.arange(self.batch_size, device=k.device)[:, None]
         for store, new in ((self.keys, k), (self.values, v)):
             store.transpose(1, 2).index_put_((row, slot), new[:, :, tokens - kept :].transpose(1, 2).detach())
-        self.advance(tokens, real)
