@@ -38,6 +38,22 @@ def sanitized() -> list[str]:
     ]
 
 
+def fuzzed_on_a_gpu() -> list[str]:
+    summary = read("reliability/fuzz-cuda.json")
+    return [f"{summary['cases']:,} cases in {summary['minutes']} minutes"]
+
+
+def sanitized_on_a_gpu() -> list[str]:
+    checks = dict(read("reliability/sanitize-gpu.json")["checks"])
+    assert all(check["status"] == check["errors"] == 0 for check in checks.values())
+    corrupt = checks.pop("corrupt")
+    (cases,) = {check["cases"] for check in checks.values()} | {check["of"] for check in checks.values()}
+    minutes = [f"{check['seconds'] / 60:.1f}" for check in checks.values()]
+    each = f"{cases} cases each under {', '.join([*checks][:-1])} and {[*checks][-1]}, no error"
+    calls = f"{corrupt['cases']} calls in {corrupt['seconds'] / 60:.1f} minutes, no error"
+    return [f"{each}, in {', '.join(minutes[:-1])} and {minutes[-1]} minutes", calls]
+
+
 def flipped() -> list[str]:
     checks = read("mutation/flip_checks.json")
     assert checks["killed"] + checks["explained"] == checks["tried"] == checks["mutants"]
@@ -63,7 +79,7 @@ def covered() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("figures", [fuzzed, sanitized, flipped, mutated, covered])
+@pytest.mark.parametrize("figures", [fuzzed, fuzzed_on_a_gpu, sanitized, sanitized_on_a_gpu, flipped, mutated, covered])
 def test_figures_of_the_page(figures: Any) -> None:
     for figure in figures():
         assert figure in PAGE
