@@ -121,7 +121,7 @@ class QuestCache(Cache):  # type: ignore[misc]
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, which calls it before the layers of each step."""
-        if not (self._shares or torch.compiler.is_compiling()):
+        if not torch.compiler.is_compiling() and not self._shares:
             self._share()
         return super().get_mask_sizes(*args, **kwargs)
 
