@@ -113,6 +113,17 @@ def test_layers_share_their_lengths_after_a_first_step(name, device):
     assert all(layer.moves_lengths for layer in cache.layers)
 
 
+def test_layers_of_each_device_share_lengths_of_their_own():
+    model = make_model("llama")
+    cache = enable_quest(model, SPARSE, max_tokens=64)
+    step(model, prompt(9, "cpu")["input_ids"], cache)
+    first, middle, last = cache.layers
+    middle.device = torch.device("meta")  # as if it lay on another device
+    cache.get_mask_sizes(1, 0)
+    assert [layer.moves_lengths for layer in cache.layers] == [False, True, True]
+    assert first.seq_lens is last.seq_lens is not middle.seq_lens
+
+
 # Memory
 
 
