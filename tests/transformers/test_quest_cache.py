@@ -113,6 +113,25 @@ def test_layers_share_their_lengths_after_a_first_step(name, device):
     assert all(layer.moves_lengths for layer in cache.layers)
 
 
+def test_a_step_that_ends_before_its_last_layer_is_an_error_in_the_next(device, monkeypatch):
+    def interrupt(*_args, **_kwargs):
+        raise InterruptedError
+
+    model, ids = make_model("llama", device), prompt(20, device)["input_ids"]
+    cache = enable_quest(model, SPARSE, max_tokens=64)
+    step(model, ids, cache)
+    expected = step(model, ids[:, :1], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.layers[1], "update", interrupt)
+        with pytest.raises(InterruptedError):
+            step(model, ids[:, :1], cache)
+    with pytest.raises(RuntimeError, match=r"hold 21 to 22 tokens.*call cache\.reset\(\)"):
+        step(model, ids[:, :1], cache)
+    cache.reset()
+    step(model, ids, cache)
+    assert torch.equal(step(model, ids[:, :1], cache), expected)
+
+
 def test_layers_of_each_device_share_lengths_of_their_own():
     model = make_model("llama")
     cache = enable_quest(model, SPARSE, max_tokens=64)

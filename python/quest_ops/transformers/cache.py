@@ -121,25 +121,32 @@ class QuestCache(Cache):  # type: ignore[misc]
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, which calls it before the layers of each step."""
-        if not torch.compiler.is_compiling() and not self._shares:
-            self._share()
+        if not torch.compiler.is_compiling():
+            self._share_lengths()
         return super().get_mask_sizes(*args, **kwargs)
 
-    def _share(self) -> None:
-        """Let the layers of each device share their lengths, once all have held the same tokens.
+    def _share_lengths(self) -> None:
+        """Let the layers of each device share their lengths, once all hold the same tokens.
 
-        So a step moves them once, not in a kernel or two of each layer.
+        So a step moves them once, not in a few kernels of each layer.
+
+        Raises:
+            RuntimeError: layers that share their lengths have taken different steps, by the host's count.
         """
         layers = [layer for layer in self.layers if isinstance(layer, QuestCacheLayer)]
         if not all(layer.has_counted for layer in layers):
             return
-        columns = {layer.columns for layer in layers}
-        if len(columns) != 1 or columns == {0}:
-            return
-        last = {layer.device: layer for layer in layers}
-        for layer in layers:
-            layer.share(last[layer.device])
-        self._shares = True
+        columns = [layer.columns for layer in layers]
+        if self._shares and len(set(columns)) > 1:
+            raise RuntimeError(
+                f"the layers of this QuestCache hold {min(columns)} to {max(columns)} tokens, since a step ended "
+                "before its last layer: call cache.reset()"
+            )
+        if not self._shares and len(set(columns)) == 1 and columns[0] > 0:
+            last = {layer.device: layer for layer in layers}
+            for layer in layers:
+                layer.share(last[layer.device])
+            self._shares = True
 
     def check_prompt(self, ids: Tensor | None, embeds: Tensor | None, attention_mask: Tensor | None) -> None:
         """Refuse a prompt that does not continue the tokens of this cache. Synchronises if it holds any.

@@ -84,24 +84,9 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         raise NotImplementedError
 
     def attend_and_store(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        real: Tensor | None,
-        lens: Tensor,
-        features: Features,
-        visible: Tensor | None,
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, visible: Tensor | None
     ) -> Tensor:
-        """Store the step's keys and values behind ``seq_lens`` tokens, and attend.
-
-        Args:
-            lens: int32 [B], tokens of each row after the step.
-            q, k, v, real, features, visible: of :meth:`attend`.
-
-        Returns:
-            [B, T, Hq, D].
-        """
+        """The part of :meth:`attend` before the lengths move: new tokens go behind ``seq_lens`` ones."""
         raise NotImplementedError
 
     def twin(self) -> QuestCacheLayer:
@@ -140,10 +125,8 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         Returns:
             [B, T, Hq, D].
         """
-        tokens = q.shape[2]
-        lens = self.seq_lens + (tokens if real is None else real)
-        out = self.attend_and_store(q, k, v, real, lens, features, visible)
-        self._advance(tokens, lens)
+        out = self.attend_and_store(q, k, v, real, features, visible)
+        self._advance(q.shape[2], real)
         return out
 
     # Called by transformers
@@ -320,15 +303,19 @@ class QuestCacheLayer(StaticLayer):  # type: ignore[misc]
         self.seq_lens, self.next_lens, self.cumulative_length = last.seq_lens, last.next_lens, last.cumulative_length
         self.moves_lengths = self is last
 
-    def _advance(self, tokens: int, lens: Tensor) -> None:
-        """Move the lengths past a step of ``tokens`` columns, to ``lens`` [B] tokens."""
+    def lens_after(self, tokens: int, real: Tensor | None) -> Tensor:
+        """int32 [B]: ``seq_lens`` after a step of ``tokens`` columns, of which ``real`` [B] are no padding."""
+        return self.seq_lens + (tokens if real is None else real)
+
+    def _advance(self, tokens: int, real: Tensor | None) -> None:
+        """Move the lengths past a step."""
         if torch.compiler.is_compiling():
             self._stale = True
         else:
             self._columns, self._unseen = self.columns + tokens, 0
         if self.moves_lengths:
             self.cumulative_length.add_(tokens)
-            self._set_lens(lens)
+            self._set_lens(self.lens_after(tokens, real))
 
     def _set_lens(self, lens: Tensor) -> None:
         self.seq_lens.copy_(lens)

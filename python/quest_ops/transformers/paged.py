@@ -78,14 +78,7 @@ class PagedLayer(QuestCacheLayer):
         return PagedLayer(self.index, self.max_cache_len, self.settings)
 
     def attend_and_store(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        real: Tensor | None,
-        lens: Tensor,
-        features: Features,
-        visible: Tensor | None,
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, visible: Tensor | None
     ) -> Tensor:
         if features.window is not None and features.window >= self.max_cache_len:
             features = features._replace(window=None)
@@ -98,11 +91,11 @@ class PagedLayer(QuestCacheLayer):
             return self._prefill(q, k, v, real, features, visible)
         if self._lacking is not None:
             self._append(k, v, real)
-            return self._decode_densely(q, lens, features)
+            return self._decode_densely(q, real, features)
         if (path == "dense" or self.config.in_one_call) and (real is None or tokens == 1):
-            return self._decode_step(q, k, v, lens, features, self.config if path == "sparse" else None)
+            return self._decode_step(q, k, v, real, features, self.config if path == "sparse" else None)
         self._append(k, v, real)
-        return self._decode(q, lens, features, path == "sparse")
+        return self._decode(q, real, features, path == "sparse")
 
     def reorder_rows(self, rows: Tensor) -> None:
         used = self._used_pages(self.columns)
@@ -168,7 +161,7 @@ class PagedLayer(QuestCacheLayer):
         self._select_next()
 
     def _decode_step(
-        self, q: Tensor, k: Tensor, v: Tensor, lens: Tensor, features: Features, config: QuestConfig | None
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, config: QuestConfig | None
     ) -> Tensor:
         """A step in one call. Dense layers have no config."""
         tokens = q.shape[2]
@@ -180,27 +173,27 @@ class PagedLayer(QuestCacheLayer):
             kept.steps.copy_(kept.after(written if tokens == 1 else None, self.config.page_size))
         out, lse, selected = self.state.decode_step(0, q, k, v, self.seq_lens, written, config, features.scale)
         self._observe(selected, tokens)
-        self._count(selected, lens, tokens, self.state.selects(config, tokens))
+        self._count(selected, tokens, real, self.state.selects(config, tokens))
         return _with_sinks(out, lse, features.sinks)
 
-    def _decode(self, q: Tensor, lens: Tensor, features: Features, sparse: bool) -> Tensor:
+    def _decode(self, q: Tensor, real: Tensor | None, features: Features, sparse: bool) -> Tensor:
         k_cache, v_cache, k_bounds, k_scales = self.state.layer(0)
         config, queries, selected = self.config, q.transpose(1, 2), None
-        paging = (self.state.page_table, lens)
+        paging = (self.state.page_table, self.lens_after(q.shape[2], real))
         if sparse:
             scale = q.shape[-1] ** -0.5 if features.scale is None else features.scale
             view = LayerPages(k_cache, v_cache, k_bounds, k_scales, *paging, scale)
             selected = choose_pages(self.index, queries, view, config, self.state.codes(0))
         self._observe(selected, q.shape[2])
-        self._count(selected, lens, q.shape[2])
+        self._count(selected, q.shape[2], real)
         out, lse = sparse_decode(queries, k_cache, v_cache, *paging, selected, features.scale)
         return _with_sinks(out, lse, features.sinks)
 
-    def _decode_densely(self, q: Tensor, lens: Tensor, features: Features) -> Tensor:
-        tokens = q.shape[2]
+    def _decode_densely(self, q: Tensor, real: Tensor | None, features: Features) -> Tensor:
+        tokens, lens = q.shape[2], self.lens_after(q.shape[2], real)
         if not torch.compiler.is_compiling():
             self._observe(None, tokens)
-        self._count(None, lens, tokens)
+        self._count(None, tokens, real)
         return attend_by_position(q, self._past(lens, tokens), last_positions(lens, tokens), features)
 
     def _observe(self, selected: Tensor | None, new: int) -> None:
@@ -209,10 +202,10 @@ class PagedLayer(QuestCacheLayer):
                 selected = selected.clone()  # later steps write the kept lists
             self.settings.observer(self.index, selected, self.columns + new)
 
-    def _count(self, selected: Tensor | None, lens: Tensor, tokens: int, selects: Tensor | None = None) -> None:
+    def _count(self, selected: Tensor | None, tokens: int, real: Tensor | None, selects: Tensor | None = None) -> None:
         if self.settings.counts is not None:
             how = (self.config.reads_bounds, self.config.candidate_pages, selects)
-            self.settings.counts.record(self.index, selected, lens, tokens, *how)
+            self.settings.counts.record(self.index, selected, self.lens_after(tokens, real), tokens, *how)
 
     def _note_features(self, features: Features) -> None:
         """Note a feature that makes this layer dense under any configuration, and log it once."""

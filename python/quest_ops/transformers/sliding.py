@@ -44,14 +44,7 @@ class SlidingLayer(QuestCacheLayer):
         return SlidingLayer(self.index, self.max_cache_len, self.settings, self.window)
 
     def attend_and_store(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        real: Tensor | None,
-        lens: Tensor,
-        features: Features,
-        visible: Tensor | None,
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, features: Features, visible: Tensor | None
     ) -> Tensor:
         if features.window is None:
             # Moshi, for one, attends to the whole prompt, and later to what the cache has left of it.
@@ -70,6 +63,7 @@ class SlidingLayer(QuestCacheLayer):
             self._append(k, v, real)
             return out
         self._append(k, v, real)
+        lens = self.lens_after(q.shape[2], real)
         return attend_by_position(q, self._past(lens), last_positions(lens, q.shape[2]), features)
 
     def reorder_rows(self, rows: Tensor) -> None:
