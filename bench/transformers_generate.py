@@ -1,12 +1,14 @@
 """Milliseconds a token of ``generate()`` in transformers, by dense attention and by Quest.
 
-    python bench/transformers_generate.py [--prompt 32768] [--tokens 64] [--repeat 3] [--only TEXT ...] [--out FILE]
+    python bench/transformers_generate.py [--prompt 32768] [--tokens 64] [--only TEXT ...] [--out FILE]
 
 The model has the shape of Llama-3.1-8B, random weights in bfloat16, and a prompt of random tokens. Each way runs once
 to compile and to load kernels, then timed, several times. A streamer notes the time of each token. The first one's
 holds the prefill. Milliseconds a token are the median between successive tokens of all runs, without the first eight
 of a run, in which PyTorch records its CUDA graphs. Where a selection serves several steps, each figure is the mean of
 as many. The host's part of a token changes between runs, so the JSON has the median of each.
+
+Writes a JSON. Without a GPU, a tiny model runs, and the ways that compile are left out.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from transformers.generation.streamers import BaseStreamer  # noqa: E402
 from transformers.utils import is_flash_attn_2_available  # noqa: E402
 
 SKIPPED = 8  # intervals before those that count
+RUNS = 3  # of a way, that are timed
 PAPER = QuestConfig(bounds="cache", std_factor=None, sink_pages=0)
 SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}  # no token ends the text
 MODELS = {
@@ -114,7 +117,7 @@ def new_model(device: str) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def measure(model: Any, way: Way, prompt: Tensor, new_tokens: int, repeats: int) -> dict[str, Any]:
+def measure(model: Any, way: Way, prompt: Tensor, new_tokens: int) -> dict[str, Any]:
     """Seconds to the first token, milliseconds between tokens, and the memory of one way."""
     cache, on_gpu = None, model.device.type == "cuda"
     if way.quest:
@@ -133,7 +136,7 @@ def measure(model: Any, way: Way, prompt: Tensor, new_tokens: int, repeats: int)
         generate()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        runs = [generate() for _ in range(repeats)]
+        timed = [generate() for _ in range(RUNS)]
     finally:
         if cache is not None:
             sparse = sum(path == "sparse" for _, path, _ in cache.plan())
@@ -141,10 +144,10 @@ def measure(model: Any, way: Way, prompt: Tensor, new_tokens: int, repeats: int)
     period = way.quest.reselect_every if way.quest else 1
     means = [
         [statistics.fmean(times[i : i + period]) for i in range(SKIPPED, len(times) - period + 1, period)]
-        for _, times, _ in runs
+        for _, times, _ in timed
     ]
     low, median, high = statistics.quantiles([mean for run in means for mean in run], n=4)
-    first, tokens = statistics.median(first for first, *_ in runs), runs[-1][2]
+    first, tokens = statistics.median(first for first, *_ in timed), timed[-1][2]
     found = {"name": way.name, "first_token_seconds": first, "tokens": len(tokens), "distinct_tokens": len(set(tokens))}
     found["milliseconds"] = {"median": median, "low": low, "high": high, "runs": [*map(statistics.median, means)]}
     if on_gpu:
@@ -201,7 +204,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", type=int, default=32768 if device == "cuda" else 4096, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
-    parser.add_argument("--repeat", type=int, default=3, help="timed runs of a way")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only ways of this name, or with TEXT in it")
     parser.add_argument("--out", type=Path, default=default_path("generate", device))
     options = parser.parse_args()
@@ -223,7 +225,7 @@ def main() -> None:
         if not runs(way, device):
             continue
         forget(model)
-        if row := guarded(lambda way=way: measure(model, way, prompt, options.tokens, options.repeat), way.name):
+        if row := guarded(lambda way=way: measure(model, way, prompt, options.tokens), way.name):
             print(f"{way.name}: {row['milliseconds']['median']:.2f} ms a token", flush=True)
             result["rows"].append(row)
             options.out.parent.mkdir(parents=True, exist_ok=True)
