@@ -6,6 +6,8 @@
 // unequal levels, and whole numbers need no table.
 #pragma once
 
+#include <cmath>
+
 #include "params.h"
 
 namespace quest {
@@ -16,9 +18,34 @@ inline constexpr float kCodeStep = 0.9957f;
 QUEST_HOST_DEVICE constexpr int rotated_block(int D) { return D & -D; }
 
 // One over the square root of the block: a rotation by sums and differences is that much too large.
-QUEST_HOST_DEVICE constexpr float rotation_scale(int D) {
+QUEST_HOST_DEVICE constexpr double rotation_scale(int D) {
   const int block = rotated_block(D);
-  return block == 16 ? 0.25f : block == 32 ? 0.17677669f : block == 64 ? 0.125f : block == 128 ? 0.088388346f : 0.0625f;
+  return block == 16    ? 0.25
+         : block == 32  ? 0.1767766952966369
+         : block == 64  ? 0.125
+         : block == 128 ? 0.08838834764831845
+                        : 0.0625;
+}
+
+// A rotated query in two parts, each a float. In float32 alone, the rounding of a dot product with levels would be that
+// of terms far larger than their sum. The high parts are multiples of a unit that makes their sum exact in any order:
+// kMaxHeadDim times 3 times 2^14 units are less than 2^24. The low parts are at most half a unit.
+struct RotatedParts {
+  float high, low;
+};
+
+// `most` is the largest magnitude of the query's rotated elements. The unit is a normal number in float32.
+QUEST_HOST_DEVICE double rotated_unit(float most) {
+  int exponent = 0;
+  std::frexp(most, &exponent);  // most < 2^exponent
+  return std::ldexp(1.0, (exponent < -112 ? -112 : exponent) - 14);
+}
+
+QUEST_HOST_DEVICE RotatedParts split_rotated(double x, double unit) {
+  const double magic = unit * 6755399441055744.0;  // 1.5 * 2^52 units: the sum has no finer bits
+  const double high = (x + magic) - magic;
+  const bool finite = std::fabs(static_cast<float>(high)) < INFINITY;
+  return {static_cast<float>(high), finite ? static_cast<float>(x - high) : 0.f};
 }
 
 // The code of a rotated element x, from 0 to 3: the level is 2 * code - 3. `step` is the distance of two levels.

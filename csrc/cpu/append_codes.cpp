@@ -33,7 +33,7 @@ static float encode(float* key, int D, uint8_t* bytes) {
     for (int i = 0; finite && i < 4; ++i) byte |= key_code(key[d + i], step) << 2 * i;
     bytes[d / 4] = static_cast<uint8_t>(byte);
   }
-  return finite ? step * (0.5f * rotation_scale(D)) : std::numeric_limits<float>::quiet_NaN();
+  return finite ? step * (0.5f * static_cast<float>(rotation_scale(D))) : std::numeric_limits<float>::quiet_NaN();
 }
 
 static void append_code(const AppendCodesParams& p, const Loops& loops, int b, int t, int h) {

@@ -1,16 +1,16 @@
-// Scores of listed pages from the codes of their tokens. A token is scored as a page whose bounds are both its code. A
-// task scores some pages of a list for the heads that share it.
+// Scores of listed pages from the codes of their tokens. A task scores some pages of a list for the heads that share
+// it.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "../checks.h"
 #include "../namespace.h"
 #include "checked_copies.h"
 #include "elements.h"
-#include "queries.h"
 #include "rotate.h"
 #include "simd/loops.h"
 
@@ -19,28 +19,33 @@ namespace quest::cpu {
 static constexpr int kTaskPages = 32;
 static constexpr int kTaskHeads = 8;  // whose scores of a page are in memory at a time
 
-// [B, T, Hq], as the loops read them.
-static Queries rotate_queries(const RerankParams& p, const Loops& loops) {
+// The high parts of a query, and then the low ones.
+static void rotate_query(const float* q, int D, float* parts) {
+  double x[kMaxHeadDim], most = 0;
+  std::copy_n(q, D, x);
+  rotate(x, D);
+  for (int d = 0; d < D; ++d) most = std::max(most, std::fabs(x[d] *= rotation_scale(D)));
+  const double unit = rotated_unit(static_cast<float>(most));
+  for (int d = 0; d < D; ++d) {
+    const RotatedParts both = split_rotated(x[d], unit);
+    parts[d] = both.high, parts[D + d] = both.low;
+  }
+}
+
+// [B, T, Hq, 2, D]
+static std::vector<float> rotate_queries(const RerankParams& p, const Loops& loops) {
   const auto [B, T, Hq, Hkv, D] = p.size;
-  const int64_t bytes = loops.query_bytes(D);
-  Queries queries = allocate_queries(int64_t{B} * T * Hq, bytes, "rerank_pages");
-  std::byte* to = queries.get();
+  std::vector<float> queries(int64_t{B} * T * Hq * 2 * D);
+  float* to = queries.data();
   for (int b = 0; b < B; ++b)
     for (int t = 0; t < T; ++t)
-      for (int h = 0; h < Hq; ++h, to += bytes) {
+      for (int h = 0; h < Hq; ++h, to += 2 * D) {
         float q[kMaxHeadDim];
         const int64_t offset = b * p.q.stride_b + t * p.q.stride_t + h * p.q.stride_h;
         loops.load[dtype_index(p.dtype)](element(p.q.data, offset, p.dtype), D, q);
-        rotate(q, D);
-        for (int d = 0; d < D; ++d) q[d] *= rotation_scale(D);
-        loops.split_query(q, D, to);
+        rotate_query(q, D, to);
       }
   return queries;
-}
-
-static void unpack(const uint8_t* row, int D, int8_t* to) {
-  for (int d = 0; d < D; d += 4)
-    for (int i = 0; i < 4; ++i) to[d + i] = static_cast<int8_t>(2 * (row[d / 4] >> 2 * i & 3) - 3);
 }
 
 // The score of a page from the n scores of its tokens.
@@ -52,23 +57,17 @@ static float reduce_tokens(const Loops& loops, float* scores, int n, const Reran
 }
 
 static void rerank_page(
-    const RerankParams& p, const Loops& loops, const std::byte* queries, int heads, int kv_head, int64_t page, int n,
+    const RerankParams& p, const Loops& loops, const float* queries, int heads, int kv_head, int64_t page, int n,
     float* scores, int64_t stride) {
   const KeyCodes& codes = p.codes;
-  constexpr int kMaxPage = kPageSizes[std::size(kPageSizes) - 1];
-  int8_t unpacked[kMaxPage][kMaxHeadDim];
-  const void* rows[kMaxPage];
-  float scales[kMaxPage], of_tokens[kTaskHeads * kMaxPage];
-  for (int i = 0; i < n; ++i) {
-    unpack(codes.data + page * codes.stride_n + kv_head * codes.stride_h + i * codes.stride_s, p.size.D, unpacked[i]);
-    rows[i] = unpacked[i];
-    scales[i] =
-        codes.scales[page * codes.scales_stride_n + kv_head * codes.scales_stride_h + i * codes.scales_stride_s];
-  }
+  const uint8_t* const rows = codes.data + page * codes.stride_n + kv_head * codes.stride_h;
+  const float* const scales = codes.scales + page * codes.scales_stride_n + kv_head * codes.scales_stride_h;
+  float of_tokens[kTaskHeads * kPageSizes[std::size(kPageSizes) - 1]];
   for (int first = 0; first < heads; first += kTaskHeads) {
     const int count = std::min(kTaskHeads, heads - first);
-    loops.score[kInt8](
-        queries + first * loops.query_bytes(p.size.D), count, rows, rows, scales, n, p.size.D, of_tokens, n);
+    loops.score_codes(
+        queries + int64_t{first} * 2 * p.size.D, count, rows, codes.stride_s, scales, codes.scales_stride_s, n,
+        p.size.D, of_tokens, n);
     for (int h = 0; h < count; ++h) scores[(first + h) * stride] = reduce_tokens(loops, of_tokens + h * n, n, p);
   }
 }
@@ -87,7 +86,7 @@ Tensor rerank_pages(
   p.scores = static_cast<float*>(scores.mutable_data_ptr());
   std::fill_n(p.scores, scores.numel(), -std::numeric_limits<float>::infinity());
   const Loops& loops = cpu::loops();
-  const Queries queries = rotate_queries(p, loops);
+  const std::vector<float> queries = rotate_queries(p, loops);
   const int64_t tasks = (int64_t{K} + kTaskPages - 1) / kTaskPages;
   const int64_t bytes = int64_t{kTaskPages} * p.paging.page_size() * D * heads;  // as many as the work takes
   torch::stable::parallel_for(0, int64_t{B} * T * Hs * tasks, grain(bytes), [&](int64_t begin, int64_t end) {
@@ -105,7 +104,7 @@ Tensor rerank_pages(
         const int n = static_cast<int>(std::clamp<int64_t>(visible - start, 0, p.paging.page_size()));
         if (n == 0) continue;
         rerank_page(
-            p, loops, queries.get() + first_head * loops.query_bytes(D), heads, h * heads / p.size.group(),
+            p, loops, queries.data() + first_head * 2 * D, heads, h * heads / p.size.group(),
             p.paging.physical(b, logical), n, p.scores + first_head * P + logical, P);
       }
     }

@@ -5,11 +5,12 @@
 
 namespace quest::cpu {
 
-inline void rotate(float* x, int D) {
+template <class X>
+void rotate(X* x, int D) {
   for (int distance = 1; distance < rotated_block(D); distance *= 2)
     for (int i = 0; i < D; i += 2 * distance)
       for (int j = i; j < i + distance; ++j) {
-        const float a = x[j], b = x[j + distance];
+        const X a = x[j], b = x[j + distance];
         x[j] = a + b, x[j + distance] = a - b;
       }
 }

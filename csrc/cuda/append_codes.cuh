@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kCodesThreads) append_codes_kernel(const Appen
   }
   if (lane == 0)
     to.scales[page * to.scales_stride_n + h * to.scales_stride_h + slot * to.scales_stride_s] =
-        finite ? __fmul_rn(step, 0.5f * rotation_scale(D)) : NAN;
+        finite ? __fmul_rn(step, 0.5f * static_cast<float>(rotation_scale(D))) : NAN;
 }
 
 }  // namespace quest::cuda

@@ -72,7 +72,7 @@ __device__ __forceinline__ void rotate_queries(
     const int h = i / D;
     const T* const row = static_cast<const T*>(p.q.data) + tile.b * p.q.stride_b + tile.t * p.q.stride_t +
                          (tile.first_head + h) * p.q.stride_h;
-    query[h][i % D] = h < tile.heads ? to_float(row[i % D]) * rotation_scale(D) : 0.f;
+    query[h][i % D] = h < tile.heads ? to_float(row[i % D]) * static_cast<float>(rotation_scale(D)) : 0.f;
   }
   for (int distance = 1; distance < rotated_block(D); distance *= 2) {
     __syncthreads();

@@ -88,6 +88,28 @@ def test_many_pages(device: str, group: int, page_size: int) -> None:
     check(case, device, case.random_pages(case.shape.capacity))
 
 
+@pytest.mark.parametrize("magnitude", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_scores_whose_terms_cancel(head_dim: int, magnitude: float) -> None:
+    """On the CPU they are off by two roundings of the score, and not by those of its terms, a billion times larger."""
+    torch.manual_seed(0)
+    B, Hkv, S = 50, 2, 4
+    k_codes = torch.randint(0, 256, (B, Hkv, 1, head_dim // 4), dtype=torch.uint8).repeat(1, 1, S, 1)
+    code_scales = torch.rand(B, Hkv, 1).repeat(1, 1, S)
+    levels = reference.unpack_codes(k_codes)[:, :, 0].double()
+    rotated = torch.randn(B, Hkv, head_dim, dtype=torch.float64)
+    rotated -= (rotated * levels).sum(-1, True) / levels.square().sum(-1, True) * levels
+    q = (magnitude * reference.hadamard(rotated)).float()
+    page_table, seq_lens = torch.arange(B, dtype=torch.int32)[:, None], torch.full((B,), S, dtype=torch.int32)
+    pages = torch.zeros(B, Hkv, 1, dtype=torch.int32)
+    args = (q, k_codes, code_scales, page_table, seq_lens, pages)
+    exact = reference.rerank_pages(*args)[..., 0]
+    terms = (reference.hadamard(q.double()) * levels).abs().sum(-1) * code_scales[:, :, 0]
+    assert bool((exact.abs() < 1e-7 * terms).all())
+    error = (ops.rerank_pages(*args)[..., 0] - exact).abs()
+    assert bool((error <= 2**-23 * exact.abs() + 2**-34 * terms).all())
+
+
 @given(shapes())
 def test_codes_meet_the_reference(device: str, shape: Shape) -> None:
     """Equal but for elements within rounding of a border, and with the same scale to rounding."""

@@ -53,6 +53,12 @@ struct Loops {
       const void* queries, int count, const void* const* lower, const void* const* upper, const float* scales, int n,
       int D, float* out, int64_t out_stride);
 
+  // out[i, j] = scales[j] * (q[i] . levels[j]) for n keys, whose rows of codes are `stride` bytes apart. A query is its
+  // D high parts, then its D low parts (see key_codes.h); out [queries, n] with out_stride.
+  void (*score_codes)(
+      const float* q, int queries, const uint8_t* codes, int64_t stride, const float* scales, int64_t scales_stride,
+      int n, int D, float* out, int64_t out_stride);
+
   // Elementwise minimum and maximum over n >= 1 keys; NaN wins.
   void (*bounds[3])(const void* keys, int64_t stride, int n, int D, float* lower, float* upper);
 

@@ -2,6 +2,7 @@
 // QUEST_ISA, the namespace, and QUEST_WIDTH. Everything is static or in that namespace.
 #include "attend.h"
 #include "bounds.h"
+#include "codes.h"
 #include "score.h"
 #include "vectors.h"
 
@@ -87,6 +88,7 @@ extern const Loops kLoops = {
     query_bytes,
     split_query,
     {score<PlainBounds<F32>>, score<PlainBounds<F16>>, score<PlainBounds<BF16>>, score<Int8Bounds>},
+    score_codes,
     {bounds<F32>, bounds<F16>, bounds<BF16>},
     store_int8,
     max,
