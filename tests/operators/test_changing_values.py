@@ -114,6 +114,26 @@ def test_sparse_decode_with_changing_lengths(new_tokens: int) -> None:
         repeat(lambda: ops.sparse_decode(q, keys, values, TABLES[0], lens)[0], check)
 
 
+def test_a_length_is_read_whole() -> None:
+    """Not some bytes of one length and some of the next, as a copy by bytes would. The lengths change every few ns."""
+    lens, written = torch.tensor([8, 8], dtype=torch.int32), torch.tensor([8, -5], dtype=torch.int32).repeat(10**6)
+    keys, values, _ = numbered_pages()
+    q, tables, always = torch.zeros(2, 2, D), TABLES[0].expand(2, -1), torch.zeros(len(written), dtype=torch.int64)
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            lens.scatter_(0, always, written)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    try:
+        repeat(lambda: ops.sparse_decode(q, keys, values, tables, lens)[0], lambda out: not bool(out.any()))
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_sparse_decode_with_a_changing_page_list() -> None:
     lists = [torch.arange(0, P, 2, dtype=torch.int32), torch.arange(1, P, 2, dtype=torch.int32)]
     pages = lists[0].clone()
