@@ -27,8 +27,8 @@ QUEST_HOST_DEVICE constexpr double rotation_scale(int D) {
                         : 0.0625;
 }
 
-// A rotated query in two parts, each a float. In float32 alone, the rounding of a dot product with levels would be that
-// of terms far larger than their sum. The high parts are multiples of a unit that makes their sum exact in any order:
+// An element of a rotated query as the sum of two floats. One float32 sum would be off by roundings of its terms, which
+// may be far larger than the score. The high parts are multiples of a unit so large that they sum exactly in any order:
 // kMaxHeadDim times 3 times 2^14 units are less than 2^24. The low parts are at most half a unit.
 struct RotatedParts {
   float high, low;

@@ -5,12 +5,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "../checks.h"
 #include "../namespace.h"
 #include "checked_copies.h"
 #include "elements.h"
+#include "queries.h"
 #include "rotate.h"
 #include "simd/loops.h"
 
@@ -32,11 +32,11 @@ static void rotate_query(const float* q, int D, float* parts) {
   }
 }
 
-// [B, T, Hq, 2, D]
-static std::vector<float> rotate_queries(const RerankParams& p, const Loops& loops) {
+// float [B, T, Hq, 2, D]
+static Queries rotate_queries(const RerankParams& p, const Loops& loops) {
   const auto [B, T, Hq, Hkv, D] = p.size;
-  std::vector<float> queries(int64_t{B} * T * Hq * 2 * D);
-  float* to = queries.data();
+  Queries queries = allocate_queries(int64_t{B} * T * Hq, 2 * D * sizeof(float), "rerank_pages");
+  float* to = reinterpret_cast<float*>(queries.get());
   for (int b = 0; b < B; ++b)
     for (int t = 0; t < T; ++t)
       for (int h = 0; h < Hq; ++h, to += 2 * D) {
@@ -86,7 +86,8 @@ Tensor rerank_pages(
   p.scores = static_cast<float*>(scores.mutable_data_ptr());
   std::fill_n(p.scores, scores.numel(), -std::numeric_limits<float>::infinity());
   const Loops& loops = cpu::loops();
-  const std::vector<float> queries = rotate_queries(p, loops);
+  const Queries rotated = rotate_queries(p, loops);
+  const float* const queries = reinterpret_cast<const float*>(rotated.get());
   const int64_t tasks = (int64_t{K} + kTaskPages - 1) / kTaskPages;
   const int64_t bytes = int64_t{kTaskPages} * p.paging.page_size() * D * heads;  // as many as the work takes
   torch::stable::parallel_for(0, int64_t{B} * T * Hs * tasks, grain(bytes), [&](int64_t begin, int64_t end) {
@@ -104,8 +105,8 @@ Tensor rerank_pages(
         const int n = static_cast<int>(std::clamp<int64_t>(visible - start, 0, p.paging.page_size()));
         if (n == 0) continue;
         rerank_page(
-            p, loops, queries.data() + first_head * 2 * D, heads, h * heads / p.size.group(),
-            p.paging.physical(b, logical), n, p.scores + first_head * P + logical, P);
+            p, loops, queries + first_head * 2 * D, heads, h * heads / p.size.group(), p.paging.physical(b, logical), n,
+            p.scores + first_head * P + logical, P);
       }
     }
   });

@@ -378,7 +378,7 @@ def decode_step(
     - One new token in float16 or bfloat16, and at most 256 sequences.
     - At most 16 query heads a KV head.
     - ``group_reduce`` "max" or "sum", or "none" with one query head a KV head, and ``recent_pages`` of at least 1. Or a
-      ``num_pages`` of 0, at a capacity at which one block has not too much to combine.
+      ``num_pages`` of 0, unless one block would have too much to combine at this capacity.
     - All tensors aligned to 16 bytes, rows of k_bounds too, and 768 bytes of shared memory a head dimension.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -23,18 +23,27 @@ REFUSED = (
 )
 
 
-@contextmanager
-def changing(x: Tensor, *values: Tensor) -> Iterator[None]:
+def changing(x: Tensor, *values: Tensor) -> AbstractContextManager[None]:
     """Another thread writes these values to ``x`` by turns."""
-    stop = threading.Event()
 
     def write() -> None:
-        while not stop.is_set():
-            for value in values:
-                x.copy_(value)
-            time.sleep(0)
+        for value in values:
+            x.copy_(value)
+        time.sleep(0)
 
-    thread = threading.Thread(target=write, daemon=True)
+    return repeating(write)
+
+
+@contextmanager
+def repeating(write: Callable[[], object]) -> Iterator[None]:
+    """Another thread calls ``write`` again and again."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            write()
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         yield
@@ -119,19 +128,8 @@ def test_a_length_is_read_whole() -> None:
     lens, written = torch.tensor([8, 8], dtype=torch.int32), torch.tensor([8, -5], dtype=torch.int32).repeat(10**6)
     keys, values, _ = numbered_pages()
     q, tables, always = torch.zeros(2, 2, D), TABLES[0].expand(2, -1), torch.zeros(len(written), dtype=torch.int64)
-    stop = threading.Event()
-
-    def write() -> None:
-        while not stop.is_set():
-            lens.scatter_(0, always, written)
-
-    thread = threading.Thread(target=write, daemon=True)
-    thread.start()
-    try:
+    with repeating(lambda: lens.scatter_(0, always, written)):
         repeat(lambda: ops.sparse_decode(q, keys, values, tables, lens)[0], lambda out: not bool(out.any()))
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_sparse_decode_with_a_changing_page_list() -> None:

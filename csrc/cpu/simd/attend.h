@@ -100,18 +100,14 @@ void dots(
     const float* q, int queries, const void* const* keys, int n, int D, float scale, float* out, int64_t out_stride) {
   for (int begin = 0; begin < n; begin += kBlock) {
     const int end = min(begin + kBlock, n);
-    int r = 0;
-    const auto tiles = [&]<int R>() __attribute__((always_inline)) {
+    const auto tiles = [&]<int R>(int r) __attribute__((always_inline)) {
       constexpr int N = kKeys<R>;
       for (int j = begin; j < end; j += N) {
         const auto tile = r == 0 ? dots_tile<E, R, true> : dots_tile<E, R, false>;
         tile(q + r * D, keys + j, end - j, D, scale, out + r * out_stride + j, out_stride);
       }
-      r += R;
     };
-    while (r + 4 <= queries) tiles.template operator()<4>();
-    if (r + 2 <= queries) tiles.template operator()<2>();
-    if (r < queries) tiles.template operator()<1>();
+    tile_queries(queries, tiles);
   }
 }
 
@@ -154,8 +150,7 @@ void accumulate(
     const float* weights, int64_t weights_stride, int queries, const void* const* values, int n, int D, float* out) {
   for (int begin = 0; begin < n; begin += kBlock) {
     const int end = min(begin + kBlock, n);
-    int r = 0;
-    const auto tiles = [&]<int R>() __attribute__((always_inline)) {
+    const auto tiles = [&]<int R>(int r) __attribute__((always_inline)) {
       constexpr int kMost = min(kSums / R, 8);
       const float* w = weights + r * weights_stride + begin;
       int d = 0;
@@ -170,11 +165,8 @@ void accumulate(
       columns.template operator()<4>();
       columns.template operator()<2>();
       columns.template operator()<1>();
-      r += R;
     };
-    while (r + 4 <= queries) tiles.template operator()<4>();
-    if (r + 2 <= queries) tiles.template operator()<2>();
-    if (r < queries) tiles.template operator()<1>();
+    tile_queries(queries, tiles);
   }
 }
 

@@ -57,8 +57,7 @@ QUEST_INLINE void score_codes_tile(const float* q, const uint8_t* codes, int64_t
 void score_codes(
     const float* q, int queries, const uint8_t* codes, int64_t stride, const float* scales, int64_t scales_stride,
     int n, int D, float* out, int64_t out_stride) {
-  int r = 0;
-  const auto tiles = [&]<int R>() __attribute__((always_inline)) {
+  const auto tiles = [&]<int R>(int r) __attribute__((always_inline)) {
     constexpr int N = kSums / 2 / R;
     for (int j = 0; j < n; j += N) {
       float scores[kSums / 2];
@@ -67,11 +66,8 @@ void score_codes(
         for (int k = 0; k < min(N, n - j); ++k)
           out[(r + i) * out_stride + j + k] = scores[i * N + k] * scales[(j + k) * scales_stride];
     }
-    r += R;
   };
-  while (r + 4 <= queries) tiles.template operator()<4>();
-  if (r + 2 <= queries) tiles.template operator()<2>();
-  if (r < queries) tiles.template operator()<1>();
+  tile_queries(queries, tiles);
 }
 
 }  // namespace

@@ -133,6 +133,18 @@ QUEST_INLINE float max_lane(Vec v) {
   return result;
 }
 
+// tile.operator()<R>(r) for R queries from r on, R being 4, 2 or 1.
+template <class Tile>
+QUEST_INLINE void tile_queries(int queries, const Tile& tile) {
+  int r = 0;
+  for (; r + 4 <= queries; r += 4) tile.template operator()<4>(r);
+  if (r + 2 <= queries) {
+    tile.template operator()<2>(r);
+    r += 2;
+  }
+  if (r < queries) tile.template operator()<1>(r);
+}
+
 // ---- Sums of lanes: sum i is that of vector i. The order of the additions is that of a single vector.
 
 constexpr int kSums = W == 16 ? 16 : 8;  // accumulators of a tile, which stay in registers
